@@ -1,0 +1,334 @@
+"""AdaLN in Triton: the launch functions, on tensors that fastdiff.ops has checked. triton_device.py has the kernels.
+
+Tensors: x, residual, branch and gradients are contiguous [B, N, D]; shift, scale and gate are [D], [1, D], [B, D] or
+[B or 1, F, D] (F divides N), in place with any strides but a contiguous last dimension; weight and bias are fp32 [D];
+mean and rstd are fp32 [B * N]. Each may be fp32, bf16 or fp16 where nothing else is said.
+
+There is no autotuning: tiles and warps follow from D alone, so that a first call compiles one variant, in about a
+second. tools/triton_aot.py compiles every variant that these rules can pick, and fails on a spill.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_device as device
+
+FORWARD_MAX_BLOCK = 8192  # the widest row that is kept in registers; wider ones are read in tiles of this width
+BACKWARD_MAX_BLOCK = 4096
+MIN_TILE = 1024  # narrow rows share a program until its tile has this many elements
+SEGMENT_TARGET = 512  # the backward pass cuts the rows into about this many segments,
+MIN_SEGMENT, MAX_SEGMENT = 4, 64  # of so many rows
+REDUCE_ROWS, REDUCE_BLOCK = 16, 128  # the tile that adds segments
+MAX_ROWS = 2**31 - MIN_TILE  # row numbers are 32-bit
+
+
+class Modulation(NamedTuple):
+    """A modulation operand as the kernels see it: [batch, frames, dim], stride 0 where it broadcasts."""
+
+    data: Tensor | None
+    batch_stride: int
+    frame_stride: int
+    tokens_per_frame: int
+
+    @staticmethod
+    def of(operand: Tensor | None, tokens: int) -> "Modulation":
+        if operand is None or operand.ndim == 1:
+            return Modulation(operand, 0, 0, max(tokens, 1))
+        batch_stride = operand.stride(0) if operand.shape[0] > 1 else 0
+        if operand.ndim == 2:
+            return Modulation(operand, batch_stride, 0, max(tokens, 1))
+        frames = operand.shape[1]
+        return Modulation(operand, batch_stride, operand.stride(1) if frames > 1 else 0, max(tokens // frames, 1))
+
+    def arguments(self, name: str) -> dict[str, object]:
+        return {
+            f"{name}_ptr": self.data,
+            f"{name}_batch_stride": self.batch_stride,
+            f"{name}_frame_stride": self.frame_stride,
+            f"{name}_tokens_per_frame": self.tokens_per_frame,
+        }
+
+
+class Tile(NamedTuple):
+    rows: int
+    block: int
+    num_warps: int
+
+
+def _tile(dim: int, max_block: int) -> Tile:
+    """The tile for rows of `dim`: 8 elements a thread, four to sixteen warps; one row where it is wider than a tile."""
+    block = min(max(triton.next_power_of_2(dim), 16), max_block)
+    rows = 1 if dim > block else max(MIN_TILE // block, 1)
+    return Tile(rows, block, min(max(rows * block // 256, 4), 16))
+
+
+def _check_rows(x: Tensor) -> int:
+    rows = x.shape[0] * x.shape[1]
+    if rows > MAX_ROWS:
+        raise ValueError(f"x: {rows} rows; the triton backend takes at most {MAX_ROWS}: split the batch")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- forward
+
+
+def _launch_forward(x, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, mean, rstd) -> None:
+    _, tokens, dim = x.shape
+    rows = _check_rows(x)
+    if rows == 0:
+        return
+    tile = _tile(dim, FORWARD_MAX_BLOCK)
+    kernel = device.forward_kernel if dim <= tile.block else device.forward_tiled_kernel
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(rows, tile.rows),)](
+            x_ptr=x,
+            branch_ptr=branch,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            residual_out_ptr=residual_out,
+            out_ptr=out,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            rows=rows,
+            tokens=tokens,
+            dim=dim,
+            eps=eps,
+            **Modulation.of(gate, tokens).arguments("gate"),
+            **Modulation.of(shift, tokens).arguments("shift"),
+            **Modulation.of(scale, tokens).arguments("scale"),
+            RMS=rms,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            num_warps=tile.num_warps,
+        )
+
+
+def _statistics(x: Tensor, rms: bool) -> tuple[Tensor | None, Tensor]:
+    rows = x.shape[0] * x.shape[1]
+    mean = None if rms else torch.empty(rows, dtype=torch.float32, device=x.device)
+    return mean, torch.empty(rows, dtype=torch.float32, device=x.device)
+
+
+def _absent(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=x.device)
+
+
+def adaln_forward_out(x, shift, scale, weight, bias, rms, eps, out_dtype, out) -> None:
+    """adaln into `out` [B, N, D], whose dtype is out_dtype."""
+    _launch_forward(x, None, None, shift, scale, weight, bias, rms, eps, None, out, None, None)
+
+
+def adaln_forward(x, shift, scale, weight, bias, rms, eps, out_dtype) -> Tensor:
+    """norm(x) * (1 + scale) + shift, [B, N, D], in out_dtype (None: x's)."""
+    out = torch.empty_like(x, dtype=out_dtype)
+    adaln_forward_out(x, shift, scale, weight, bias, rms, eps, out_dtype, out)
+    return out
+
+
+def adaln_forward_stats(x, shift, scale, weight, bias, rms, eps, out_dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the row statistics: (out, mean, rstd); mean is empty for rms."""
+    out = torch.empty_like(x, dtype=out_dtype)
+    mean, rstd = _statistics(x, rms)
+    _launch_forward(x, None, None, shift, scale, weight, bias, rms, eps, None, out, mean, rstd)
+    return out, _absent(x) if mean is None else mean, rstd
+
+
+def gated_residual_adaln_forward_out(
+    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, residual_out, out
+) -> None:
+    """gated_residual_adaln into `residual_out` (the residual's dtype) and `out` (out_dtype), both [B, N, D]."""
+    _launch_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, None, None)
+
+
+def gated_residual_adaln_forward(
+    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
+) -> tuple[Tensor, Tensor]:
+    """(residual + gate * branch, adaln of that), both [B, N, D]."""
+    residual_out, out = torch.empty_like(residual), torch.empty_like(residual, dtype=out_dtype)
+    _launch_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, None, None)
+    return residual_out, out
+
+
+def gated_residual_adaln_forward_stats(
+    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with the row statistics: (residual_out, out, mean, rstd); mean is empty for rms."""
+    residual_out, out = torch.empty_like(residual), torch.empty_like(residual, dtype=out_dtype)
+    mean, rstd = _statistics(residual, rms)
+    _launch_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, mean, rstd)
+    return residual_out, out, _absent(residual) if mean is None else mean, rstd
+
+
+# ------------------------------------------------------------------------------------------------------ backward
+
+
+def _own_frames(operand: Tensor) -> int:
+    return operand.shape[1] if operand.ndim == 3 else 1
+
+
+def _gradient_of(operand: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | None:
+    """Where an operand's gradient goes: [B, frames, D], in its own dtype where that is its own shape, else fp32."""
+    if operand is None or not wanted:
+        return None
+    batch, _, dim = x.shape
+    own_batch = operand.shape[0] if operand.ndim > 1 else 1
+    own = own_batch == batch and _own_frames(operand) == frames
+    dtype = operand.dtype if own else torch.float32
+    return torch.empty(batch, frames, dim, dtype=dtype, device=x.device)
+
+
+def _segment_rows(rows: int, frame_rows: int, tile_rows: int) -> int:
+    """How many rows a segment has: a power of two that fills whole tiles, at most one frame."""
+    wanted = triton.next_power_of_2(triton.cdiv(rows, SEGMENT_TARGET))
+    return min(max(min(max(wanted, MIN_SEGMENT), MAX_SEGMENT), tile_rows), frame_rows)
+
+
+class Gradients(NamedTuple):
+    """What the backward pass fills; None is not wanted."""
+
+    x: Tensor
+    branch: Tensor | None
+    gate: Tensor | None
+    shift: Tensor | None
+    scale: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [_absent(self.x) if grad is None else grad for grad in self]
+
+
+def _launch_backward(
+    grads: Gradients, grad_out, grad_residual_out, x, mean, rstd, branch, gate, scale, weight, bias, frames: int
+) -> None:
+    batch, tokens, dim = x.shape
+    rows = _check_rows(x)
+    if rows == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return
+    mean = mean if mean.numel() else None  # rms
+    tile = _tile(dim, BACKWARD_MAX_BLOCK)
+    frame_rows = tokens // frames
+    segment_rows = _segment_rows(rows, frame_rows, tile.rows)
+    segments_per_frame = triton.cdiv(frame_rows, segment_rows)
+    segments = batch * frames * segments_per_frame
+    tiles = triton.cdiv(dim, tile.block)
+
+    affine = grads.weight is not None or grads.bias is not None
+    modulation = not (grads.gate is None and grads.shift is None and grads.scale is None)
+    reduced = affine or (modulation and segments_per_frame > 1)
+    workspace = {"dtype": torch.float32, "device": x.device}
+    sums = torch.empty(3 if grads.gate is not None else 2, segments, dim, **workspace) if reduced else None
+    row_means = torch.empty(2, rows, **workspace) if tiles > 1 else None
+
+    modulation_grads = {"grad_gate_ptr": grads.gate, "grad_shift_ptr": grads.shift, "grad_scale_ptr": grads.scale}
+    scale_arguments = Modulation.of(scale, tokens).arguments("scale")
+    segmentation = {"segments_per_frame": segments_per_frame, "segments": segments}
+    with torch.cuda.device_of(x):
+        if tiles > 1:
+            device.row_means_kernel[(rows,)](
+                grad_out_ptr=grad_out,
+                x_ptr=x,
+                mean_ptr=mean,
+                rstd_ptr=rstd,
+                weight_ptr=weight,
+                row_means_ptr=row_means,
+                rows=rows,
+                tokens=tokens,
+                dim=dim,
+                **scale_arguments,
+                BLOCK=tile.block,
+                num_warps=tile.num_warps,
+            )
+        device.backward_kernel[(segments, tiles)](
+            grad_out_ptr=grad_out,
+            grad_residual_out_ptr=grad_residual_out,
+            x_ptr=x,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            branch_ptr=branch if grads.gate is not None else None,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            row_means_ptr=row_means,
+            grad_x_ptr=grads.x,
+            grad_branch_ptr=grads.branch,
+            sums_ptr=sums,
+            **(dict.fromkeys(modulation_grads) if reduced else modulation_grads),
+            rows=rows,
+            tokens=tokens,
+            dim=dim,
+            frame_rows=frame_rows,
+            segment_rows=segment_rows,
+            **segmentation,
+            **Modulation.of(gate, tokens).arguments("gate"),
+            **scale_arguments,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            num_warps=tile.num_warps,
+        )
+        reduction = {**segmentation, "dim": dim, "ROWS": REDUCE_ROWS, "BLOCK": REDUCE_BLOCK, "num_warps": 4}
+        column_tiles = triton.cdiv(dim, REDUCE_BLOCK)
+        if reduced and modulation:
+            device.reduce_modulation_kernel[(batch * frames, column_tiles)](
+                sums_ptr=sums, weight_ptr=weight, bias_ptr=bias, **modulation_grads, **reduction
+            )
+        if affine:
+            device.reduce_affine_kernel[(column_tiles,)](
+                sums_ptr=sums,
+                grad_weight_ptr=grads.weight,
+                grad_bias_ptr=grads.bias,
+                tokens=tokens,
+                frame_rows=frame_rows,
+                **scale_arguments,
+                **reduction,
+            )
+
+
+def _backward(
+    grad_out, grad_residual_out, x, mean, rstd, branch, gate, shift, scale, weight, bias, need_modulation, need_affine
+) -> Gradients:
+    frames = math.lcm(*(_own_frames(m) for m in (gate, shift, scale) if m is not None))
+    grads = Gradients(
+        x=torch.empty_like(x),
+        branch=None if branch is None else torch.empty_like(branch),
+        gate=_gradient_of(gate, need_modulation, x, frames),
+        shift=_gradient_of(shift, need_modulation, x, frames),
+        scale=_gradient_of(scale, need_modulation, x, frames),
+        weight=torch.empty_like(weight) if weight is not None and need_affine else None,
+        bias=torch.empty_like(bias) if bias is not None and need_affine else None,
+    )
+    _launch_backward(grads, grad_out, grad_residual_out, x, mean, rstd, branch, gate, scale, weight, bias, frames)
+    return grads
+
+
+def adaln_backward(
+    grad_out, x, mean, rstd, shift, scale, weight, bias, rms, need_modulation, need_affine
+) -> tuple[Tensor, ...]:
+    """(grad_x, grad_shift, grad_scale, grad_weight, grad_bias); what is absent or not needed is an empty tensor.
+
+    The modulation gradients are [B, F*, D] with F* the least common multiple of the operands' frames, in the
+    operand's dtype where that is its own shape and in fp32 where the caller has yet to sum it.
+    """
+    grads = _backward(
+        grad_out, None, x, mean, rstd, None, None, shift, scale, weight, bias, need_modulation, need_affine
+    ).tensors()
+    return grads[0], *grads[3:]
+
+
+def gated_residual_adaln_backward(
+    grad_out, grad_residual_out, residual_out, mean, rstd, branch, gate, shift, scale, weight, bias, rms,
+    need_modulation, need_affine,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(grad_residual, grad_branch, grad_gate, grad_shift, grad_scale, grad_weight, grad_bias), as adaln_backward."""
+    return tuple(
+        _backward(
+            grad_out, grad_residual_out, residual_out, mean, rstd, branch, gate, shift, scale, weight, bias,
+            need_modulation, need_affine,
+        ).tensors()
+    )  # fmt: skip
