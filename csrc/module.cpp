@@ -1,0 +1,156 @@
+// The module fastdiff._C: importing it registers the torch operators (csrc/*_cpu.cpp); what Python sees here is the
+// build, the CPU, and the raw launch functions on NumPy arrays, without torch.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+#include "kernels/adaln/adaln.h"
+#include "kernels/common/isa.h"
+
+namespace py = pybind11;
+
+namespace fastdiff {
+namespace {
+
+// float32, float64 and float16 arrays mean themselves; bfloat16, which NumPy lacks, comes as its bits in uint16.
+DType dtype_of(const py::array& a, const char* name) {
+  if (py::isinstance<py::array_t<float>>(a)) return DType::kFloat32;
+  if (py::isinstance<py::array_t<double>>(a)) return DType::kFloat64;
+  if (py::isinstance<py::array_t<uint16_t>>(a)) return DType::kBFloat16;
+  if (a.dtype().kind() == 'f' && a.itemsize() == 2) return DType::kFloat16;
+  throw py::type_error(std::string(name) + ": expected float32, float64, float16 or uint16 (bfloat16 bits)");
+}
+
+using Array = std::optional<py::array>;
+
+void check(bool fits, const char* name, const char* expected) {
+  if (!fits) throw py::value_error(std::string(name) + " does not fit; expected " + expected);
+}
+
+bool contiguous(const py::array& a) { return (a.flags() & py::array::c_style) != 0; }
+
+const void* stream(const py::array& a, const py::array& x, const char* name) {
+  check(contiguous(a) && a.ndim() == 3 && a.shape(0) == x.shape(0) && a.shape(1) == x.shape(1) && a.shape(2) == x.shape(2),
+        name, "a contiguous array of x's shape [B, N, D]");
+  return a.data();
+}
+void* stream_out(py::array& a, const py::array& x, const char* name) {
+  stream(a, x, name);
+  return a.mutable_data();
+}
+
+Modulation modulation(const Array& m, const py::array& x, const char* name) {
+  if (!m) return {nullptr, DType::kFloat32, 0, 0, 1};
+  const int64_t tokens = x.shape(1), item = m->itemsize();
+  check(m->ndim() == 3 && m->shape(2) == x.shape(2) && (m->strides(2) == item || m->shape(2) == 1) &&
+            (m->shape(0) == 1 || m->shape(0) == x.shape(0)) && m->shape(1) > 0 && tokens % m->shape(1) == 0,
+        name, "[1 or B, F, D] with F dividing N and a contiguous last dimension");
+  return {m->data(), dtype_of(*m, name), m->shape(0) > 1 ? m->strides(0) / item : 0,
+          m->shape(1) > 1 ? m->strides(1) / item : 0, tokens / m->shape(1)};
+}
+
+const void* vector(const Array& a, int64_t size, const char* name) {
+  if (!a) return nullptr;
+  check(contiguous(*a) && a->size() == size, name, "a contiguous array of the right size in the dtype of the statistics");
+  return a->data();
+}
+void* vector_out(Array& a, int64_t size, const char* name) {
+  return vector(a, size, name) ? a->mutable_data() : nullptr;
+}
+
+// One chunk a row or segment, last first: whoever depends on the order of chunks is found out.
+void run_backwards(int64_t begin, int64_t end, int64_t, cpu::ParallelFor::Body body, const void* closure) {
+  for (int64_t i = end - 1; i >= begin; i--) body(closure, i, i + 1);
+}
+void run_at_once(int64_t begin, int64_t end, int64_t, cpu::ParallelFor::Body body, const void* closure) {
+  body(closure, begin, end);
+}
+cpu::ParallelFor loop(bool backwards) { return {backwards ? run_backwards : run_at_once}; }
+
+void adaln_forward(const py::array& x, py::array out, const Array& branch, const Array& gate, Array residual_out,
+                   const Array& shift, const Array& scale, const Array& weight, const Array& bias, Array mean, Array rstd,
+                   bool rms, double eps, bool backwards) {
+  AdaLNForwardParams p{};
+  p.x = stream(x, x, "x");
+  p.x_dtype = dtype_of(x, "x");
+  p.out = stream_out(out, x, "out");
+  p.out_dtype = dtype_of(out, "out");
+  if (branch) {
+    check(gate && residual_out, "gate, residual_out", "arrays, as branch was given");
+    p.branch = stream(*branch, x, "branch");
+    p.branch_dtype = dtype_of(*branch, "branch");
+    p.residual_out = stream_out(*residual_out, x, "residual_out");
+  }
+  p.gate = modulation(gate, x, "gate");
+  p.shift = modulation(shift, x, "shift");
+  p.scale = modulation(scale, x, "scale");
+  p.weight = vector(weight, x.shape(2), "weight");
+  p.bias = vector(bias, x.shape(2), "bias");
+  p.mean = vector_out(mean, x.shape(0) * x.shape(1), "mean");
+  p.rstd = vector_out(rstd, x.shape(0) * x.shape(1), "rstd");
+  p.batch = x.shape(0);
+  p.tokens = x.shape(1);
+  p.dim = x.shape(2);
+  p.eps = eps;
+  p.rms = rms;
+  cpu::adaln_forward(p, loop(backwards));
+}
+
+py::dict build_info() {
+  using namespace py::literals;
+  return py::dict("compiler"_a = FASTDIFF_COMPILER, "torch_at_build"_a = FASTDIFF_TORCH_VERSION,
+                  "oldest_torch"_a = FASTDIFF_OLDEST_TORCH);
+}
+
+py::dict cpu_features() {
+  py::dict features;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define FEATURE(name) features[name] = static_cast<bool>(__builtin_cpu_supports(name))
+  FEATURE("avx2");
+  FEATURE("fma");
+  FEATURE("f16c");
+  FEATURE("avx512f");
+  FEATURE("avx512bw");
+  FEATURE("avx512vl");
+  FEATURE("avx512dq");
+  FEATURE("avx512bf16");
+#undef FEATURE
+#elif defined(__aarch64__)
+  features["neon"] = true;
+#endif
+  return features;
+}
+
+py::list isa_names() {
+  py::list names;
+  for (int i = 0; i <= static_cast<int>(cpu::best_isa()); i++) names.append(cpu::kIsaNames[i]);
+  return names;
+}
+
+void choose_isa(const std::string& name) {
+  if (!cpu::choose_isa(name.c_str()))
+    throw py::value_error("unknown or unsupported instruction set '" + name + "'; expected one of isa_names()");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  if (cpu::isa_error() != nullptr) throw py::import_error(cpu::isa_error());
+  m.def("build_info", &build_info);
+  m.def("cpu_features", &cpu_features, "What the CPU has of the features that kernels are compiled for.");
+  m.def("isa_names", &isa_names, "The instruction sets that can run here, the best last.");
+  m.def("isa", [] { return cpu::kIsaNames[static_cast<int>(cpu::chosen_isa())]; }, "The one that kernels run with.");
+  m.def("choose_isa", &choose_isa, py::arg("name"), "For tests; users set FASTDIFF_CPU_ISA before the import.");
+  m.def("adaln_forward", &adaln_forward, py::arg("x"), py::arg("out"), py::kw_only(), py::arg("branch") = py::none(),
+        py::arg("gate") = py::none(), py::arg("residual_out") = py::none(), py::arg("shift") = py::none(),
+        py::arg("scale") = py::none(), py::arg("weight") = py::none(), py::arg("bias") = py::none(),
+        py::arg("mean") = py::none(), py::arg("rstd") = py::none(), py::arg("rms") = false, py::arg("eps") = 1e-6,
+        py::arg("backwards") = false,
+        "The raw kernel on NumPy arrays [B, N, D]; modulations [1 or B, F, D]; bfloat16 as its bits in uint16.");
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,7 @@
+// The module fastdiff._C_cuda: importing it registers the torch operators on CUDA tensors (csrc/*_cuda.cpp).
+#include <pybind11/pybind11.h>
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.attr("architectures") = FASTDIFF_CUDA_ARCHS_BUILT;
+  m.attr("nvcc_version") = FASTDIFF_NVCC_VERSION;
+}

@@ -1,0 +1,18 @@
+"""Modules made of fastdiff's operators: what a diffusion transformer is put together from."""
+
+from fastdiff.nn.attention import SelfAttention
+from fastdiff.nn.embeddings import LabelEmbedding, PatchEmbed, TimestepEmbedding, sincos_2d
+from fastdiff.nn.mlp import ACTIVATIONS, Mlp
+from fastdiff.nn.norm import AdaLayerNorm, GatedResidualAdaLayerNorm
+
+__all__ = [
+    "ACTIVATIONS",
+    "AdaLayerNorm",
+    "GatedResidualAdaLayerNorm",
+    "LabelEmbedding",
+    "Mlp",
+    "PatchEmbed",
+    "SelfAttention",
+    "TimestepEmbedding",
+    "sincos_2d",
+]

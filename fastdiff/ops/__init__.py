@@ -1,0 +1,5 @@
+"""fastdiff's operators: each one public function with a reference, CPU, CUDA and Triton backend."""
+
+from fastdiff.ops.adaln import adaln, gated_residual_adaln
+
+__all__ = ["adaln", "gated_residual_adaln"]

@@ -1,0 +1,1 @@
+"""The kernels: one folder an operator, all its backends side by side."""

@@ -1,0 +1,1 @@
+"""Fused AdaLN: reference, and the Triton kernels."""

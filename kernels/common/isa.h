@@ -1,0 +1,25 @@
+// Which instruction set the CPU kernels run with: found at load, overridable by FASTDIFF_CPU_ISA.
+#pragma once
+
+namespace fastdiff::cpu {
+
+// Ordered: each runs wherever a later one does. "baseline" is SSE2 on x86-64 and NEON on aarch64.
+enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+constexpr int kIsaCount = 4;
+inline constexpr const char* kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+Isa best_isa();    // the best that this CPU, its operating system and this build can run
+Isa chosen_isa();  // what kernels run with: FASTDIFF_CPU_ISA, else best_isa(), unless choose_isa() was called
+// False (and nothing changes) for an unknown name or an instruction set that cannot run here.
+bool choose_isa(const char* name);
+// The reason why FASTDIFF_CPU_ISA could not be obeyed, or nullptr.
+const char* isa_error();
+
+// One entry an instruction set; nullptr where this build has none (anything but baseline on aarch64).
+template <class F>
+struct IsaTable {
+  F* entry[kIsaCount];
+  F* chosen() const { return entry[static_cast<int>(chosen_isa())]; }
+};
+
+}  // namespace fastdiff::cpu
