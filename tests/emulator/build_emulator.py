@@ -1,0 +1,85 @@
+"""Builds the emulator's test library, and runs the race check: python tests/emulator/build_emulator.py race"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RACE_COMPILERS = ("clang++-19", "clang++")
+
+
+class Unavailable(RuntimeError):
+    """This machine cannot build a variant; the message says what to install."""
+
+
+def cuda_include() -> Path:
+    """The folder of CUDA's headers: CUDA_HOME's, nvcc's, or the one that comes with the triton package."""
+    candidates = [Path(os.environ[v]) / "include" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    if nvcc := shutil.which("nvcc"):
+        dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        candidates += [Path(p) for p in re.findall(r'"?-I([^"\s]+)', dry_run.stderr)]
+    for folder in map(Path, sys.path):
+        candidates += [folder / "triton/backends/nvidia/include", *folder.glob("nvidia/cu*/include")]
+    for candidate in candidates:
+        if (candidate / "cuda_bf16.h").is_file() and (candidate / "vector_types.h").is_file():
+            return candidate.resolve()
+    raise Unavailable("no CUDA headers (cuda_bf16.h): install the CUDA toolkit, set CUDA_HOME, or pip install triton")
+
+
+def race_compiler() -> str:
+    """A clang++ whose ThreadSanitizer knows fibers."""
+    for name in RACE_COMPILERS:
+        if found := shutil.which(name):
+            return found
+    raise Unavailable("no clang++-19 for ThreadSanitizer: apt-get install clang-19 libclang-rt-19-dev")
+
+
+def build(variant: str) -> Path:
+    """Builds `plain` or `asan` (a shared library) or `race` (a program) where it is out of date; returns its path.
+
+    Raises Unavailable where headers or compilers are missing, RuntimeError with the compiler's words where it fails.
+    """
+    if platform.machine() != "x86_64":
+        raise Unavailable(f"the emulator switches stacks in x86-64 assembly; this is {platform.machine()}")
+    for tool in ("cmake", "ninja"):
+        if not shutil.which(tool):
+            raise Unavailable(f"no {tool}: pip install cmake ninja")
+    folder = ROOT / "build" / "emulator" / variant
+    configure = ["cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(folder), f"-DVARIANT={variant}"]
+    configure += [f"-DFASTDIFF_CUDA_INCLUDE={cuda_include()}", "-DCMAKE_BUILD_TYPE="]
+    if variant == "race":
+        configure.append(f"-DCMAKE_CXX_COMPILER={race_compiler()}")
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+    return folder / ("emulator" if variant == "race" else "libemulator.so")
+
+
+def race(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs the race check: every launch function, or `fault NAME`. ThreadSanitizer's exit status for a race is 66."""
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=0:report_signal_unsafe=0"}
+    return subprocess.run([build("race"), *arguments], capture_output=True, text=True, env=environment)
+
+
+def main() -> int:
+    if sys.argv[1:] != ["race"]:
+        print(f"usage: python {sys.argv[0]} race", file=sys.stderr)
+        return 2
+    try:
+        done = race()
+    except Unavailable as reason:
+        print(f"race check cannot run: {reason}", file=sys.stderr)
+        return 2
+    print(done.stdout, done.stderr, sep="", end="")
+    print("no races" if done.returncode == 0 else f"FAILED with exit status {done.returncode}")
+    return 1 if done.returncode else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
