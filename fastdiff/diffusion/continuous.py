@@ -1,0 +1,235 @@
+"""Gaussian diffusion: noise levels, targets and the loss.
+
+A noisy sample is x_t = α(t)·x0 + σ(t)·noise. With discrete levels ("linear", "cosine", "scaled_linear": the β tables
+of DDPM, Improved DDPM and latent diffusion) t is an integer 0 … T - 1, α² = Π(1 - β) and σ² = 1 - α². With continuous
+levels ("uniform", "logit_normal", "beta": the distribution that t is drawn from) t is in [0, 1], 0 is the image and
+1 is noise: x_t = (1 - t)·x0 + t·noise, as in rectified flow and diffusers' FlowMatchEulerDiscreteScheduler.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow")
+DISCRETE_LEVELS = ("linear", "cosine", "scaled_linear")
+CONTINUOUS_LEVELS = ("uniform", "logit_normal", "beta")
+_BETA_RANGES = {"linear": (1e-4, 2e-2), "scaled_linear": (8.5e-4, 1.2e-2)}
+
+
+@dataclass
+class DiffusionConfig:
+    """Noise levels and target of a diffusion.
+
+    Attributes:
+        prediction_type: What the network predicts: "epsilon" (the noise), "sample" (the image), "v_prediction"
+            (α·noise - σ·image) or "flow" (noise - image; continuous levels only).
+        noise_levels: Discrete: "linear", "cosine" or "scaled_linear" β. Continuous: t drawn from "uniform" on [0, 1],
+            "logit_normal" or "beta" (the Beta distribution).
+        num_train_timesteps: Number of discrete levels; with continuous ones the default of time_scale.
+        beta_start: First β of "linear" (default 0.0001) or "scaled_linear" (0.00085).
+        beta_end: Last β of "linear" (default 0.02) or "scaled_linear" (0.012).
+        beta_a: First parameter of the Beta distribution of "beta".
+        beta_b: Second parameter; Beta(1, 2.5) favours low noise.
+        logit_normal_mean: Mean of logit(t) for "logit_normal".
+        logit_normal_std: Standard deviation of logit(t).
+        time_scale: Continuous t is multiplied by it before the network sees it; null is num_train_timesteps.
+    """
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow"] = "flow"
+    noise_levels: Literal["linear", "cosine", "scaled_linear", "uniform", "logit_normal", "beta"] = "logit_normal"
+    num_train_timesteps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
+    beta_a: float = 1.0
+    beta_b: float = 2.5
+    logit_normal_mean: float = 0.0
+    logit_normal_std: float = 1.0
+    time_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        known = {"prediction_type": PREDICTION_TYPES, "noise_levels": DISCRETE_LEVELS + CONTINUOUS_LEVELS}
+        for name, names in known.items():
+            value = getattr(self, name)
+            if value not in names:
+                raise ValueError(f"DiffusionConfig.{name}: got {value!r}; expected one of {', '.join(names)}")
+        if self.prediction_type == "flow" and self.is_discrete:
+            raise ValueError(
+                f"DiffusionConfig.noise_levels: got {self.noise_levels!r} with prediction_type 'flow'; "
+                f"expected one of {', '.join(CONTINUOUS_LEVELS)}"
+            )
+        for name in ("num_train_timesteps", "beta_a", "beta_b", "logit_normal_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"DiffusionConfig.{name}: got {getattr(self, name)}; expected a positive number")
+        if self.noise_levels in _BETA_RANGES and not 0 < self.beta_range[0] <= self.beta_range[1] < 1:
+            raise ValueError(
+                f"DiffusionConfig.beta_start, beta_end: got {self.beta_range}; expected 0 < beta_start <= beta_end < 1"
+            )
+
+    @property
+    def is_discrete(self) -> bool:
+        return self.noise_levels in DISCRETE_LEVELS
+
+    @property
+    def beta_range(self) -> tuple[float, float]:
+        start, end = _BETA_RANGES[self.noise_levels]
+        return (
+            start if self.beta_start is None else self.beta_start,
+            end if self.beta_end is None else self.beta_end,
+        )
+
+
+def discrete_betas(config: DiffusionConfig) -> Tensor:  # [T], float64
+    """The β of each discrete level: Ho et al. (2020), Rombach et al. (2022), Nichol & Dhariwal (2021) for "cosine"."""
+    steps = config.num_train_timesteps
+    if config.noise_levels == "cosine":
+        angles = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * (math.pi / 2)
+        alphas_cumprod = angles.cos().square()
+        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+    start, end = config.beta_range
+    if config.noise_levels == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+
+
+class Diffusion:
+    """Adds noise, says what the network should predict, and scores what it did predict.
+
+    Times `t` are `[B]`: int64 levels with discrete noise, float32 in [0, 1] with continuous noise.
+    """
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config = config
+        self.betas = discrete_betas(config) if config.is_discrete else None  # [T], float64
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def sample_times(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:  # [B]
+        """Training times, drawn on the generator's device (the CPU without one) and moved to `device`."""
+        config = self.config
+        options: dict[str, Any] = {"generator": generator, "device": "cpu" if generator is None else generator.device}
+        if config.is_discrete:
+            t = torch.randint(config.num_train_timesteps, (batch_size,), **options)
+        elif config.noise_levels == "uniform":
+            t = torch.rand(batch_size, **options)
+        elif config.noise_levels == "logit_normal":
+            t = torch.sigmoid(config.logit_normal_mean + config.logit_normal_std * torch.randn(batch_size, **options))
+        else:  # X / (X + Y) of two Gamma variables is Beta distributed; torch.distributions takes no generator
+            shapes = torch.tensor([config.beta_a, config.beta_b], device=options["device"]).expand(batch_size, 2)
+            t = torch._sample_dirichlet(shapes, generator)[:, 0]
+        return t.to(device)
+
+    def model_time(self, t: Tensor) -> Tensor:  # [B] -> [B], float32
+        """The time as the network gets it: the level itself, or continuous t times `time_scale` (1000)."""
+        if self.config.is_discrete:
+            return t.float()
+        scale = self.config.num_train_timesteps if self.config.time_scale is None else self.config.time_scale
+        return t.float() * scale
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α(t) and σ(t), float32, of t's shape."""
+        if not self.config.is_discrete:
+            return 1 - t.float(), t.float()
+        rows = self._table(t.device)[:2, t.long()]
+        return rows[0], rows[1]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = α·x0 + σ·noise, of x0's shape. Raises ValueError where the shapes do not fit."""
+        if noise.shape != x0.shape:
+            raise ValueError(f"noise: got shape {list(noise.shape)}; expected x0's, {list(x0.shape)}")
+        alpha, sigma = self._broadcast(t, x0)
+        return alpha * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict: noise, x0, α·noise - σ·x0, or noise - x0 (flow)."""
+        prediction = self.config.prediction_type
+        if prediction == "epsilon":
+            return noise
+        if prediction == "sample":
+            return x0
+        if prediction == "flow":
+            return noise - x0
+        alpha, sigma = self._broadcast(t, x0)
+        return alpha * noise - sigma * x0
+
+    def predicted_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The image that a prediction at x_t stands for; for "epsilon" undefined where α = 0 (continuous t = 1)."""
+        alpha, sigma = self._broadcast(t, x_t)
+        if self.config.prediction_type == "epsilon":
+            return (x_t - sigma * prediction) / alpha
+        if self.config.prediction_type == "sample":
+            return prediction
+        if self.config.prediction_type == "flow":  # α = 1 - σ
+            return x_t - sigma * prediction
+        return (alpha * x_t - sigma * prediction) / (alpha.square() + sigma.square())
+
+    def loss(
+        self,
+        model: torch.nn.Module,
+        x0: Tensor,  # [B, C, H, W]
+        class_labels: Tensor | None,  # [B] int64
+        t: Tensor,  # [B]
+        noise: Tensor,  # [B, C, H, W]
+        **conditioning: Any,
+    ) -> Tensor:  # [B], float32
+        """Mean squared error of each sample, in float32; `conditioning` is handed to the model.
+
+        A model that returns 2·C channels predicts a variance in the second half (`learn_sigma`). It is trained as in
+        Nichol & Dhariwal (2021): KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) in bits a dimension, weighted by
+        T / 1000 and with the mean detached, is added to the error. At t = 0, where they take the likelihood of 8-bit
+        pixels, the KL with the variance of t = 1 stands in: latents have no bins.
+
+        Raises ValueError where shapes do not fit or a variance comes with continuous noise, which has none to learn.
+        """
+        x_t = self.add_noise(x0, noise, t)
+        prediction = model(x_t, self.model_time(t), class_labels, **conditioning).float()
+        prediction, variance = split_variance(prediction, x0.shape[1])
+        error = (prediction - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
+        if variance is None:
+            return error
+        return error + self._variance_loss(prediction.detach(), variance, x0, x_t, t)
+
+    def _variance_loss(self, prediction: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        if not self.config.is_discrete:
+            raise ValueError(
+                f"model: it predicts a variance (learn_sigma), which noise_levels {self.config.noise_levels!r} cannot "
+                f"train; expected one of {', '.join(DISCRETE_LEVELS)}"
+            )
+        log_beta, log_posterior, coefficient = (row.view(-1, 1, 1, 1) for row in self._table(t.device)[2:, t.long()])
+        fraction = (variance + 1) / 2
+        log_variance = fraction * log_beta + (1 - fraction) * log_posterior
+        mean_error = coefficient * (x0 - self.predicted_x0(prediction, x_t, t))
+        kl = log_variance - log_posterior - 1 + torch.exp(log_posterior - log_variance)
+        kl = 0.5 * (kl + mean_error.square() * torch.exp(-log_variance))
+        return kl.flatten(1).mean(1) / math.log(2) * (self.config.num_train_timesteps / 1000)
+
+    def _broadcast(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t: got shape {list(t.shape)}; expected [{x.shape[0]}], one time a sample")
+        alpha, sigma = self.alpha_sigma(t)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        return alpha.view(shape), sigma.view(shape)
+
+    def _table(self, device: torch.device) -> Tensor:  # [5, T], float32
+        """Rows: α, σ, log β, log of the posterior variance, and the weight of x0 in the posterior mean."""
+        if device not in self._tables:
+            cumulative = torch.cumprod(1 - self.betas, 0)
+            previous = torch.cat([cumulative.new_ones(1), cumulative[:-1]])
+            posterior = self.betas * (1 - previous) / (1 - cumulative)
+            posterior[0] = posterior[1] if len(posterior) > 1 else self.betas[0]  # it is 0, which has no logarithm
+            weight = self.betas * previous.sqrt() / (1 - cumulative)
+            rows = [cumulative.sqrt(), (1 - cumulative).sqrt(), self.betas.log(), posterior.log(), weight]
+            self._tables[device] = torch.stack(rows).to(device, torch.float32)
+        return self._tables[device]
+
+
+def split_variance(prediction: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """A model's output as (prediction, variance): the second is None where the model has `channels` channels."""
+    if prediction.shape[1] == channels:
+        return prediction, None
+    if prediction.shape[1] != 2 * channels:
+        raise ValueError(f"model: got {prediction.shape[1]} output channels; expected {channels} or {2 * channels}")
+    return prediction[:, :channels], prediction[:, channels:]

@@ -1,0 +1,130 @@
+"""Embeddings of time, class label, image patches and position, as a DiT uses them (Peebles & Xie, 2023)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sincos_2d(grid_h: int, grid_w: int, dim: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Fixed sine-cosine positions of a `grid_h` x `grid_w` grid, row by row: `[grid_h * grid_w, dim]`, float32.
+
+    The first half of a row encodes the column, the second half the row; each half holds sines, then cosines, of
+    the coordinate times 10000^(-i / (dim / 4)) (the layout of MAE and DiT). Any grid has positions, of whatever
+    size: coordinates are counted in patches. Raises ValueError where dim is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"dim: got {dim}; 2-D sine-cosine positions need a multiple of 4")
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
+
+    def encode(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()  # [length, dim / 2]
+
+    columns = encode(grid_w)[None].expand(grid_h, grid_w, dim // 2)
+    rows = encode(grid_h)[:, None].expand(grid_h, grid_w, dim // 2)
+    return torch.cat([columns, rows], dim=-1).reshape(grid_h * grid_w, dim)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep, then Linear → SiLU → Linear: `[B]` of any real dtype → `[B, dim]`.
+
+    The sinusoids are cosines, then sines, of t·10000^(-i / (frequency_dim / 2 - frequency_shift)), in float32.
+    `frequency_shift` is 0 in DiT; diffusers' DiTTransformer2DModel has 1.
+    Raises ValueError where frequency_dim is odd or not above 2·frequency_shift.
+    """
+
+    def __init__(self, dim: int, *, frequency_dim: int = 256, frequency_shift: float = 0.0) -> None:
+        super().__init__()
+        if frequency_dim % 2 or frequency_dim <= 2 * frequency_shift:
+            raise ValueError(f"frequency_dim: got {frequency_dim}; expected an even number above {2 * frequency_shift}")
+        self.frequency_dim, self.frequency_shift = frequency_dim, frequency_shift
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def sinusoids(self, timestep: Tensor) -> Tensor:  # [B] -> [B, frequency_dim], float32
+        half = self.frequency_dim // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - self.frequency_shift)
+        angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, timestep: Tensor) -> Tensor:  # [B] -> [B, dim]
+        return self.mlp(self.sinusoids(timestep).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """A table of `num_classes` class vectors and one null vector (index `num_classes`): `[B]` int64 → `[B, dim]`.
+
+    In training a label becomes the null one with probability `dropout_prob`, which is what classifier-free
+    guidance needs: `drop` draws it, from torch's generator or the one handed in, and `forward` looks labels up.
+    Raises ValueError for a probability outside [0, 1] or, on CPU tensors, a label out of range.
+    """
+
+    def __init__(self, num_classes: int, dim: int, *, dropout_prob: float = 0.1) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes: got {num_classes}; expected at least 1")
+        if not 0.0 <= dropout_prob <= 1.0:
+            raise ValueError(f"dropout_prob: got {dropout_prob}; expected a probability in [0, 1]")
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def check(self, labels: Tensor) -> None:
+        """Raises ValueError or TypeError where `labels` are not int64 in [0, num_classes]; waits for a GPU."""
+        if labels.dtype != torch.int64:
+            raise TypeError(f"class_labels: got dtype {labels.dtype}; expected torch.int64")
+        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) <= self.num_classes):
+            raise ValueError(
+                f"class_labels: got values {int(labels.min())}..{int(labels.max())}; expected 0..{self.num_classes} "
+                f"({self.num_classes} is the null label)"
+            )
+
+    def drop(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:  # [B] -> [B]
+        """In training mode labels with some replaced by the null label, otherwise the labels; checks them on a CPU."""
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check(labels)  # on a GPU it would stall the stream: there the lookup itself asserts
+        if not self.training or self.dropout_prob == 0:
+            return labels
+        device = labels.device if generator is None else generator.device
+        dropped = torch.rand(labels.shape, device=device, generator=generator) < self.dropout_prob
+        return torch.where(dropped.to(labels.device), self.num_classes, labels)
+
+    def forward(self, labels: Tensor) -> Tensor:  # [B] -> [B, dim]
+        return self.embedding_table(labels)
+
+
+class _PatchProjection(nn.Module):
+    """Holds the projection under the names of DiT's strided convolution: weight [D, C, p, p], bias [D]."""
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_channels, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        nn.init.xavier_uniform_(self.weight.view(dim, -1))
+
+    def forward(self, patches: Tensor) -> Tensor:  # [B, N, C * p * p] -> [B, N, D]
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each: `[B, C, H, W]` → `[B, (H / p)·(W / p), dim]`.
+
+    Patches do not overlap, so the projection is a matrix product rather than a convolution; H and W may be any
+    multiples of `patch_size`. Raises ValueError where they are not or the channels differ.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.in_channels, self.patch_size = in_channels, patch_size
+        self.proj = _PatchProjection(in_channels, dim, patch_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.ndim != 4 or image.shape[1] != self.in_channels:
+            expected = f"[batch, {self.in_channels}, height, width]"
+            raise ValueError(f"sample: got shape {list(image.shape)}; expected {expected}")
+        batch, channels, height, width = image.shape
+        p = self.patch_size
+        if height % p or width % p or height == 0 or width == 0:
+            raise ValueError(f"sample: got {height} x {width} pixels; expected positive multiples of patch_size = {p}")
+        patches = image.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        return self.proj(patches.reshape(batch, (height // p) * (width // p), channels * p * p))
