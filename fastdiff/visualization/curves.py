@@ -1,0 +1,55 @@
+"""The loss of a run over its steps."""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def save_loss_curve(metrics: str | Path, path: str | Path, *, decay: float | None = None) -> Path:
+    """Writes a PNG with the loss of every step, and its moving average.
+
+    Args:
+        metrics: a run's metrics.jsonl.
+        path: of the PNG.
+        decay: of the moving average; None takes one that fits the number of steps.
+
+    Raises:
+        ValueError: the file has no steps.
+    """
+    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    if not lines:
+        raise ValueError(f"{metrics} has no steps; expected a run of fastdiff.train")
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    smooth = moving_average(losses, 1 - 1 / max(5.0, min(200.0, len(losses) / 30)) if decay is None else decay)
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9db7d5", linewidth=0.7, label="each step")
+    axes.plot(steps, smooth, color="#1f4e8c", linewidth=1.8, label="moving average")
+    axes.set(xlabel="step", ylabel="loss", title=f"training loss, {smooth[-1]:.4f} at step {steps[-1]}")
+    if min(losses) > 0 and max(losses) > 4 * min(smooth):  # the first steps would flatten the rest of a linear axis
+        axes.set_yscale("log")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    rate_axes = axes.twinx()
+    rates = next((key for key in lines[0] if key.endswith("_per_second")), None)
+    if rates is None:
+        rate_axes.set_visible(False)
+    else:
+        rate_axes.plot(steps, [line[rates] for line in lines], color="#c98b3d", linewidth=0.8, alpha=0.8)
+        rate_axes.set_ylabel(rates.replace("_per_second", "/s"), color="#c98b3d")
+        rate_axes.set_ylim(bottom=0)
+        rate_axes.spines[["top"]].set_visible(False)
+    path = Path(path)
+    figure.savefig(path, dpi=150, format="png")
+    return path
+
+
+def moving_average(values: list[float], decay: float) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        smooth.append(total / weight)
+    return smooth
