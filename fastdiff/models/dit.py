@@ -192,7 +192,8 @@ class DiT(nn.Module):
         if config.embedders_per_block:  # the first block and the final layer have the two above
             self.block_embedders = nn.ModuleList(nn.ModuleList(_embedders(config)) for _ in self.blocks[1:])
         self.final_layer = FinalLayer(config)
-        self.register_buffer("positions", self._positions_of(*self._grid(config.image_size)), persistent=False)
+        self.register_buffer("positions", torch.empty(0), persistent=False)
+        self.reset_positions()
         self.apply(_initialise)
         for layer in (*self.blocks, self.final_layer):  # adaLN-Zero: each block starts as the identity
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
@@ -284,6 +285,11 @@ class DiT(nn.Module):
         from fastdiff.models.checkpoints import load_dit
 
         return load_dit(path, dtype, overrides)
+
+    def reset_positions(self, dtype: torch.dtype = torch.float32) -> None:
+        """Makes the positions of the grid trained on again, on the parameters' device; they are not saved."""
+        grid, device = self._grid(self.config.image_size), self.x_embedder.proj.weight.device
+        self.positions = self._positions_of(*grid, device=device).to(dtype)
 
     def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         return image_size[0] // self.config.patch_size, image_size[1] // self.config.patch_size
