@@ -1,0 +1,75 @@
+"""A DiT so small that a step takes milliseconds, trained on scikit-learn's digits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+TINY = {
+    "model": {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2,
+              "num_classes": 10, "class_dropout_prob": 0.2},
+    "diffusion": {"prediction_type": "flow", "noise_levels": "logit_normal"},
+    "data": {"name": "digits"},
+    "training": {"batch_size": 8, "max_steps": 12, "checkpoint_every": 5, "keep_last": 2, "log_every": 3,
+                 "warmup_steps": 3, "mixed_precision": "no", "device": "cpu"},
+    "sampling": {"num_inference_steps": 2, "images_per_class": 2},
+}
+
+
+@pytest.fixture
+def tiny_yaml(tmp_path) -> Path:
+    """The tiny recipe as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture
+def make_recipe(tiny_yaml):
+    """make_recipe("--training.max_steps", 3, …) → DiTRecipe."""
+    from fastdiff.cli import parse_recipe
+    from fastdiff.training.diffusion import DiTRecipe
+
+    return lambda *options: parse_recipe(DiTRecipe, [str(tiny_yaml), *map(str, options)], "train", "")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The digits, loaded once."""
+    from fastdiff.data import DataConfig, load_data
+
+    return load_data(DataConfig(name="digits"))
+
+
+@pytest.fixture
+def make_trainer(make_recipe, digits):
+    """make_trainer(folder, "--training.max_steps", 3, …) → Trainer of the tiny recipe."""
+    from fastdiff.training import Trainer
+    from fastdiff.training.diffusion import DiffusionTask
+
+    def make(folder, *options):
+        recipe = make_recipe("--training.output_dir", folder, *options)
+        return Trainer(DiffusionTask(recipe, digits), recipe.training)
+
+    return make
+
+
+@pytest.fixture
+def curve():
+    """curve(folder) → the deterministic columns of its metrics.jsonl."""
+    def read(folder):
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"], line["gradient_norm"], line["learning_rate"]) for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def same_files():
+    """same_files(a, b): asserts that two checkpoints hold the same bytes."""
+    def check(first: Path, second: Path):
+        for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+    return check

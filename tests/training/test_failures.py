@@ -1,0 +1,155 @@
+"""What stops a run: each ends with one line, and the last whole checkpoint stays."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from fastdiff.training import TrainingError, checkpoint
+from fastdiff.training.runs import load_run
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def steps_in(folder) -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder / "checkpoints")]
+
+
+def test_nan_loss_names_step_samples_and_checkpoint(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path / "run")
+    batch = trainer.task.batch
+
+    def poisoned(step, slots):
+        inputs = batch(step, slots)
+        if step == 7:
+            inputs["x0"][2] = float("nan")
+        return inputs
+
+    trainer.task.batch = poisoned
+    with pytest.raises(TrainingError) as error:
+        trainer.train()
+    text = one_line(error)
+    assert "step 8: loss is nan" in text and str(trainer.task.sample_ids(7)) in text
+    assert str(tmp_path / "run" / "checkpoints" / "step_5") in text
+    assert steps_in(tmp_path / "run") == [5]
+    assert torch.isfinite(next(load_run(tmp_path / "run").model.parameters())).all()
+
+
+def test_infinite_gradient_stops_before_a_checkpoint(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path / "run", "--training.max_steps", 5)
+    loss = trainer.task.loss
+    trainer.task.loss = lambda model, batch: loss(model, batch) + trainer.task.model.final_layer.linear.bias.sqrt().sum()
+    with pytest.raises(TrainingError, match="step 1: gradient norm is (inf|nan).*no checkpoint yet"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("where", ["fsync", "file size limit"])
+def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path, make_trainer, monkeypatch, where):
+    make_trainer(tmp_path / "run", "--training.max_steps", 5).train()
+    trainer = make_trainer(tmp_path / "run", "--training.resume", "true")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if where == "fsync":
+            def full(descriptor):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            monkeypatch.setattr(os, "fsync", full)
+        else:  # the weights no longer fit: what safetensors reports is an error of its own
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(TrainingError) as error:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    text = one_line(error)
+    assert "step 10 could not be written" in text and str(tmp_path / "run" / "checkpoints" / "step_5") in text
+    assert ("No space left on device" if where == "fsync" else "File too large") in text
+    assert steps_in(tmp_path / "run") == [5] and not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert make_trainer(tmp_path / "run", "--training.resume", "true").train().steps == 12
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="LOUD: mounting a small file system needs root; the full disk is simulated above")
+def test_a_disk_that_is_really_full(tmp_path, tiny_yaml):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("LOUD: no permission to mount a small file system; the full disk is simulated above")
+    try:
+        done = subprocess.run([sys.executable, "-m", "fastdiff.train", tiny_yaml, "--training.output_dir", disk / "run",
+                               "--training.keep_last", "50", "--training.checkpoint_every", "1"],
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and "No space left on device" in last
+        kept = checkpoint.list_checkpoints(disk / "run" / "checkpoints")
+        assert kept and str(kept[-1]) in last
+        for path in kept:
+            checkpoint.read_state(path)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_checkpoint_cut_short_is_named(tmp_path, make_trainer):
+    make_trainer(tmp_path / "run").train()
+    weights = tmp_path / "run" / "checkpoints" / "step_12" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors has .* bytes; expected .*cut short; delete .*step_12") as error:
+        make_trainer(tmp_path / "run", "--training.resume", "true")
+    one_line(error)
+    with pytest.raises(ValueError, match="cut short"):
+        load_run(tmp_path / "run")
+    assert load_run(tmp_path / "run" / "checkpoints" / "step_10").step == 10  # the one before it is still good
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, make_trainer):
+    make_trainer(tmp_path / "run").train()
+    config = tmp_path / "run" / "config.yaml"
+    recipe = yaml.safe_load(config.read_text())
+    recipe["model"]["hidden_size"] = 64
+    config.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="ema.safetensors does not fit the model of this recipe") as error:
+        load_run(tmp_path / "run")
+    one_line(error)
+
+
+def test_a_folder_with_a_run_is_kept(tmp_path, make_trainer):
+    make_trainer(tmp_path / "run", "--training.max_steps", 2).train()
+    with pytest.raises(FileExistsError, match="already holds a run; pass --training.resume true"):
+        make_trainer(tmp_path / "run")
+    assert steps_in(tmp_path / "run") == [2]
+    notes = tmp_path / "run" / "notes.txt"
+    notes.write_text("mine")
+    make_trainer(tmp_path / "run", "--training.overwrite", "true", "--training.max_steps", 3).train()
+    assert steps_in(tmp_path / "run") == [3] and notes.exists()
+
+
+def test_resume_with_another_recipe_is_refused(tmp_path, make_trainer):
+    make_trainer(tmp_path / "run", "--training.max_steps", 2).train()
+    with pytest.raises(ValueError, match="training.batch_size is 4, but the run in .* was started with 8"):
+        make_trainer(tmp_path / "run", "--training.resume", "true", "--training.batch_size", 4)
+
+
+def test_unwritable_run_folder(tmp_path, make_trainer):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="training.output_dir .* lies in or is a file"):
+        make_trainer(tmp_path / "file" / "run")
+    with pytest.raises(PermissionError, match="training.output_dir '/proc/run' cannot be written"):
+        make_trainer("/proc/run")
+
+
+def test_batches_smaller_than_their_parts_are_refused(tmp_path, make_trainer):
+    with pytest.raises(ValueError, match="training.batch_size is 8; expected at least processes x accumulation_steps"):
+        make_trainer(tmp_path / "run", "--training.accumulation_steps", 9)
+
+
+def test_old_checkpoints_go_and_the_newest_stay(tmp_path, make_trainer):
+    make_trainer(tmp_path / "run", "--training.checkpoint_every", 2, "--training.keep_last", 3).train()
+    assert steps_in(tmp_path / "run") == [8, 10, 12]
