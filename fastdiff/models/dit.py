@@ -304,9 +304,10 @@ class DiT(nn.Module):
         return self._positions_of(*grid, device=sample.device).to(self.positions.dtype)
 
     def _unpatchify(self, patches: Tensor, sample: Tensor) -> Tensor:  # [B, N, p * p * C] -> [B, C, H, W]
+        batch, channels = len(patches), self.config.out_channels
         p, (rows, columns) = self.config.patch_size, self._grid(sample.shape[-2:])
-        pixels = patches.view(patches.shape[0], rows, columns, p, p, self.config.out_channels)
-        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, rows * p, columns * p)
+        pixels = patches.view(batch, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        return pixels.reshape(batch, channels, rows * p, columns * p)
 
     def _check_conditioning(self, batch, tokens, timestep, class_labels, layer_conditioning, token_conditioning):
         expected = {

@@ -38,14 +38,14 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
-        batch, tokens, _ = x.shape
+        batch, tokens, dim = x.shape
         # [B, N, 3 * D] seen as [3, B, heads, N, head_dim]
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
         if self.backend == "matmul" or (self.backend == "auto" and prefers_matmul(qkv)):
             mixed = _matmul_attention(qkv)
         else:
             mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
 
 
 def _matmul_attention(qkv: Tensor) -> Tensor:  # [3, B, H, N, d] -> [B, H, N, d]
