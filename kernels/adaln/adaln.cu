@@ -79,7 +79,7 @@ int forward_of(const AdaLNForwardParams& p, Stream stream) {
   if (p.branch) check.rows(p.branch, p.branch_dtype).rows(p.residual_out, p.x_dtype).modulation(p.gate);
   if (!check.fits()) return launch_forward<X, 1, kStreamed>(p, stream);
   if (p.dim <= kSmallHeld * 256) return launch_forward<X, kVec, kSmallHeld>(p, stream);
-  if (p.dim <= kLargeHeld * 512) return launch_forward<X, kVec, kLargeHeld>(p, stream);
+  if (p.dim <= kLargeHeld * 384) return launch_forward<X, kVec, kLargeHeld>(p, stream);
   return launch_forward<X, kVec, kStreamed>(p, stream);
 }
 
@@ -114,7 +114,7 @@ int rows_of(const AdaLNBackwardParams& p, int64_t segments, Stream stream) {
   if (p.branch) check.rows(p.branch, p.branch_dtype).rows(p.grad_branch, p.branch_dtype).modulation(p.gate);
   if (!check.fits()) return launch_rows<X, 1, kStreamed>(p, segments, stream);
   if (p.dim <= kSmallHeld * 256) return launch_rows<X, kVec, kSmallHeld>(p, segments, stream);
-  if (p.dim <= kLargeHeld * 512) return launch_rows<X, kVec, kLargeHeld>(p, segments, stream);
+  if (p.dim <= kLargeHeld * 384) return launch_rows<X, kVec, kLargeHeld>(p, segments, stream);
   return launch_rows<X, kVec, kStreamed>(p, segments, stream);
 }
 

@@ -12,9 +12,14 @@ namespace fastdiff::cuda {
 
 constexpr int kStreamed = 0;  // for kChunks
 constexpr int kSmallHeld = 8;   // elements a thread holds of rows of up to 8 * 256 elements ...
-constexpr int kLargeHeld = 16;  // ... and of rows of up to 16 * 512
+constexpr int kLargeHeld = 16;  // ... and of rows of up to 16 * 384
 
-constexpr int max_threads(int vec, int chunks) { return vec * chunks == kLargeHeld ? 512 : 256; }
+constexpr int max_threads(int vec, int chunks) { return vec * chunks == kLargeHeld ? 384 : 256; }
+
+// Blocks that fit on a multiprocessor: what bounds the registers, as low as goes without spilling.
+constexpr int forward_blocks(int vec, int chunks) {
+  return vec * chunks == kSmallHeld ? 4 : vec * chunks == kLargeHeld ? 2 : 3;
+}
 
 // The elements of one row that a thread works on: chunks of kVec neighbours, blockDim.x chunks apart.
 template <int kVec, int kChunks>
@@ -159,7 +164,7 @@ __device__ __forceinline__ void write_row(const AdaLNForwardParams& p, const For
 }
 
 template <class X, int kVec, int kChunks>
-__global__ void __launch_bounds__(max_threads(kVec, kChunks))
+__global__ void __launch_bounds__(max_threads(kVec, kChunks), forward_blocks(kVec, kChunks))
     adaln_forward_kernel(const __grid_constant__ AdaLNForwardParams p) {
   FD_SHARED(float, scratch, [2][kMaxWarps][1]);
   FD_SHARED(float, scratch_of_two, [2][kMaxWarps][2]);

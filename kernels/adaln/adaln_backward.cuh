@@ -12,6 +12,8 @@ constexpr int kSumGrad = 0, kSumGradXhat = 1, kSumGate = 2;  // sum g, sum g * x
 constexpr int kFrameThreads = 128, kFrameSlices = 8;  // blocks of the second step: columns, and shares of the segments
 constexpr int kWeightThreads = 32, kWeightSlices = 32;
 
+constexpr int backward_blocks(int vec, int chunks) { return vec * chunks == kLargeHeld ? 1 : 2; }
+
 __host__ __device__ __forceinline__ int64_t segments_per_frame(const AdaLNBackwardParams& p) {
   return (p.grad_tokens_per_frame + p.rows_per_segment - 1) / p.rows_per_segment;
 }
@@ -177,7 +179,7 @@ __device__ __forceinline__ void write_sums(const AdaLNBackwardParams& p, Segment
 }
 
 template <class X, int kVec, int kChunks>
-__global__ void __launch_bounds__(max_threads(kVec, kChunks))
+__global__ void __launch_bounds__(max_threads(kVec, kChunks), backward_blocks(kVec, kChunks))
     adaln_backward_rows_kernel(const __grid_constant__ AdaLNBackwardParams p, const int64_t segments) {
   FD_SHARED(float, scratch, [2][kMaxWarps][2]);
   RowSum<2> row_sums(scratch);
@@ -213,7 +215,7 @@ __device__ __forceinline__ void store_one(void* data, DType dtype, int64_t at, f
 }
 
 // grad_gate, grad_shift and grad_scale: a block takes kFrameThreads columns of one frame of the gradients.
-__global__ void __launch_bounds__(kFrameThreads* kFrameSlices)
+__global__ void __launch_bounds__(kFrameThreads* kFrameSlices, 1)
     adaln_backward_frames_kernel(const __grid_constant__ AdaLNBackwardParams p, const int64_t frames) {
   const int64_t tiles = (p.dim + kFrameThreads - 1) / kFrameThreads, per_frame = segments_per_frame(p);
   for (int64_t item = blockIdx.x; item < frames * tiles; item += gridDim.x) {
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kFrameThreads* kFrameSlices)
 }
 
 // grad_weight and grad_bias: a block takes kWeightThreads columns of all segments.
-__global__ void __launch_bounds__(kWeightThreads* kWeightSlices)
+__global__ void __launch_bounds__(kWeightThreads* kWeightSlices, 1)
     adaln_backward_weights_kernel(const __grid_constant__ AdaLNBackwardParams p, const int64_t segments) {
   const int64_t column = int64_t{blockIdx.x} * kWeightThreads + threadIdx.x;
   float sums[2] = {0.0f, 0.0f};  // of (1 + scale) * sum g, and of (1 + scale) * sum g * xhat

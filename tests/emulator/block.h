@@ -372,9 +372,6 @@ EMULATOR_INTERNAL inline void launch(dim3 grid, dim3 size, size_t dynamic_bytes,
     b.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     run_block(b);
     if (b.error.empty()) continue;
-#ifdef EMULATOR_ASAN
-    unpoison(b.stacks, kMaxThreads * Fiber::kStackBytes);  // the frames that a failed block left behind
-#endif
     throw std::runtime_error(b.error);
   }
   observe(&g_finished);

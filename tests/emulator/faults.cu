@@ -70,6 +70,12 @@ __global__ void load_vectors(const float* in, float* out) {
   fastdiff::cuda::store(out + 4 * threadIdx.x, v);
 }
 
+// A cast that the kernels' own load() does not guard; UBSan sees it.
+__global__ void cast_to_vector(const float* in, float* out) {
+  using Four = fastdiff::cuda::Pack<float, 4>;
+  reinterpret_cast<Four*>(out)[threadIdx.x] = reinterpret_cast<const Four*>(in)[threadIdx.x];
+}
+
 __global__ void too_much_static_shared(float* out) {
   FD_SHARED(float, tile, [64 << 10]);
   tile[threadIdx.x] = 1.0f;
@@ -115,6 +121,8 @@ int run(const char* name, const float* in, float* out, int n) {
     FD_LAUNCH(load_vectors, one, dim3(32), 0, stream, in, out);
   } else if (is("misaligned_vector")) {
     FD_LAUNCH(load_vectors, one, dim3(16), 0, stream, in + 1, out);
+  } else if (is("misaligned_cast")) {
+    FD_LAUNCH(cast_to_vector, one, dim3(16), 0, stream, in + 1, out);
   } else if (is("too_much_static_shared")) {
     FD_LAUNCH(too_much_static_shared, one, threads, 0, stream, out);
   } else if (is("too_much_dynamic_shared")) {

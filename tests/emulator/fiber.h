@@ -52,6 +52,7 @@ class Fiber {
   // `entry` never returns. Stacks that start at staggered addresses do not fight for the same cache sets.
   EMULATOR_INTERNAL void start(char* stack, unsigned number, void (*entry)()) {
     stack_ = stack;
+    unpoison(stack, kStackBytes);  // frames that never returned are AddressSanitizer's poison still
     const uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + kStackBytes - number * 7 % 64 * 192) & ~uintptr_t{63};
     void** slot = reinterpret_cast<void**>(top);
     *--slot = nullptr;  // the return address of `entry`, and what aligns its stack
