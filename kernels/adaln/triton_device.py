@@ -245,7 +245,8 @@ def backward_kernel(
 ):  # fmt: skip
     """Gradients of one segment of rows, and its share of the sums. Grid: (segments, cdiv(dim, BLOCK)).
 
-    A segment lies in one frame, so all its rows have the same gate and scale. Its sums go to sums [3, segments, dim],
+    A segment lies in one frame, so all its rows have the same gate and scale (read from the cache for each row: kept,
+    they would be the registers that spill). Its sums go to sums [3, segments, dim],
     or, where a frame is one segment, straight to the modulation gradients. branch is given only where the gradient of
     the gate is wanted, row_means only where a row is wider than BLOCK.
     """
@@ -259,12 +260,7 @@ def backward_kernel(
     scale_offset = _modulation_offset(
         frame_row, tokens, scale_batch_stride, scale_frame_stride, scale_tokens_per_frame
     )
-    gain = _gain(weight_ptr, scale_ptr, scale_offset, cols, col_mask)
-    if grad_branch_ptr is not None:
-        gate_offset = _modulation_offset(
-            frame_row, tokens, gate_batch_stride, gate_frame_stride, gate_tokens_per_frame
-        )
-        gate = _load(gate_ptr, gate_offset, cols, col_mask)
+    gate_offset = _modulation_offset(frame_row, tokens, gate_batch_stride, gate_frame_stride, gate_tokens_per_frame)
 
     p = tl.zeros([ROWS, BLOCK], tl.float32)
     q = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -277,7 +273,7 @@ def backward_kernel(
         grad_out = _load(grad_out_ptr, offset, cols, mask)
         rstd = tl.load(rstd_ptr + row)
         xhat = _xhat(x_ptr, mean_ptr, row, rstd, offset, cols, mask)
-        ghat = grad_out * gain
+        ghat = grad_out * _gain(weight_ptr, scale_ptr, scale_offset, cols, col_mask)
         if row_means_ptr is None:
             mean_ghat = tl.sum(ghat, axis=1, keep_dims=True) / dim
             mean_ghat_xhat = tl.sum(ghat * xhat, axis=1, keep_dims=True) / dim
@@ -292,7 +288,7 @@ def backward_kernel(
             grad += _load(grad_residual_out_ptr, offset, cols, mask)
         _store(grad_x_ptr, offset, cols, grad, mask)
         if grad_branch_ptr is not None:
-            _store(grad_branch_ptr, offset, cols, gate * grad, mask)
+            _store(grad_branch_ptr, offset, cols, _load(gate_ptr, gate_offset, cols, col_mask) * grad, mask)
         p += grad_out
         q += grad_out * xhat
         if branch_ptr is not None:

@@ -17,12 +17,17 @@ from torch import Tensor
 
 from . import triton_device as device
 
-FORWARD_MAX_BLOCK = 8192  # the widest row that is kept in registers; wider ones are read in tiles of this width
-BACKWARD_MAX_BLOCK = 4096
+# Widths. What stays free of spills on every target (tools/triton_aot.py checks it) sets the upper ones.
+MIN_BLOCK = 128
+FORWARD_MAX_BLOCK, FORWARD_TILE = 8192, 4096  # wider rows are read in tiles
+BACKWARD_MAX_BLOCK, BACKWARD_TILE = 4096, 4096
+BACKWARD_UNALIGNED_BLOCK = 2048  # rows that cannot be read in vectors need more registers
+MAX_WARPS = 16
+# What a thread may have with that many warps. Told so, ptxas does not spill a register or two to fit more programs.
+MAX_REGISTERS = 65536 // (32 * MAX_WARPS)
 MIN_TILE = 1024  # narrow rows share a program until its tile has this many elements
 SEGMENT_TARGET = 512  # the backward pass cuts the rows into about this many segments,
 MIN_SEGMENT, MAX_SEGMENT = 4, 64  # of so many rows
-REDUCE_ROWS, REDUCE_BLOCK = 16, 128  # the tile that adds segments
 MAX_ROWS = 2**31 - MIN_TILE  # row numbers are 32-bit
 
 
@@ -58,12 +63,28 @@ class Tile(NamedTuple):
     block: int
     num_warps: int
 
+    def launch_options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "maxnreg": MAX_REGISTERS}
 
-def _tile(dim: int, max_block: int) -> Tile:
-    """The tile for rows of `dim`: 8 elements a thread, four to sixteen warps; one row where it is wider than a tile."""
-    block = min(max(triton.next_power_of_2(dim), 16), max_block)
-    rows = 1 if dim > block else max(MIN_TILE // block, 1)
-    return Tile(rows, block, min(max(rows * block // 256, 4), 16))
+    @staticmethod
+    def of(dim: int, widest: int, otherwise: int, elements_per_thread: int) -> "Tile":
+        """Whole rows, or tiles of width `otherwise` where a row is wider than `widest`."""
+        block = max(triton.next_power_of_2(dim), MIN_BLOCK)
+        rows, block = (max(MIN_TILE // block, 1), block) if block <= widest else (1, otherwise)
+        return Tile(rows, block, min(max(rows * block // (32 * elements_per_thread), 4), MAX_WARPS))
+
+
+REDUCE_TILE = Tile(16, 128, num_warps=4)  # what adds segments
+
+
+def forward_tile(dim: int) -> Tile:
+    return Tile.of(dim, FORWARD_MAX_BLOCK, FORWARD_TILE, elements_per_thread=8)
+
+
+def backward_tile(dim: int) -> Tile:
+    if dim % 16:
+        return Tile.of(dim, BACKWARD_UNALIGNED_BLOCK, BACKWARD_UNALIGNED_BLOCK, elements_per_thread=4)
+    return Tile.of(dim, BACKWARD_MAX_BLOCK, BACKWARD_TILE, elements_per_thread=4)
 
 
 def _check_rows(x: Tensor) -> int:
@@ -81,30 +102,17 @@ def _launch_forward(x, branch, gate, shift, scale, weight, bias, rms, eps, resid
     rows = _check_rows(x)
     if rows == 0:
         return
-    tile = _tile(dim, FORWARD_MAX_BLOCK)
+    tile = forward_tile(dim)
     kernel = device.forward_kernel if dim <= tile.block else device.forward_tiled_kernel
     with torch.cuda.device_of(x):
         kernel[(triton.cdiv(rows, tile.rows),)](
-            x_ptr=x,
-            branch_ptr=branch,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            residual_out_ptr=residual_out,
-            out_ptr=out,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            rows=rows,
-            tokens=tokens,
-            dim=dim,
-            eps=eps,
-            **Modulation.of(gate, tokens).arguments("gate"),
-            **Modulation.of(shift, tokens).arguments("shift"),
+            x_ptr=x, branch_ptr=branch, weight_ptr=weight, bias_ptr=bias,
+            residual_out_ptr=residual_out, out_ptr=out, mean_ptr=mean, rstd_ptr=rstd,
+            rows=rows, tokens=tokens, dim=dim, eps=eps,
+            **Modulation.of(gate, tokens).arguments("gate"), **Modulation.of(shift, tokens).arguments("shift"),
             **Modulation.of(scale, tokens).arguments("scale"),
-            RMS=rms,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.num_warps,
-        )
+            RMS=rms, ROWS=tile.rows, BLOCK=tile.block, **tile.launch_options(),
+        )  # fmt: skip
 
 
 def _statistics(x: Tensor, rms: bool) -> tuple[Tensor | None, Tensor]:
@@ -181,12 +189,6 @@ def _gradient_of(operand: Tensor | None, wanted: bool, x: Tensor, frames: int) -
     return torch.empty(batch, frames, dim, dtype=dtype, device=x.device)
 
 
-def _segment_rows(rows: int, frame_rows: int, tile_rows: int) -> int:
-    """How many rows a segment has: a power of two that fills whole tiles, at most one frame."""
-    wanted = triton.next_power_of_2(triton.cdiv(rows, SEGMENT_TARGET))
-    return min(max(min(max(wanted, MIN_SEGMENT), MAX_SEGMENT), tile_rows), frame_rows)
-
-
 class Gradients(NamedTuple):
     """What the backward pass fills; None is not wanted."""
 
@@ -198,100 +200,104 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
 
+    @property
+    def modulation_wanted(self) -> bool:
+        return not (self.gate is None and self.shift is None and self.scale is None)
+
+    @property
+    def affine_wanted(self) -> bool:
+        return not (self.weight is None and self.bias is None)
+
+    def modulation_pointers(self, absent: bool = False) -> dict[str, Tensor | None]:
+        pointers = {"grad_gate_ptr": self.gate, "grad_shift_ptr": self.shift, "grad_scale_ptr": self.scale}
+        return dict.fromkeys(pointers) if absent else pointers
+
     def tensors(self) -> list[Tensor]:
         return [_absent(self.x) if grad is None else grad for grad in self]
+
+
+class Segments(NamedTuple):
+    """How the rows are cut for the sums over tokens: every frame into `per_frame` segments of `rows` rows."""
+
+    frames: int  # batch * frames of a sample
+    frame_rows: int
+    rows: int
+    per_frame: int
+
+    @staticmethod
+    def of(x: Tensor, frames: int, tile: Tile) -> "Segments":
+        batch, tokens, _ = x.shape
+        frame_rows = tokens // frames
+        wanted = triton.next_power_of_2(triton.cdiv(batch * tokens, SEGMENT_TARGET))
+        rows = min(max(min(max(wanted, MIN_SEGMENT), MAX_SEGMENT), tile.rows), frame_rows)
+        return Segments(batch * frames, frame_rows, rows, triton.cdiv(frame_rows, rows))
+
+    @property
+    def count(self) -> int:
+        return self.frames * self.per_frame
+
+
+def _row_means(grad_out, x, statistics: dict, scale: dict, weight, tile: Tile) -> Tensor:
+    """[2, rows]: the two means that the gradient of a row needs, where a row is wider than a tile."""
+    batch, tokens, dim = x.shape
+    row_means = torch.empty(2, batch * tokens, dtype=torch.float32, device=x.device)
+    device.row_means_kernel[(batch * tokens,)](
+        grad_out_ptr=grad_out, x_ptr=x, **statistics, **scale, weight_ptr=weight, row_means_ptr=row_means,
+        rows=batch * tokens, tokens=tokens, dim=dim, BLOCK=tile.block, **tile.launch_options(),
+    )  # fmt: skip
+    return row_means
+
+
+def _reduce(grads: Gradients, sums: Tensor, scale: dict, weight, bias, tokens: int, segments: Segments) -> None:
+    """Adds what the segments left in `sums` [2 or 3, segments, D], in order."""
+    dim = sums.shape[-1]
+    tile = REDUCE_TILE
+    column_tiles = triton.cdiv(dim, tile.block)
+    common = {"sums_ptr": sums, "segments_per_frame": segments.per_frame, "segments": segments.count, "dim": dim}
+    common |= {"ROWS": tile.rows, "BLOCK": tile.block, **tile.launch_options()}
+    if grads.modulation_wanted:
+        device.reduce_modulation_kernel[(segments.frames, column_tiles)](
+            weight_ptr=weight, bias_ptr=bias, **grads.modulation_pointers(), **common
+        )
+    if grads.affine_wanted:
+        device.reduce_affine_kernel[(column_tiles,)](
+            **scale, grad_weight_ptr=grads.weight, grad_bias_ptr=grads.bias,
+            tokens=tokens, frame_rows=segments.frame_rows, **common,
+        )  # fmt: skip
 
 
 def _launch_backward(
     grads: Gradients, grad_out, grad_residual_out, x, mean, rstd, branch, gate, scale, weight, bias, frames: int
 ) -> None:
     batch, tokens, dim = x.shape
-    rows = _check_rows(x)
-    if rows == 0:
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return
-    mean = mean if mean.numel() else None  # rms
-    tile = _tile(dim, BACKWARD_MAX_BLOCK)
-    frame_rows = tokens // frames
-    segment_rows = _segment_rows(rows, frame_rows, tile.rows)
-    segments_per_frame = triton.cdiv(frame_rows, segment_rows)
-    segments = batch * frames * segments_per_frame
-    tiles = triton.cdiv(dim, tile.block)
-
-    affine = grads.weight is not None or grads.bias is not None
-    modulation = not (grads.gate is None and grads.shift is None and grads.scale is None)
-    reduced = affine or (modulation and segments_per_frame > 1)
-    workspace = {"dtype": torch.float32, "device": x.device}
-    sums = torch.empty(3 if grads.gate is not None else 2, segments, dim, **workspace) if reduced else None
-    row_means = torch.empty(2, rows, **workspace) if tiles > 1 else None
-
-    modulation_grads = {"grad_gate_ptr": grads.gate, "grad_shift_ptr": grads.shift, "grad_scale_ptr": grads.scale}
-    scale_arguments = Modulation.of(scale, tokens).arguments("scale")
-    segmentation = {"segments_per_frame": segments_per_frame, "segments": segments}
+    tile = backward_tile(dim)
+    segments = Segments.of(x, frames, tile)
+    statistics = {"mean_ptr": mean, "rstd_ptr": rstd}
+    scale = Modulation.of(scale, tokens).arguments("scale")
+    # where a frame is one segment, its sums are its gradients: they need no second pass
+    two_steps = grads.affine_wanted or (grads.modulation_wanted and segments.per_frame > 1)
+    sums = None
+    if two_steps:
+        kinds = 2 if grads.gate is None else 3
+        sums = torch.empty(kinds, segments.count, dim, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        if tiles > 1:
-            device.row_means_kernel[(rows,)](
-                grad_out_ptr=grad_out,
-                x_ptr=x,
-                mean_ptr=mean,
-                rstd_ptr=rstd,
-                weight_ptr=weight,
-                row_means_ptr=row_means,
-                rows=rows,
-                tokens=tokens,
-                dim=dim,
-                **scale_arguments,
-                BLOCK=tile.block,
-                num_warps=tile.num_warps,
-            )
-        device.backward_kernel[(segments, tiles)](
-            grad_out_ptr=grad_out,
-            grad_residual_out_ptr=grad_residual_out,
-            x_ptr=x,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            branch_ptr=branch if grads.gate is not None else None,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            row_means_ptr=row_means,
-            grad_x_ptr=grads.x,
-            grad_branch_ptr=grads.branch,
-            sums_ptr=sums,
-            **(dict.fromkeys(modulation_grads) if reduced else modulation_grads),
-            rows=rows,
-            tokens=tokens,
-            dim=dim,
-            frame_rows=frame_rows,
-            segment_rows=segment_rows,
-            **segmentation,
-            **Modulation.of(gate, tokens).arguments("gate"),
-            **scale_arguments,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.num_warps,
-        )
-        reduction = {**segmentation, "dim": dim, "ROWS": REDUCE_ROWS, "BLOCK": REDUCE_BLOCK, "num_warps": 4}
-        column_tiles = triton.cdiv(dim, REDUCE_BLOCK)
-        if reduced and modulation:
-            device.reduce_modulation_kernel[(batch * frames, column_tiles)](
-                sums_ptr=sums, weight_ptr=weight, bias_ptr=bias, **modulation_grads, **reduction
-            )
-        if affine:
-            device.reduce_affine_kernel[(column_tiles,)](
-                sums_ptr=sums,
-                grad_weight_ptr=grads.weight,
-                grad_bias_ptr=grads.bias,
-                tokens=tokens,
-                frame_rows=frame_rows,
-                **scale_arguments,
-                **reduction,
-            )
+        row_means = _row_means(grad_out, x, statistics, scale, weight, tile) if dim > tile.block else None
+        device.backward_kernel[(segments.count, triton.cdiv(dim, tile.block))](
+            grad_out_ptr=grad_out, grad_residual_out_ptr=grad_residual_out, x_ptr=x, **statistics,
+            branch_ptr=None if grads.gate is None else branch, weight_ptr=weight, bias_ptr=bias,
+            row_means_ptr=row_means, grad_x_ptr=grads.x, grad_branch_ptr=grads.branch, sums_ptr=sums,
+            **grads.modulation_pointers(absent=two_steps), **Modulation.of(gate, tokens).arguments("gate"), **scale,
+            rows=batch * tokens, tokens=tokens, dim=dim, frame_rows=segments.frame_rows,
+            segment_rows=segments.rows, segments_per_frame=segments.per_frame, segments=segments.count,
+            ROWS=tile.rows, BLOCK=tile.block, **tile.launch_options(),
+        )  # fmt: skip
+        if two_steps:
+            _reduce(grads, sums, scale, weight, bias, tokens, segments)
 
 
 def _backward(
-    grad_out, grad_residual_out, x, mean, rstd, branch, gate, shift, scale, weight, bias, need_modulation, need_affine
+    grad_out, grad_residual_out, x, mean, rstd, branch, gate, shift, scale, weight, bias, rms,
+    need_modulation, need_affine,
 ) -> Gradients:
     frames = math.lcm(*(_own_frames(m) for m in (gate, shift, scale) if m is not None))
     grads = Gradients(
@@ -303,7 +309,13 @@ def _backward(
         weight=torch.empty_like(weight) if weight is not None and need_affine else None,
         bias=torch.empty_like(bias) if bias is not None and need_affine else None,
     )
-    _launch_backward(grads, grad_out, grad_residual_out, x, mean, rstd, branch, gate, scale, weight, bias, frames)
+    if _check_rows(x):
+        mean = None if rms else mean
+        _launch_backward(grads, grad_out, grad_residual_out, x, mean, rstd, branch, gate, scale, weight, bias, frames)
+    else:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
     return grads
 
 
@@ -316,7 +328,7 @@ def adaln_backward(
     operand's dtype where that is its own shape and in fp32 where the caller has yet to sum it.
     """
     grads = _backward(
-        grad_out, None, x, mean, rstd, None, None, shift, scale, weight, bias, need_modulation, need_affine
+        grad_out, None, x, mean, rstd, None, None, shift, scale, weight, bias, rms, need_modulation, need_affine
     ).tensors()
     return grads[0], *grads[3:]
 
@@ -328,7 +340,7 @@ def gated_residual_adaln_backward(
     """(grad_residual, grad_branch, grad_gate, grad_shift, grad_scale, grad_weight, grad_bias), as adaln_backward."""
     return tuple(
         _backward(
-            grad_out, grad_residual_out, residual_out, mean, rstd, branch, gate, shift, scale, weight, bias,
+            grad_out, grad_residual_out, residual_out, mean, rstd, branch, gate, shift, scale, weight, bias, rms,
             need_modulation, need_affine,
         ).tensors()
     )  # fmt: skip
