@@ -9,8 +9,6 @@
 namespace fastdiff::cuda {
 namespace {
 
-constexpr int64_t kMaxGrid = 2147483647;  // blocks in x; kernels loop over what is beyond
-
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_device_dtype(DType t) { return t == DType::kFloat32 || t == DType::kBFloat16 || t == DType::kFloat16; }
@@ -56,7 +54,7 @@ dim3 block_of(int64_t dim, int held, int64_t max_threads, int64_t rows, int64_t 
 
 dim3 grid_of(int64_t work, int64_t per_block) {
   const int64_t blocks = round_up(work, per_block);
-  return dim3(static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid), 1, 1);
+  return dim3(static_cast<unsigned>(blocks < max_grid() ? blocks : max_grid()), 1, 1);
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward

@@ -25,6 +25,7 @@ namespace fastdiff::cuda {
 using Stream = cudaStream_t;
 inline int launch_status() { return static_cast<int>(cudaGetLastError()); }
 constexpr int kInvalidValue = static_cast<int>(cudaErrorInvalidValue);
+inline int64_t max_grid() { return 2147483647; }  // blocks in x; kernels loop over work beyond that
 }  // namespace fastdiff::cuda
 
 #else

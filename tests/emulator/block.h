@@ -21,9 +21,10 @@ constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStaticSharedLimit = 48 << 10;  // what nvcc allows, and a launch without opt-in too
 
 struct Config {
-  int schedule = 0;                      // 0: threads and blocks in order, 1: backwards, n: shuffled with seed n
+  int schedule = 0;                          // 0: threads and blocks in order, 1: backwards, n: shuffled with seed n
   size_t shared_limit = kStaticSharedLimit;  // bytes a block may have, static and dynamic together
-  unsigned char poison = 0xff;           // what shared memory holds at first: NaN in every float type
+  int64_t max_grid = 2147483647;             // blocks in x that a launch may have; less, to test loops over the rest
+  unsigned char poison = 0xff;               // what shared memory holds at first: NaN in every float type
 };
 inline Config& config() {
   static Config c;

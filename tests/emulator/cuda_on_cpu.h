@@ -50,6 +50,7 @@ namespace fastdiff::cuda {
 using Stream = CUstream_st*;
 inline int launch_status() { return 0; }  // faults are exceptions here
 constexpr int kInvalidValue = 1;          // cudaErrorInvalidValue
+inline int64_t max_grid() { return ::cuda_on_cpu::config().max_grid; }
 }  // namespace fastdiff::cuda
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

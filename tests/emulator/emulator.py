@@ -80,8 +80,8 @@ class Emulator:
         assert ctypes.sizeof(ForwardParams) == self.lib.fd_size_of_forward_params()
         assert ctypes.sizeof(BackwardParams) == self.lib.fd_size_of_backward_params()
 
-    def configure(self, schedule: int = 0, shared_limit: int = 48 << 10) -> None:
-        self.lib.fd_configure(ctypes.c_int(schedule), ctypes.c_long(shared_limit))
+    def configure(self, schedule: int = 0, shared_limit: int = 48 << 10, max_grid: int = 2**31 - 1) -> None:
+        self.lib.fd_configure(ctypes.c_int(schedule), ctypes.c_long(shared_limit), ctypes.c_long(max_grid))
 
     def check(self, status: int) -> None:
         if status == -1:

@@ -26,9 +26,10 @@ extern "C" {
 
 const char* fd_error() { return g_error; }
 
-void fd_configure(int schedule, long shared_limit) {
+void fd_configure(int schedule, long shared_limit, long max_grid) {
   cuda_on_cpu::config().schedule = schedule;
   cuda_on_cpu::config().shared_limit = static_cast<size_t>(shared_limit);
+  cuda_on_cpu::config().max_grid = max_grid;
 }
 
 long fd_size_of_forward_params() { return sizeof(fastdiff::AdaLNForwardParams); }

@@ -247,6 +247,43 @@ def test_any_segments(emulator, frames, rows_per_segment):
         assert relative(grads[name], leaf.grad) < SUMS, name
 
 
+def test_more_work_than_the_grid_has_blocks(emulator):
+    g = seeded("grid")
+    x, grad_out, scale, weight = randn(g, 4, 10, 136), randn(g, 4, 10, 136), randn(g, 4, 5, 136), randn(g, 136)
+
+    def run() -> dict[str, Tensor]:
+        f = emulator.forward(x, None, scale, weight=weight)
+        grads = emulator.backward(
+            grad_out, x, f, wanted=("scale", "weight"), scale=scale, weight=weight, frames=5, rows_per_segment=2
+        )
+        return f | {f"grad_{name}": t for name, t in grads.items()}
+
+    expected = run()
+    for schedule in SCHEDULES:
+        # 5 blocks: grad_weight's, one a tile of 32 columns, does not loop, as D / 32 is within any grid
+        emulator.configure(schedule, max_grid=5)
+        for name, t in run().items():
+            assert t is None or torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("layout", ["batch", "frames"])
+def test_offsets_beyond_2_to_31(emulator, layout):
+    """Modulation rows 2^31 elements apart, in memory that is never touched in between."""
+    g = seeded("far apart")
+    stride, dim = 2**31 + 8, 64
+    shape, strides = ((2, 1, dim), (stride, dim, 1)) if layout == "batch" else ((1, 2, dim), (8, stride, 1))
+    scale = torch.empty(stride + dim, dtype=BF16).as_strided(shape, strides)
+    near = randn(g, *shape, dtype=BF16)
+    scale.copy_(near)
+    x, grad_out = randn(g, 2, 4, dim), randn(g, 2, 4, dim)
+    far = emulator.forward(x, scale, scale)
+    assert torch.equal(far["out"], emulator.forward(x, near, near)["out"])
+    wanted = {"wanted": ("weight",), "frames": shape[1]}
+    grads = emulator.backward(grad_out, x, far, scale=scale, **wanted)
+    for name, t in emulator.backward(grad_out, x, far, scale=near, **wanted).items():
+        assert torch.equal(grads[name], t), name
+
+
 def test_without_sums_no_workspace_is_needed(emulator):
     g = seeded("no sums")
     x, grad_out, scale = randn(g, 2, 6, 64), randn(g, 2, 6, 64), randn(g, 64)
