@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from build_emulator import Unavailable, build
+
 from emulator import Emulator
 
 

@@ -6,9 +6,9 @@ the bounds are about 3 times what was seen on x86-64 with gcc 12 (in the comment
 
 import pytest
 import torch
-from emulator import SCHEDULES, Emulator
 from torch import Tensor
 
+from emulator import SCHEDULES, Emulator
 from fastdiff.kernels.adaln import reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

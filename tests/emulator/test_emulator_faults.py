@@ -1,4 +1,4 @@
-"""Tests of the detectors: every seeded fault must be caught, by what is meant to catch it, and right kernels must not."""
+"""Tests of the detectors: every seeded fault is caught by what is meant to catch it, and right kernels pass."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from build_emulator import race
+
 from emulator import SCHEDULES, Emulator, EmulatorError
 
 HERE = Path(__file__).parent
@@ -116,7 +117,7 @@ def test_sanitizers_catch(libraries, fault, report):
 
 def test_adaln_under_address_and_undefined_behaviour_sanitizers(libraries):
     """A selection of test_emulated_adaln.py, in a process of its own with the sanitized library."""
-    chosen = ["widths and (1- or 7- or 64- or 1152- or 8200-)", "BFD or BD", "misaligned and dtype1", "segments", "empty"]
+    chosen = ["widths and (1- or 7- or 384- or 8200-)", "BFD or BD", "misaligned", "segments", "empty"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_emulated_adaln.py")]
     command += ["-k", " or ".join(f"({k})" for k in chosen)]
     environment = preloaded() | {"FASTDIFF_EMULATOR": str(libraries("asan"))}
