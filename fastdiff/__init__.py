@@ -1,8 +1,8 @@
 """fastdiff: the operators of diffusion transformers and masked diffusion language models, made fast."""
 
-from fastdiff.version import __version__
-
 import torch as _torch
+
+from fastdiff.version import __version__
 
 _MINIMUM_TORCH = (2, 13)
 if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) < _MINIMUM_TORCH:

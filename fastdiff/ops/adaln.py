@@ -125,7 +125,9 @@ def gated_residual_adaln(
         return (stream, normed) if out is None else (residual_out.copy_(stream), out.copy_(normed))
     args = (x3, branch, gate, shift, scale, weight, bias, norm == "rms", eps, out_dtype)
     if out is not None:
-        IMPLEMENTATIONS[backend].gated_residual_adaln_forward_out(*args, residual_out.view(x3.shape), out.view(x3.shape))
+        IMPLEMENTATIONS[backend].gated_residual_adaln_forward_out(
+            *args, residual_out.view(x3.shape), out.view(x3.shape)
+        )
         return residual_out, out
     if grad:
         stream, normed = _GatedResidualAdaLN.apply(backend, *_distinct(args))
@@ -274,7 +276,9 @@ def _check_modulation(name: str, m: Tensor, x: Tensor, batch: int, tokens: int, 
                 return
             if len(shape) == x.ndim and shape[1:] == x.shape[1:]:
                 return
-    expected = f"[{dim}], [1, {dim}], [{batch}, {dim}], [{batch}, F, {dim}] with F dividing {tokens}, or [1, {tokens}, {dim}]"
+    expected = (
+        f"[{dim}], [1, {dim}], [{batch}, {dim}], [{batch}, F, {dim}] with F dividing {tokens}, or [1, {tokens}, {dim}]"
+    )
     raise ValueError(f"{name} has shape {list(shape)}; expected one of {expected}")
 
 

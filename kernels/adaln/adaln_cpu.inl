@@ -17,8 +17,8 @@ struct Scratch {
   S* data;
   int64_t stride;
   Scratch(int64_t rows, int64_t dim) : stride((dim + 15) / 16 * 16) {
-    data = static_cast<S*>(aligned_alloc(64, rows * stride * sizeof(S)));
-    if (data == nullptr) abort();  // a few rows: as far gone as a stack overflow
+    data = static_cast<S*>(aligned_alloc(64, (rows * stride * sizeof(S) + 63) / 64 * 64));
+    if (data == nullptr && rows > 0) abort();  // a few rows: as far gone as a stack overflow
   }
   ~Scratch() { free(data); }
   S* row(int64_t i) const { return data + i * stride; }
@@ -43,49 +43,47 @@ void widen_row(const Modulation& m, int64_t offset, typename V::Scalar constant,
   });
 }
 
-// The rows a = weight·(1 + scale), c = bias·(1 + scale) + shift and gate that hold for a token, made anew only when
+// The rows a = weight·(1 + scale), c = bias·(1 + scale) + shift and gate that hold for a token, made anew only where
 // the token's modulation rows change: once a sample, a frame or a token.
 template <class V>
 struct ModulationRows {
   using S = typename V::Scalar;
   const Modulation &scale, &shift, &gate;
   const S *weight, *bias;
-  int64_t dim;
-  S *a, *c, *g;
+  int64_t tokens, dim;
+  S *a, *c, *g;  // c and g may be absent
   int64_t scale_at = -1, shift_at = -1, gate_at = -1;
 
-  void move_to(int64_t b, int64_t n) {
+  // Makes the rows for row r of all; returns how many rows from there on share them.
+  int64_t move_to(int64_t r) {
+    const int64_t b = r / tokens, n = r % tokens;
     const int64_t s = modulation_offset(scale, b, n), t = modulation_offset(shift, b, n);
-    const bool new_scale = s != scale_at;
-    if (new_scale) {
-      widen_row<V>(scale, s, 1, dim, a);
-    }
-    if (c != nullptr && (t != shift_at || (new_scale && bias != nullptr))) {
+    const bool new_scale = s != scale_at, new_shift = c != nullptr && (t != shift_at || (new_scale && bias != nullptr));
+    if (new_scale || (new_shift && bias != nullptr)) widen_row<V>(scale, s, 1, dim, a);
+    if (new_shift) {
       widen_row<V>(shift, t, 0, dim, c);
-      if (bias != nullptr) {
-        if (!new_scale) widen_row<V>(scale, s, 1, dim, a);
-        for_lanes<V>(dim, [&](int64_t i, auto n_) {
-          store(fma(load<V>(bias + i, n_), load<V>(a + i, n_), load<V>(c + i, n_)), c + i, n_);
+      if (bias != nullptr)
+        for_lanes<V>(dim, [&](int64_t i, auto k) {
+          store(fma(load<V>(bias + i, k), load<V>(a + i, k), load<V>(c + i, k)), c + i, k);
         });
-        if (!new_scale) scale_weight();
-      }
-      shift_at = t;
     }
-    if (new_scale) {
-      scale_weight();
-      scale_at = s;
-    }
+    if (weight != nullptr && (new_scale || (new_shift && bias != nullptr)))
+      for_lanes<V>(dim, [&](int64_t i, auto k) { store(load<V>(weight + i, k) * load<V>(a + i, k), a + i, k); });
+    scale_at = s;
+    shift_at = t;
     if (g != nullptr) {
       const int64_t u = modulation_offset(gate, b, n);
       if (u != gate_at) widen_row<V>(gate, u, 0, dim, g);
       gate_at = u;
     }
-  }
-
- private:
-  void scale_weight() {
-    if (weight == nullptr) return;
-    for_lanes<V>(dim, [&](int64_t i, auto n) { store(load<V>(weight + i, n) * load<V>(a + i, n), a + i, n); });
+    int64_t run = tokens - n;
+    const Modulation* const operands[] = {&scale, &shift, &gate};
+    for (const Modulation* m : operands)
+      if (m->frame_stride != 0) {
+        const int64_t left = m->tokens_per_frame - n % m->tokens_per_frame;
+        run = left < run ? left : run;
+      }
+    return run;
   }
 };
 
@@ -97,97 +95,104 @@ void gate_row(const X* x, const B* branch, const typename V::Scalar* g, int64_t 
   });
 }
 
+// The mean as `origin + correction`, so that x̂ = (x − origin)·ρ − correction·ρ keeps its digits far from zero.
 template <class S>
 struct Statistics {
-  S first_mean;   // the mean as the first pass has it
-  S correction;   // what the second pass adds to it
-  S rstd;
+  S origin, correction, rstd;
 };
 
-// Four running sums in flight hide the latency of the additions.
-template <class V, class F>
-FD_INLINE typename V::Scalar sum_of(int64_t dim, const F& term) {
-  constexpr int W = V::kWidth;
-  V sum[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
-  int64_t i = 0;
-  for (; i + 4 * W <= dim; i += 4 * W)
-    for (int k = 0; k < 4; k++) sum[k] = sum[k] + term(i + k * W, Whole{});
-  for (; i + W <= dim; i += W) sum[0] = sum[0] + term(i, Whole{});
-  if (i < dim) sum[1] = sum[1] + term(i, dim - i).first(dim - i);
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
-}
+template <class S>
+struct Moments {
+  S first, second;  // Σ (x − origin), Σ (x − origin)²
+};
 
+// Running sums enough to hide the latency of the additions.
 template <class V, class X>
-Statistics<typename V::Scalar> row_statistics(const X* x, int64_t dim, bool rms, double eps) {
-  using S = typename V::Scalar;
-  const S size = S(dim);
-  if (rms) {
-    const S square = sum_of<V>(dim, [&](int64_t i, auto n) {
-      const V v = load<V>(x + i, n);
-      return v * v;
-    });
-    return {0, 0, S(1) / S(sqrt(square / size + S(eps)))};
-  }
-  const S mean = sum_of<V>(dim, [&](int64_t i, auto n) { return load<V>(x + i, n); }) / size;
-  const V m = V::set(mean);
+FD_INLINE Moments<typename V::Scalar> row_moments(const X* x, typename V::Scalar origin, int64_t dim) {
   constexpr int W = V::kWidth;
-  V sum[2] = {V::set(0), V::set(0)}, square[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+  const V o = V::set(origin);
+  V first[4] = {V::set(0), V::set(0), V::set(0), V::set(0)}, second[4] = {first[0], first[0], first[0], first[0]};
   int64_t i = 0;
   for (; i + 4 * W <= dim; i += 4 * W)
     for (int k = 0; k < 4; k++) {
-      const V d = V::load(x + i + k * W) - m;
-      sum[k & 1] = sum[k & 1] + d;
-      square[k] = fma(d, d, square[k]);
+      const V d = V::load(x + i + k * W) - o;
+      first[k] = first[k] + d;
+      second[k] = fma(d, d, second[k]);
     }
-  for (; i < dim; i += W) {
+  for (int k = 0; i < dim; i += W, k++) {
     const int64_t n = dim - i < W ? dim - i : W;
-    const V d = (V::load(x + i, n) - m).first(n);
-    sum[0] = sum[0] + d;
-    square[0] = fma(d, d, square[0]);
+    const V d = (V::load(x + i, n) - o).first(n);
+    first[k] = first[k] + d;
+    second[k] = fma(d, d, second[k]);
   }
-  const S correction = (sum[0] + sum[1]).sum() / size;
-  const S variance = ((square[0] + square[1]) + (square[2] + square[3])).sum() / size - correction * correction;
-  return {mean, correction, S(1) / S(sqrt((variance > 0 ? variance : 0) + S(eps)))};
+  return {((first[0] + first[1]) + (first[2] + first[3])).sum(), ((second[0] + second[1]) + (second[2] + second[3])).sum()};
+}
+
+// One pass around the row's first element. Where that lies so far from the mean (more than two standard deviations)
+// that the difference of squares would lose digits, a second pass around the mean.
+template <class V, class X>
+FD_INLINE Statistics<typename V::Scalar> row_statistics(const X* x, int64_t dim, bool rms, double eps) {
+  using S = typename V::Scalar;
+  const S size = S(dim);
+  if (rms) return {0, 0, S(1) / S(sqrt(row_moments<V>(x, 0, dim).second / size + S(eps)))};
+  S origin = S(to_float(x[0]));
+  Moments<S> m = row_moments<V>(x, origin, dim);
+  S correction = m.first / size, variance = m.second / size - correction * correction;
+  if (!(correction * correction <= 4 * variance)) {
+    origin += correction;
+    m = row_moments<V>(x, origin, dim);
+    correction = m.first / size;
+    variance = m.second / size - correction * correction;
+  }
+  return {origin, correction, S(1) / S(sqrt((variance < 0 ? 0 : variance) + S(eps)))};
 }
 
 template <class V, class X, class O>
 void normalise_row(const X* x, const Statistics<typename V::Scalar>& s, const typename V::Scalar* a,
                    const typename V::Scalar* c, int64_t dim, O* out) {
-  const V mean = V::set(s.first_mean), rstd = V::set(s.rstd), rest = V::set(-s.correction * s.rstd);
+  const V origin = V::set(s.origin), rstd = V::set(s.rstd), rest = V::set(-s.correction * s.rstd);
   for_lanes<V>(dim, [&](int64_t i, auto n) {
-    const V xhat = fma(load<V>(x + i, n) - mean, rstd, rest);
+    const V xhat = fma(load<V>(x + i, n) - origin, rstd, rest);
     store(fma(xhat, load<V>(a + i, n), load<V>(c + i, n)), out + i, n);
   });
+}
+
+constexpr int64_t kBlock = 4;  // rows whose reductions overlap
+
+// Rows [r, r + count) with count <= kBlock, all under the same modulation.
+template <class V, class X, class O>
+void forward_block(const AdaLNForwardParams& p, const ModulationRows<V>& rows, int64_t r, int64_t count) {
+  using S = typename V::Scalar;
+  const X* x = static_cast<const X*>(p.x) + r * p.dim;
+  if (p.branch != nullptr) {
+    X* sum = static_cast<X*>(p.residual_out) + r * p.dim;
+    with_type<V>(p.branch_dtype, [&](auto type) {
+      const auto* branch = static_cast<const typename decltype(type)::type*>(p.branch) + r * p.dim;
+      for (int64_t k = 0; k < count; k++) gate_row<V>(x + k * p.dim, branch + k * p.dim, rows.g, p.dim, sum + k * p.dim);
+    });
+    x = sum;
+  }
+  Statistics<S> statistics[kBlock];
+  for (int64_t k = 0; k < count; k++) statistics[k] = row_statistics<V>(x + k * p.dim, p.dim, p.rms, p.eps);
+  for (int64_t k = 0; k < count; k++) {
+    const Statistics<S>& s = statistics[k];
+    normalise_row<V>(x + k * p.dim, s, rows.a, rows.c, p.dim, static_cast<O*>(p.out) + (r + k) * p.dim);
+    if (p.mean != nullptr && !p.rms) static_cast<S*>(p.mean)[r + k] = s.origin + s.correction;
+    if (p.rstd != nullptr) static_cast<S*>(p.rstd)[r + k] = s.rstd;
+  }
 }
 
 template <class V, class X, class O>
 void forward_rows(const AdaLNForwardParams& p, int64_t begin, int64_t end) {
   using S = typename V::Scalar;
   const Scratch<S> scratch(3, p.dim);
-  ModulationRows<V> rows{p.scale,
-                         p.shift,
-                         p.gate,
-                         static_cast<const S*>(p.weight),
-                         static_cast<const S*>(p.bias),
-                         p.dim,
-                         scratch.row(0),
-                         scratch.row(1),
-                         p.branch ? scratch.row(2) : nullptr};
-  for (int64_t r = begin; r < end; r++) {
-    rows.move_to(r / p.tokens, r % p.tokens);
-    const X* x = static_cast<const X*>(p.x) + r * p.dim;
-    if (p.branch != nullptr) {
-      X* sum = static_cast<X*>(p.residual_out) + r * p.dim;
-      with_type<V>(p.branch_dtype, [&](auto type) {
-        using B = typename decltype(type)::type;
-        gate_row<V>(x, static_cast<const B*>(p.branch) + r * p.dim, rows.g, p.dim, sum);
-      });
-      x = sum;
-    }
-    const Statistics<S> s = row_statistics<V>(x, p.dim, p.rms, p.eps);
-    normalise_row<V>(x, s, rows.a, rows.c, p.dim, static_cast<O*>(p.out) + r * p.dim);
-    if (p.mean != nullptr && !p.rms) static_cast<S*>(p.mean)[r] = s.first_mean + s.correction;
-    if (p.rstd != nullptr) static_cast<S*>(p.rstd)[r] = s.rstd;
+  const S *weight = static_cast<const S*>(p.weight), *bias = static_cast<const S*>(p.bias);
+  ModulationRows<V> rows{p.scale, p.shift, p.gate, weight, bias, p.tokens, p.dim,
+                         scratch.row(0), scratch.row(1), p.branch ? scratch.row(2) : nullptr};
+  for (int64_t r = begin; r < end;) {
+    const int64_t run = rows.move_to(r), stop = r + run < end ? r + run : end;
+    for (; r < stop; r += kBlock) forward_block<V, X, O>(p, rows, r, stop - r < kBlock ? stop - r : kBlock);
+    r = stop;
   }
 }
 
@@ -209,32 +214,41 @@ struct RowGradient {
   S mean_g, mean_gx;  // of ĝ = g·a, and of ĝ·x̂
 };
 
-// The row's two means; adds g to sum_g and g·x̂ to sum_gx where sums are wanted.
-template <class V, bool kSums, class G, class X>
-void reduce_row(const G* g, const X* x, const typename V::Scalar* a, int64_t dim, bool rms,
-                RowGradient<typename V::Scalar>& r, typename V::Scalar* sum_g, typename V::Scalar* sum_gx) {
+// For kRows rows at once: their means, and, where sums are wanted, sum_g += Σ g and sum_gx += Σ g·x̂ over the rows.
+// Taken together the rows share the loads of a and the loads and stores of the sums.
+template <class V, int kRows, bool kSums, class G, class X>
+void reduce_rows(const G* g, const X* x, const typename V::Scalar* a, int64_t dim, bool rms,
+                 RowGradient<typename V::Scalar>* rows, typename V::Scalar* sum_g, typename V::Scalar* sum_gx) {
   using S = typename V::Scalar;
-  const V mean = V::set(r.mean), rstd = V::set(r.rstd);
-  V total_g[2] = {V::set(0), V::set(0)}, total_gx[2] = {V::set(0), V::set(0)};
-  const auto step = [&](int k, int64_t i, auto n) __attribute__((always_inline)) {
-    const V grad = load<V>(g + i, n), xhat = (load<V>(x + i, n) - mean) * rstd, ga = grad * load<V>(a + i, n);
-    total_g[k] = total_g[k] + ga;
-    total_gx[k] = fma(ga, xhat, total_gx[k]);
-    if constexpr (kSums) {
-      store(load<V>(sum_g + i, n) + grad, sum_g + i, n);
-      store(fma(grad, xhat, load<V>(sum_gx + i, n)), sum_gx + i, n);
-    }
-  };
-  constexpr int W = V::kWidth;
-  int64_t i = 0;
-  for (; i + 2 * W <= dim; i += 2 * W) {
-    step(0, i, Whole{});
-    step(1, i + W, Whole{});
+  V mean[kRows], rstd[kRows], total_g[kRows], total_gx[kRows];
+  for (int k = 0; k < kRows; k++) {
+    mean[k] = V::set(rows[k].mean);
+    rstd[k] = V::set(rows[k].rstd);
+    total_g[k] = total_gx[k] = V::set(0);
   }
-  for (; i + W <= dim; i += W) step(0, i, Whole{});
-  if (i < dim) step(1, i, dim - i);  // the lanes beyond the row load g = 0 and add nothing
-  r.mean_g = rms ? S(0) : (total_g[0] + total_g[1]).sum() / S(dim);
-  r.mean_gx = (total_gx[0] + total_gx[1]).sum() / S(dim);
+  for_lanes<V>(dim, [&](int64_t i, auto n) __attribute__((always_inline)) {
+    const V scale = load<V>(a + i, n);
+    V add_g = V::set(0), add_gx = V::set(0);
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; k++) {  // lanes beyond the row load g = 0 and add nothing
+      const V grad = load<V>(g + k * dim + i, n), xhat = (load<V>(x + k * dim + i, n) - mean[k]) * rstd[k];
+      const V ga = grad * scale;
+      total_g[k] = total_g[k] + ga;
+      total_gx[k] = fma(ga, xhat, total_gx[k]);
+      if constexpr (kSums) {
+        add_g = add_g + grad;
+        add_gx = fma(grad, xhat, add_gx);
+      }
+    }
+    if constexpr (kSums) {
+      store(load<V>(sum_g + i, n) + add_g, sum_g + i, n);
+      store(load<V>(sum_gx + i, n) + add_gx, sum_gx + i, n);
+    }
+  });
+  for (int k = 0; k < kRows; k++) {
+    rows[k].mean_g = rms ? S(0) : total_g[k].sum() / S(dim);
+    rows[k].mean_gx = total_gx[k].sum() / S(dim);
+  }
 }
 
 // grad_x = ρ·(ĝ − mean(ĝ) − x̂·mean(ĝ·x̂)) + grad_residual; where gated also kept unrounded in `kept`
@@ -265,13 +279,20 @@ void input_gradient_row(const G* g, const X* x, const typename V::Scalar* a, con
   }
 }
 
-template <class V, class B>
-void branch_gradient_row(const typename V::Scalar* grad, const B* branch, const typename V::Scalar* gate, int64_t dim,
-                         B* grad_branch, typename V::Scalar* sum_gate) {
-  for_lanes<V>(dim, [&](int64_t i, auto n) {
-    const V d = load<V>(grad + i, n);
-    store(fma(d, load<V>(branch + i, n), load<V>(sum_gate + i, n)), sum_gate + i, n);
-    store(d * load<V>(gate + i, n), grad_branch + i, n);
+// grad_branch = gate·grad and sum_gate += Σ grad·branch for kRows rows
+template <class V, int kRows, class B>
+void branch_gradient_rows(const typename V::Scalar* grad, int64_t stride, const B* branch, const typename V::Scalar* gate,
+                          int64_t dim, B* grad_branch, typename V::Scalar* sum_gate) {
+  for_lanes<V>(dim, [&](int64_t i, auto n) __attribute__((always_inline)) {
+    const V factor = load<V>(gate + i, n);
+    V add = V::set(0);
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; k++) {
+      const V d = load<V>(grad + k * stride + i, n);
+      add = fma(d, load<V>(branch + k * dim + i, n), add);
+      store(d * factor, grad_branch + k * dim + i, n);
+    }
+    store(load<V>(sum_gate + i, n) + add, sum_gate + i, n);
   });
 }
 
@@ -292,36 +313,48 @@ struct Segments {  // rows of one frame, in runs of rows_per_segment
 
 enum { kSumG, kSumGX, kSumGate };  // the rows of a segment's partial sums
 
-template <class V>
-bool wants_sums(const AdaLNBackwardParams& p) {
+inline bool wants_sums(const AdaLNBackwardParams& p) {
   return p.grad_gate || p.grad_shift || p.grad_scale || p.grad_weight || p.grad_bias;
 }
 
-// All rows of one segment; its three rows of partial sums are left at `sums`.
+// kRows rows of one segment from row r on.
+template <class V, int kRows, class G, class X>
+void backward_block(const AdaLNBackwardParams& p, const ModulationRows<V>& rows, int64_t r, const Scratch<typename V::Scalar>& kept,
+                    typename V::Scalar* sums) {
+  using S = typename V::Scalar;
+  const int64_t at = r * p.dim;
+  const G* g = static_cast<const G*>(p.grad_out) + at;
+  const X* x = static_cast<const X*>(p.x) + at;
+  RowGradient<S> row[kRows];
+  for (int k = 0; k < kRows; k++)
+    row[k] = {p.rms ? S(0) : static_cast<const S*>(p.mean)[r + k], static_cast<const S*>(p.rstd)[r + k], 0, 0};
+  if (wants_sums(p))
+    reduce_rows<V, kRows, true>(g, x, rows.a, p.dim, p.rms, row, sums, sums + p.dim);
+  else
+    reduce_rows<V, kRows, false>(g, x, rows.a, p.dim, p.rms, row, sums, sums + p.dim);
+  for (int64_t k = 0; k < kRows; k++) {
+    const int64_t to = k * p.dim;
+    const X* grad_residual = p.grad_residual_out ? static_cast<const X*>(p.grad_residual_out) + at + to : nullptr;
+    input_gradient_row<V>(g + to, x + to, rows.a, grad_residual, p.dim, row[k], static_cast<X*>(p.grad_x) + at + to,
+                          p.branch ? kept.row(k) : nullptr);
+  }
+  if (p.branch != nullptr)
+    with_type<V>(p.branch_dtype, [&](auto type) {
+      using B = typename decltype(type)::type;
+      branch_gradient_rows<V, kRows>(kept.row(0), kept.stride, static_cast<const B*>(p.branch) + at, rows.g, p.dim,
+                                     static_cast<B*>(p.grad_branch) + at, sums + kSumGate * p.dim);
+    });
+}
+
+// All rows of one segment, which share their modulation; its three rows of partial sums are left at `sums`.
 template <class V, class G, class X>
 void backward_segment(const AdaLNBackwardParams& p, int64_t begin, int64_t end, ModulationRows<V>& rows,
-                      typename V::Scalar* kept, typename V::Scalar* sums) {
-  using S = typename V::Scalar;
+                      const Scratch<typename V::Scalar>& kept, typename V::Scalar* sums) {
   for_lanes<V>(3 * p.dim, [&](int64_t i, auto n) { store(V::set(0), sums + i, n); });
-  for (int64_t r = begin; r < end; r++) {
-    rows.move_to(r / p.tokens, r % p.tokens);
-    const int64_t at = r * p.dim;
-    const G* g = static_cast<const G*>(p.grad_out) + at;
-    const X* x = static_cast<const X*>(p.x) + at;
-    RowGradient<S> row{p.rms ? S(0) : static_cast<const S*>(p.mean)[r], static_cast<const S*>(p.rstd)[r], 0, 0};
-    if (wants_sums<V>(p))
-      reduce_row<V, true>(g, x, rows.a, p.dim, p.rms, row, sums, sums + p.dim);
-    else
-      reduce_row<V, false>(g, x, rows.a, p.dim, p.rms, row, sums, sums + p.dim);
-    const X* grad_residual = p.grad_residual_out ? static_cast<const X*>(p.grad_residual_out) + at : nullptr;
-    input_gradient_row<V>(g, x, rows.a, grad_residual, p.dim, row, static_cast<X*>(p.grad_x) + at, kept);
-    if (p.branch != nullptr)
-      with_type<V>(p.branch_dtype, [&](auto type) {
-        using B = typename decltype(type)::type;
-        branch_gradient_row<V>(kept, static_cast<const B*>(p.branch) + at, rows.g, p.dim,
-                               static_cast<B*>(p.grad_branch) + at, sums + kSumGate * p.dim);
-      });
-  }
+  rows.move_to(begin);
+  int64_t r = begin;
+  for (; r + kBlock <= end; r += kBlock) backward_block<V, kBlock, G, X>(p, rows, r, kept, sums);
+  for (; r < end; r++) backward_block<V, 1, G, X>(p, rows, r, kept, sums);
 }
 
 template <class V>
@@ -384,19 +417,18 @@ void backward_typed(const AdaLNBackwardParams& p, const ParallelFor& parallel_fo
   const Segments segments(p);
   const bool affine = p.grad_weight || p.grad_bias;
   // A frame of one segment needs no second pass: its sums stay in the cache and are stored at once.
-  const bool through_workspace = wants_sums<V>(p) && (segments.per_frame > 1 || affine);
+  const bool through_workspace = wants_sums(p) && (segments.per_frame > 1 || affine);
   S* workspace = static_cast<S*>(p.workspace);
   const int64_t grain = kGrain / (p.dim * (p.grad_tokens_per_frame < p.rows_per_segment ? p.grad_tokens_per_frame
                                                                                          : p.rows_per_segment));
   parallel_for(0, segments.count, grain, [&](int64_t first, int64_t last) {
-    const Scratch<S> scratch(6, p.dim);
+    const Scratch<S> scratch(2, p.dim), local_sums(1, 3 * p.dim), kept(p.branch ? kBlock : 0, p.dim);
     const Modulation no_shift{nullptr, p.scale.dtype, 0, 0, 1};
-    ModulationRows<V> rows{p.scale, no_shift, p.gate, static_cast<const S*>(p.weight), nullptr, p.dim,
+    ModulationRows<V> rows{p.scale, no_shift, p.gate, static_cast<const S*>(p.weight), nullptr, p.tokens, p.dim,
                            scratch.row(0), nullptr, p.branch ? scratch.row(1) : nullptr};
     for (int64_t s = first; s < last; s++) {
-      S* sums = through_workspace ? workspace + 3 * s * p.dim : scratch.row(3);
-      backward_segment<V, G, X>(p, segments.begin(p, s), segments.end(p, s), rows,
-                                p.branch ? scratch.row(2) : nullptr, sums);
+      S* sums = through_workspace ? workspace + 3 * s * p.dim : local_sums.row(0);
+      backward_segment<V, G, X>(p, segments.begin(p, s), segments.end(p, s), rows, kept, sums);
       if (segments.per_frame == 1) finish_frame<V>(p, s, sums, 1, 0, p.dim);
     }
   });

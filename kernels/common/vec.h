@@ -36,6 +36,7 @@ FD_INLINE uint32_t float_to_bits(float f) {
   return u;
 }
 
+FD_INLINE double to_float(double v) { return v; }
 FD_INLINE float to_float(float v) { return v; }
 FD_INLINE float to_float(BF16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
 FD_INLINE float to_float(F16 v) {
@@ -260,6 +261,7 @@ struct Whole {};
 template <class V, class F>
 FD_INLINE void for_lanes(int64_t size, const F& f) {
   int64_t i = 0;
+#pragma GCC unroll 4
   for (; i + V::kWidth <= size; i += V::kWidth) f(i, Whole{});
   if (i < size) f(i, size - i);
 }

@@ -1,0 +1,51 @@
+"""`python -m fastdiff.info`: what this installation is and what it can run here, with the reasons for what it cannot."""
+
+import platform
+
+import torch
+
+import fastdiff
+from fastdiff import backends
+from fastdiff.ops import _native
+
+
+def report() -> str:
+    """Version, CPU, instruction set, CUDA architectures, and every backend of every operator, as text."""
+    lines = [
+        f"fastdiff {fastdiff.__version__} on Python {platform.python_version()}, torch {torch.__version__}",
+        f"machine: {platform.machine()}, {torch.get_num_threads()} threads",
+    ]
+    if _native.cpu_module is not None:
+        build, features = _native.cpu_module.build_info(), _native.cpu_module.cpu_features()
+        have = ", ".join(name for name, present in features.items() if present) or "none of those asked for"
+        lines += [
+            f"build: {build['compiler']}, against torch {build['torch_at_build']}, serves torch >= {build['oldest_torch']}",
+            f"CPU features: {have}",
+            f"instruction set: {_native.cpu_module.isa()} (of {', '.join(_native.cpu_module.isa_names())}; FASTDIFF_CPU_ISA)",
+        ]
+    if _native.cuda_module is not None:
+        archs = ", ".join(f"sm_{arch}" for arch in _native.cuda_module.architectures.split(";"))
+        lines.append(f"CUDA module: built for {archs} and PTX, with nvcc {_native.cuda_module.nvcc_version}")
+    else:
+        lines.append(f"CUDA module: {_native.cuda_missing}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    lines += [f"GPU: {gpu}", f"backend asked for: {backends.requested()} (use_backend or FASTDIFF_BACKEND)", ""]
+    lines += [_operator(name, entries) for name, entries in backends.table().items()]
+    return "\n".join(lines)
+
+
+def _operator(operator: str, entries: dict[str, str | None]) -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    text = [f"fastdiff.ops.{operator}"]
+    for name in entries:
+        reason = backends.why_not(operator, name, device if name != "cpu" else "cpu", (torch.float32,))
+        if reason is None:
+            chosen = backends.select(operator, device, (torch.float32,)) == name
+            text.append(f"  {name:10} runs{f' (chosen on {device})' if chosen else ''}")
+        else:
+            text.append(f"  {name:10} cannot run: {reason}")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,146 @@
+"""The one harness for every operator: rows of backends, cases of inputs, and how results are compared.
+
+A new operator is an `Operator` in tests/ops/operators.py; a new backend is a row in ROWS. Nothing else changes.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff import backends
+from fastdiff.ops import _native
+
+Inputs = dict[str, Tensor | None | float | str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run an operator on this machine."""
+
+    name: str
+    backend: str
+    device: str
+    isa: str | None = None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.isa is not None:
+                before = _native.cpu_module.isa()
+                _native.cpu_module.choose_isa(self.isa)
+                stack.callback(_native.cpu_module.choose_isa, before)
+            stack.enter_context(backends.use_backend(self.backend))
+            yield
+
+    def skip_unless_runnable(self, operator: str) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            pytest.skip(f"{self.name}: no GPU on this machine (its kernels run in tests/emulator)")
+        reason = backends.why_not(operator, self.backend, self.device, (torch.float32,))
+        if reason is not None:
+            pytest.skip(f"{self.name}: {reason}")
+
+
+def _rows() -> list[Row]:
+    isas = _native.cpu_module.isa_names() if _native.cpu_module else ["baseline"]
+    rows = [Row("reference", "reference", "cpu")] + [Row(f"cpu-{isa}", "cpu", "cpu", isa) for isa in isas]
+    if torch.cuda.is_available():
+        return rows + [Row("cuda", "cuda", "cuda"), Row("triton", "triton", "cuda")]
+    # Triton's interpreter takes a process of its own: tests/ops/test_triton_interpreted.py
+    return rows + ([Row("triton", "triton", "cpu")] if os.environ.get("TRITON_INTERPRET") == "1" else [])
+
+
+ROWS = _rows()
+NATIVE = [row for row in ROWS if row.backend != "reference"]
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtype of the stream, and those of branch and modulation; `autocast` is the dtype of autocast, if on."""
+
+    stream: torch.dtype
+    other: torch.dtype
+    autocast: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        short = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+        return f"{short[self.stream]}-{short[self.other]}" + (
+            f"-autocast_{short[self.autocast]}" if self.autocast else ""
+        )
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        return max((self.stream, self.other, self.autocast or self.stream), key=lambda d: torch.finfo(d).eps)
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [
+    Dtypes(F32, F32),
+    Dtypes(BF16, BF16),
+    Dtypes(F16, F16),
+    Dtypes(F32, BF16, BF16),
+    Dtypes(BF16, F32),
+    Dtypes(F16, BF16),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[Dtypes, str], Inputs]  # (dtypes, device) -> keyword arguments
+    # The input's gradient is a difference of equal terms (the norm of one element): compared in absolute terms.
+    cancels: bool = False
+
+
+@dataclass(frozen=True)
+class Operator:
+    name: str
+    run: Callable[..., tuple[Tensor, ...]]  # the public function, its results as a tuple
+    reference: Callable[..., tuple[Tensor, ...]]  # the same in float64
+    cases: list[Case]
+    # Largest |result - exact| / |exact| (norms) seen is about a third of these.
+    tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {F32: 1e-6, BF16: 6e-3, F16: 8e-4})
+
+
+def to_double(inputs: Inputs, requires_grad: bool = False) -> Inputs:
+    """The same values in float64, on the CPU, as leaves."""
+    out: Inputs = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.detach().double().cpu().requires_grad_(requires_grad)
+        out[name] = value
+    return out
+
+
+def as_leaves(inputs: Inputs) -> Inputs:
+    """Leaves that require gradients, with the strides and offsets of the originals."""
+    return {k: v.detach().requires_grad_(True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def call(operator: Operator, inputs: Inputs, dtypes: Dtypes) -> tuple[Tensor, ...]:
+    device = next(v.device.type for v in inputs.values() if isinstance(v, Tensor))
+    with torch.autocast(device, dtypes.autocast) if dtypes.autocast else contextlib.nullcontext():
+        return operator.run(**inputs)
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """|result - exact| / |exact|, in norms over the whole tensor; NaN and Inf count as infinite."""
+    difference = (result.detach().double().cpu() - exact).norm()
+    if not torch.isfinite(difference):
+        return float("inf")
+    return (difference / exact.norm().clamp_min(1e-30)).item() if exact.norm() > 0 else difference.item()
+
+
+def gradients(outputs: tuple[Tensor, ...], inputs: Inputs, seed: int) -> dict[str, Tensor]:
+    """Gradients of a fixed random combination of all outputs with respect to every tensor among the inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    grads = torch.autograd.grad(
+        outputs, list(leaves.values()), [c.to(o.device, o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
+    )
+    return dict(zip(leaves, grads, strict=True))

@@ -1,0 +1,330 @@
+"""What is AdaLN's own: rounding, accuracy far from zero, out=, autocast, raw kernels, gradcheck, bad input."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff import BackendError, use_backend
+from fastdiff.kernels.adaln import reference
+from fastdiff.ops import _adaln_backends, _native, adaln, gated_residual_adaln
+from ops.harness import NATIVE, ROWS
+
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_are_within_one_unit_in_the_last_place(row, dtype):
+    x, shift, scale = (randn(2, 64, 384, dtype=dtype, seed=s) for s in range(3))
+    with row.active():
+        out = adaln(x.to(row.device), shift.to(row.device), scale.to(row.device)).cpu()
+    exact = reference.adaln(x.double(), shift.double(), scale.double())
+    largest_term = exact.abs().maximum(shift.double().abs())
+    ulp = torch.finfo(dtype).eps * 2.0 ** largest_term.log2().floor()
+    # Half a unit from the one rounding; the rest is fp32 arithmetic. Seen: 0.5003 (bf16), 0.502 (fp16).
+    assert ((out.double() - exact).abs() / ulp).max() <= 0.52
+
+
+@rows
+@pytest.mark.parametrize("offset", [1e2, 1e4, -1e4])
+@pytest.mark.parametrize("dim", [384, 5120])
+def test_rows_far_from_zero_stay_accurate(row, offset, dim):
+    x = randn(1, 16, dim) + offset
+    with row.active():
+        out = adaln(x.to(row.device), None, None).cpu()
+    exact = reference.adaln(x.double(), None, None)
+    # The plain reference subtracts one rounded mean, whose error at 1e4 is 5e-4; the kernels correct it. Seen: 2e-7.
+    assert (out.double() - exact).abs().max() <= (2e-3 if row.backend == "reference" else 4e-6)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_are_those_of_the_rounded_residual(row, dtype):
+    residual, branch = randn(2, 9, 130, dtype=dtype).to(row.device), randn(2, 9, 130, seed=1).to(row.device)
+    gate, shift, scale = (randn(2, 130, seed=s).to(row.device) for s in (2, 3, 4))
+    with row.active():
+        stream, out = gated_residual_adaln(residual, branch, gate, shift, scale)
+        assert torch.equal(out, adaln(stream, shift, scale))
+    exact = (residual.double() + gate.double()[:, None] * branch.double()).to(dtype)
+    torch.testing.assert_close(stream, exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@native
+def test_tanh_gate(row):
+    args = [randn(2, 6, 32, seed=s).to(row.device) for s in (0, 1)] + [randn(2, 3, 32, seed=2).to(row.device)]
+    with row.active():
+        a = gated_residual_adaln(*args, None, None, gate_activation="tanh")
+        b = gated_residual_adaln(*args[:2], args[2].tanh(), None, None)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@rows
+def test_out_is_written_and_returned(row):
+    x, branch, m = randn(2, 5, 48).to(row.device), randn(2, 5, 48, seed=1).to(row.device), randn(2, 48).to(row.device)
+    with row.active(), torch.no_grad():
+        out, stream = torch.full_like(x, 7.0), torch.full_like(x, 7.0)
+        assert adaln(x, m, m, out=out) is out and torch.equal(out, adaln(x, m, m))
+        result = gated_residual_adaln(x, branch, m, m, m, residual_out=stream, out=out)
+        expected = gated_residual_adaln(x, branch, m, m, m)
+        assert result[0] is stream and result[1] is out
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+        in_place = x.clone()
+        gated_residual_adaln(in_place, branch, m, m, m, residual_out=in_place, out=out)
+        assert torch.equal(in_place, stream)
+
+
+@rows
+def test_leading_shapes_and_layouts(row):
+    x, shift = randn(2, 3, 4, 40).to(row.device), randn(2, 40).to(row.device)
+    per_token = randn(2, 3, 4, 40, seed=2).to(row.device)
+    with row.active():
+        flat = adaln(x.view(2, 12, 40), shift, per_token.view(2, 12, 40))
+        assert torch.equal(adaln(x, shift, per_token).view(2, 12, 40), flat)
+        assert torch.equal(adaln(x[0, 0], None, None), adaln(x, None, None)[0, 0])
+        turned = x.view(2, 12, 40).transpose(0, 1).contiguous().transpose(0, 1)
+        assert not turned.is_contiguous() and torch.equal(adaln(turned, shift, per_token.view(2, 12, 40)), flat)
+        wide = randn(2, 12, 80).to(row.device)[..., ::2]
+        assert torch.equal(adaln(wide, wide, None), adaln(wide.contiguous(), wide.contiguous(), None))
+
+
+@native
+def test_autocast_gives_the_autocast_dtype_and_keeps_the_residual(row):
+    x, branch, m = (
+        randn(2, 5, 48).to(row.device),
+        randn(2, 5, 48).bfloat16().to(row.device),
+        randn(2, 48).to(row.device),
+    )
+    with row.active(), torch.autocast(row.device, torch.bfloat16):
+        assert adaln(x, m, m).dtype == torch.bfloat16
+        stream, out = gated_residual_adaln(x, branch, m, m.bfloat16(), m.bfloat16())
+    assert stream.dtype == torch.float32 and out.dtype == torch.bfloat16
+
+
+@native
+def test_opcheck(row):
+    if row.name not in ("cpu-baseline", "cuda"):
+        pytest.skip(f"{row.name}: opcheck looks at the operator, not at its kernels")
+    x, b = (randn(2, 6, 16, seed=s).to(row.device) for s in (0, 1))
+    m, f, w = randn(2, 16).to(row.device), randn(1, 3, 16).to(row.device), randn(16).to(row.device)
+    stats = [randn(12).to(row.device), randn(12).abs().to(row.device)]
+    out, stream = torch.zeros_like(x), torch.zeros_like(x)
+    for rms in (False, True):
+        forward, backward = (m, f, w, w, rms, 1e-6, torch.bfloat16), (m, f, w, w, rms, True, True)
+        mean = stats[0][:0] if rms else stats[0]
+        calls = {
+            "adaln_forward": (x, *forward),
+            "adaln_forward_stats": (x, None, None, None, None, rms, 1e-6, None),
+            "adaln_forward_out": (x, m, f, w, w, rms, 1e-6, None, out),
+            "adaln_backward": (b, x, mean, stats[1], *backward),
+            "gated_residual_adaln_forward": (x, b, f, *forward),
+            "gated_residual_adaln_forward_stats": (x, b, f, *forward),
+            "gated_residual_adaln_forward_out": (x, b, f, m, f, w, w, rms, 1e-6, None, stream, out),
+            "gated_residual_adaln_backward": (b, None, x, mean, stats[1], b, f, *backward),
+        }
+        assert set(calls) == set(_adaln_backends.OPERATORS)
+        for name, args in calls.items():
+            torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, args)
+
+
+def test_schemas_in_python_and_cpp_are_the_same():
+    for name, schema in _adaln_backends.SCHEMAS.items():
+        written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
+        parsed = torch._C.parse_schema(name + schema)
+        assert written == str(parsed).removeprefix(name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_gradcheck_of_the_reference_and_of_the_scalar_kernel(backend, norm):
+    def double(*shape, seed):
+        return randn(*shape, dtype=torch.float64, seed=seed).requires_grad_(True)
+
+    x, branch = double(2, 6, 5, seed=0), double(2, 6, 5, seed=1)
+    gate, shift, scale = double(2, 3, 5, seed=2), double(1, 6, 5, seed=3), double(2, 5, seed=4)
+    weight, bias = double(5, seed=5), double(5, seed=6)
+
+    def gated(residual, branch, gate, shift, scale, weight, bias):
+        return gated_residual_adaln(
+            residual, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, gate_activation="tanh"
+        )
+
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(gated, (x, branch, gate, shift, scale, weight, bias))
+        assert torch.autograd.gradcheck(lambda x, t, s: adaln(x, t, s, norm=norm), (x, shift, gate))
+
+
+@native
+def test_only_wanted_gradients_are_made(row):
+    x, m = randn(2, 5, 16).to(row.device).requires_grad_(True), randn(2, 16).to(row.device)
+    with row.active():
+        (grad,) = torch.autograd.grad(adaln(x, m, m).sum(), x)
+        stream, out = gated_residual_adaln(x, x * 2, m.requires_grad_(True), None, None)
+        alone = torch.autograd.grad(stream.sum(), (x, m), retain_graph=True)  # the norm's output is not used
+        other = torch.autograd.grad(out.square().sum(), (x, m))  # the stream is not used
+    assert torch.isfinite(grad).all()
+    torch.testing.assert_close(alone[0], 1 + 2 * m.detach()[:, None].expand_as(x))
+    assert all(torch.isfinite(t).all() for t in other)
+    with row.active(), pytest.raises(RuntimeError, match="once_differentiable"):
+        (first,) = torch.autograd.grad(adaln(x, m, m).square().sum(), x, create_graph=True)
+        first.sum().backward()
+
+
+@pytest.mark.skipif(_native.cpu_module is None, reason="fastdiff._C was not built")
+@pytest.mark.parametrize("isa", _native.cpu_module.isa_names() if _native.cpu_module else [])
+def test_raw_launch_functions_take_numpy_arrays_in_any_chunk_order(isa):
+    generator = np.random.default_rng(0)
+    x, branch = generator.standard_normal((2, 2, 6, 33), dtype=np.float32)
+    gate, shift = generator.standard_normal((2, 2, 3, 33), dtype=np.float32)
+    outs = []
+    before = _native.cpu_module.isa()
+    try:
+        _native.cpu_module.choose_isa(isa)
+        for backwards in (False, True):
+            out, stream = np.full_like(x, np.nan), np.full_like(x, np.nan)
+            _native.cpu_module.adaln_forward(
+                x, out, branch=branch, gate=gate, residual_out=stream, shift=shift, backwards=backwards
+            )
+            outs.append((out, stream))
+    finally:
+        _native.cpu_module.choose_isa(before)
+    assert all(np.array_equal(a, b) for a, b in zip(*outs, strict=True))
+    exact = reference.gated_residual_adaln(*(torch.from_numpy(a).double() for a in (x, branch, gate, shift)), None)[1]
+    np.testing.assert_allclose(outs[0][0], exact.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_beyond_two_to_the_31_elements():
+    """4 GiB of which only the last rows are filled: untouched pages cost nothing to read."""
+    dim, filled = 4096, 5
+    tokens = 2**31 // dim + filled
+
+    def untouched(size: int) -> torch.Tensor:  # NumPy's zeros are pages that exist only once they are written
+        return torch.from_numpy(np.zeros(size, np.uint16)).view(torch.bfloat16)
+
+    far = untouched(2**31 + 8 * dim)  # a modulation whose second frame lies beyond 2^31
+    scale = far.as_strided((1, 2, dim), (far.numel(), 2**31, 1))
+    scale[:, 1] = randn(1, dim, seed=2).bfloat16()
+    x, out = (untouched(tokens * dim).view(1, tokens, dim) for _ in range(2))
+    x[:, -filled:] = randn(1, filled, dim, seed=1).bfloat16()
+    with torch.no_grad():
+        last_four = x[:, -4:].contiguous()
+        assert torch.equal(adaln(last_four, None, scale)[:, 2:], adaln(x[:, -2:].contiguous(), None, scale[:, 1]))
+        adaln(x, None, None, out=out)
+        assert torch.equal(out[:, -filled:], adaln(x[:, -filled:].contiguous(), None, None))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    frames=st.integers(1, 4),
+    per_frame=st.integers(1, 5),
+    dim=st.integers(1, 70),
+    seed=st.integers(0, 99),
+    norm=st.sampled_from(["layer", "rms"]),
+    row=st.sampled_from([r for r in NATIVE if r.backend == "cpu"]),
+)
+def test_any_shape_equals_the_reference(batch, frames, per_frame, dim, seed, norm, row):
+    x = randn(batch, frames * per_frame, dim, seed=seed)
+    shift, scale = randn(batch, frames, dim, seed=seed + 1), randn(1, frames * per_frame, dim, seed=seed + 2)
+    with row.active():
+        out = adaln(x, shift, scale, norm=norm, eps=1e-3)
+    exact = reference.adaln(x.double(), shift.double(), scale.double(), norm=norm, eps=1e-3)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), factor=st.floats(0.5, 50), offset=st.floats(-10, 10))
+def test_layer_norm_does_not_see_scale_and_offset_of_a_row(seed, factor, offset):
+    x = randn(1, 4, 64, seed=seed)
+    torch.testing.assert_close(
+        adaln(x * factor + offset, None, None, eps=0.0), adaln(x, None, None, eps=0.0), rtol=1e-3, atol=1e-3
+    )
+
+
+X, B, M = torch.zeros(2, 6, 8), torch.zeros(2, 6, 8), torch.zeros(2, 8)
+BAD = {
+    "x-list": (TypeError, "x is a list", lambda: adaln([1.0], M, M)),
+    "x-vector": (ValueError, r"x has shape \[8\]; expected \[B, N, D\]", lambda: adaln(X[0, 0], M, M)),
+    "dim-zero": (ValueError, "D > 0", lambda: adaln(torch.zeros(2, 6, 0), None, None)),
+    "norm": (ValueError, "norm is 'batch'; expected 'layer' or 'rms'", lambda: adaln(X, M, M, norm="batch")),
+    "dtype": (TypeError, "int64.*expected float32", lambda: adaln(X.long(), M, M)),
+    "mixed-double": (TypeError, "float64 for all", lambda: adaln(X, M.double(), M)),
+    "shift-dim": (ValueError, r"shift has shape \[2, 7\]; expected one of \[8\]", lambda: adaln(X, M[:, :7], M)),
+    "scale-batch": (ValueError, r"scale has shape \[3, 8\]", lambda: adaln(X, M, torch.zeros(3, 8))),
+    "frames": (ValueError, r"scale has shape \[2, 4, 8\].*dividing 6", lambda: adaln(X, M, torch.zeros(2, 4, 8))),
+    "shift-type": (TypeError, "shift is a float", lambda: adaln(X, 0.5, M)),
+    "weight": (ValueError, r"weight has shape \[2, 8\]; expected \[8\]", lambda: adaln(X, M, M, weight=M)),
+    "device": (ValueError, "scale is on meta", lambda: adaln(X, M, M.to("meta"))),
+    "branch": (
+        ValueError,
+        r"branch has shape \[2, 8\]; expected the residual's",
+        lambda: gated_residual_adaln(X, M, M, M, M),
+    ),
+    "no-gate": (TypeError, "gate is None", lambda: gated_residual_adaln(X, B, None, M, M)),
+    "activation": (
+        ValueError,
+        "gate_activation is 'relu'",
+        lambda: gated_residual_adaln(X, B, M, M, M, gate_activation="relu"),
+    ),
+    "out-shape": (ValueError, "out is .*expected contiguous", lambda: adaln(X, M, M, out=torch.zeros(2, 6, 9))),
+    "out-dtype": (ValueError, "out is .*float32", lambda: adaln(X, M, M, out=X.half())),
+    "out-grad": (
+        ValueError,
+        "out was given while a gradient",
+        lambda: adaln(X.clone().requires_grad_(), M, M, out=X.clone()),
+    ),
+    "one-out": (ValueError, "both or neither", lambda: gated_residual_adaln(X, B, M, M, M, out=X.clone())),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line(case):
+    error, message, call = BAD[case]
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_direct_calls_of_the_operators_do_not_read_out_of_bounds():
+    with pytest.raises(RuntimeError, match="shift does not fit"):
+        torch.ops.fastdiff.adaln_forward(X, torch.zeros(2, 7), None, None, None, False, 1e-6, None)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        torch.ops.fastdiff.adaln_forward(X.transpose(0, 1), None, None, None, None, False, 1e-6, None)
+    with pytest.raises(RuntimeError, match="rstd"):
+        torch.ops.fastdiff.adaln_backward(X, X, M, M, None, None, None, None, False, True, True)
+
+
+def test_a_backend_asked_for_by_name_that_cannot_run_raises_with_its_reasons():
+    with use_backend("cuda"), pytest.raises(BackendError, match="backend 'cuda' was asked for and cannot run"):
+        adaln(X, M, M)
+    with use_backend("cpu"), pytest.raises(BackendError, match="the tensors are on 'meta'"):
+        adaln(X.to("meta"), None, None)
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; expected one of auto"), use_backend("gpu"):
+        pass
+
+
+def _python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
+
+
+def test_environment_chooses_instruction_set_and_backend():
+    code = "import fastdiff, torch; from fastdiff import _C, backends; print(_C.isa(), backends.requested())"
+    done = _python(code, FASTDIFF_CPU_ISA="baseline", FASTDIFF_BACKEND="reference")
+    assert done.stdout.split() == ["baseline", "reference"], done.stderr
+    wrong = _python(
+        "import fastdiff; fastdiff.ops.adaln(*[__import__('torch').zeros(1, 1, 1)] * 3)",
+        FASTDIFF_CPU_ISA="sse9",
+        FASTDIFF_BACKEND="cpu",
+    )
+    assert "FASTDIFF_CPU_ISA is 'sse9'; expected one of baseline" in wrong.stderr.splitlines()[-1]
+    assert "unknown backend 'gpu'" in _python("import fastdiff", FASTDIFF_BACKEND="gpu").stderr.splitlines()[-1]
