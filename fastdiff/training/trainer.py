@@ -138,6 +138,9 @@ class Trainer:
                 self._pictures()
         if self._log is not None:
             self._log.close()
+        # A barrier sends no tensors. Without it gloo's thread may still hold the last one when its process group is
+        # freed, and then each waits for the other: the thread for Python's lock, the main thread for the thread.
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         rate = self._timed_steps * config.batch_size / self._seconds if self._seconds else 0.0
         return Outcome(self.steps_done, not stopped, self.folder.latest(), rate)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 
 def save_loss_curve(metrics: str | Path, path: str | Path, *, decay: float | None = None) -> Path:
@@ -29,27 +30,22 @@ def save_loss_curve(metrics: str | Path, path: str | Path, *, decay: float | Non
     axes.set(xlabel="step", ylabel="loss", title=f"training loss, {smooth[-1]:.4f} at step {steps[-1]}")
     if min(losses) > 0 and max(losses) > 4 * min(smooth):  # the first steps would flatten the rest of a linear axis
         axes.set_yscale("log")
-    axes.grid(alpha=0.25, which="both")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    rate_axes = axes.twinx()
-    rates = next((key for key in lines[0] if key.endswith("_per_second")), None)
-    if rates is None:
-        rate_axes.set_visible(False)
-    else:
-        rate_axes.plot(steps, [line[rates] for line in lines], color="#c98b3d", linewidth=0.8, alpha=0.8)
-        rate_axes.set_ylabel(rates.replace("_per_second", "/s"), color="#c98b3d")
-        rate_axes.set_ylim(bottom=0)
-        rate_axes.spines[["top"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
     path = Path(path)
     figure.savefig(path, dpi=150, format="png")
     return path
 
 
 def moving_average(values: list[float], decay: float) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        smooth.append(total / weight)
+    """Exponential moving average, over few values at first and over 1 / (1 - decay) later on."""
+    smooth, average = [], 0.0
+    for index, value in enumerate(values):
+        weight = max(1 - decay, 4 / (4 + index))
+        average += weight * (value - average)
+        smooth.append(average)
     return smooth

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastdiff.data.images import to_bytes
 
-_GAP = 2  # pixels between images
 _BACKGROUND = 255
 
 
@@ -37,41 +36,53 @@ def save_sample_grid(images: Tensor, labels: Tensor | Sequence[int], class_names
         members = images[labels == label]
         rows += [(label, members[start:start + columns]) for start in range(0, len(members), columns)]
     columns = max(len(members) for _, members in rows)
+    firsts = [(index, class_names[label]) for index, (label, _) in enumerate(rows)
+              if index == 0 or rows[index - 1][0] != label]
     sheet = _sheet([members for _, members in rows], columns)
-    return _draw(sheet, [(label, len(members)) for label, members in rows], class_names, columns, images.shape, path,
-                 title)
+    _draw(sheet, firsts, tuple(images.shape[-2:]), Path(path), title)
+    return Path(path)
+
+
+def _gap(width: int) -> int:
+    """Pixels between images: a sixteenth of one, at least 1."""
+    return max(1, width // 16)
 
 
 def _sheet(rows: list[Tensor], columns: int) -> Tensor:  # uint8 [height, width, C]
     channels, height, width = rows[0].shape[1:]
-    sheet = torch.full((len(rows) * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, channels), _BACKGROUND,
+    gap = _gap(width)
+    sheet = torch.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, channels), _BACKGROUND,
                        dtype=torch.uint8)
     for r, members in enumerate(rows):
         for c, image in enumerate(to_bytes(members)):
-            top, left = r * (height + _GAP), c * (width + _GAP)
+            top, left = r * (height + gap), c * (width + gap)
             sheet[top:top + height, left:left + width] = image.permute(1, 2, 0)
     return sheet
 
 
-def _draw(sheet: Tensor, rows: list[tuple[int, int]], class_names: Sequence[str], columns: int,
-          shape: torch.Size, path: str | Path, title: str | None) -> Path:
-    cell = max(0.45, min(1.0, shape[-1] / 64))  # inches an image: small ones are enlarged
-    names = [class_names[label] for label, _ in rows]
-    margin = 0.25 + 0.095 * max(len(name) for name in names)
-    top = 0.45 if title else 0.1
-    width, height = columns * cell + margin + 0.1, len(rows) * cell * shape[-2] / shape[-1] + top + 0.1
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((margin / width, 0.1 / height, columns * cell / width, 1 - (top + 0.1) / height))
-    axes.imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    pitch = shape[-2] + _GAP
-    first = [index for index, (label, _) in enumerate(rows) if index == 0 or rows[index - 1][0] != label]
-    axes.set_yticks([index * pitch + shape[-2] / 2 - 0.5 for index in first], [names[index] for index in first])
+def _draw(sheet: Tensor, rows: list[tuple[int, str]], image_size: tuple[int, int], path: Path,
+          title: str | None) -> None:
+    """The sheet at a whole scale, names at its left and the title above, in inches from the sheet's own size.
+
+    Args:
+        rows: (index, class name) of the first row of each class.
+        image_size: (height, width) of an image.
+    """
+    height, width = sheet.shape[:2]
+    inch = max(0.45, min(1.0, image_size[1] / 64)) / image_size[1]  # a pixel: small images are enlarged
+    left = 0.2 + 0.095 * max(len(name) for _, name in rows)
+    top, edge = 0.4 if title else 0.1, 0.1
+    total_width, total_height = width * inch + left + edge, height * inch + top + edge
+    figure = Figure(figsize=(total_width, total_height))
+    axes = figure.add_axes((left / total_width, edge / total_height, width * inch / total_width,
+                            height * inch / total_height))
+    axes.imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+    pitch = image_size[0] + _gap(image_size[1])
+    axes.set_yticks([index * pitch + (image_size[0] - 1) / 2 for index, _ in rows], [name for _, name in rows])
     axes.set_xticks([])
     axes.tick_params(length=0, labelsize=11)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     if title:
-        figure.suptitle(title, fontsize=9, color="0.35", y=1 - 0.12 / height, va="top")
-    path = Path(path)
+        figure.text((left + width * inch / 2) / total_width, 1 - 0.2 / total_height, title, fontsize=9, color="0.35",
+                    ha="center", va="center")
     figure.savefig(path, dpi=160, format="png")
-    return path
