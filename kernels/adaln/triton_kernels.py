@@ -74,7 +74,7 @@ class Tile(NamedTuple):
         return Tile(rows, block, min(max(rows * block // (32 * elements_per_thread), 4), MAX_WARPS))
 
 
-REDUCE_TILE = Tile(16, 128, num_warps=4)  # what adds segments
+REDUCE_TILE = Tile(8, 128, num_warps=4)  # what adds segments
 
 
 def forward_tile(dim: int) -> Tile:

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 mend_bf16_rounding()
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Errors are ratios of norms; seen: 1.3e-7 (fp32), 1.7e-3 (bf16), 2.1e-4 (fp16).
+# Errors are ratios of norms; the largest seen: 1.4e-7 (fp32), 3.8e-3 (bf16, six elements), 2.7e-4 (fp16).
 TOLERANCE = {F32: 5e-7, BF16: 5e-3, F16: 7e-4}
 UNITS = {"D": lambda b, n: (), "1D": lambda b, n: (1,), "BD": lambda b, n: (b,), "1ND": lambda b, n: (1, n)}
 UNITS |= {"BND": lambda b, n: (b, n)} | {f"BFD{f}": lambda b, n, f=f: (b, f) for f in (1, 2, 3, 4)}
@@ -140,7 +140,7 @@ KINDS += ["BD BD -", "- - BD", "BFD1 BND BFD2"]
 @pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_modulation_shapes(kinds, affine):
-    check(*make((2, 12, 40), kinds, affine=affine, chunk=affine))
+    check(*make((2, 12, 24), kinds, affine=affine, chunk=affine))
 
 
 @pytest.mark.parametrize("dim", [2, 7, 384, 1152, 3072])
@@ -156,8 +156,8 @@ def test_widths_beyond_a_tile(dim):
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("dim", [40, 48])
 def test_rows_in_tiles(narrow_tiles, dim, rms):
-    check(*make((2, 6, dim), "BD BFD2 BND", (F32, BF16, BF16), affine=True, rms=rms, chunk=True))
-    check(*make((2, 6, dim), "- BD BD", rms=rms))
+    check(*make((2, 2, dim), "BD BFD2 BND", (F32, BF16, BF16), affine=True, rms=rms, chunk=True))
+    check(*make((1, 3, dim), "- BD BD", rms=rms))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 150])
@@ -168,7 +168,7 @@ def test_segments(tokens):
 
 def test_rows_far_from_zero_stay_accurate(narrow_tiles):
     # 1e4 + randn in fp32 has steps of 1e-3; what matters is that the variance and the mean lose nothing more.
-    # Seen: 2e-7 for the forward pass, 2.7e-4 for gradients (the saved mean is rounded to fp32).
+    # Seen: 8e-8 for the forward pass, 4.3e-4 for gradients (the saved mean is rounded to fp32).
     for dim in (40, 16):
         operands, grads, rms, dtype = make((1, 4, dim), "- BD BD", offset=1e4)
         truth = exact(operands, grads, rms, dtype)
@@ -215,7 +215,7 @@ def test_variants_of_the_forward_pass_are_equal():
 
 @pytest.mark.parametrize("kinds", ["BD BD BD", "BND BFD2 BD", "- 1D 1ND"])
 def test_results_do_not_depend_on_the_order_of_programs(kinds):
-    case = make((2, 20, 24), kinds, (F32, BF16, BF16), affine=True)
+    case = make((2, 10, 24), kinds, (F32, BF16, BF16), affine=True)
     first = run(*case)
     with programs(shuffled(seed=1)):
         other = run(*case)
