@@ -138,6 +138,8 @@ class _Guidance:
         return guided, variance
 
     def _run(self, x: Tensor, time: Tensor, labels: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        parameter = next(self.model.parameters(), x)
+        x = x.to(parameter.dtype)  # a model may be in half precision; the samples are not
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.model(x, time, labels, **conditioning).float()
 

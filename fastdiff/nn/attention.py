@@ -54,4 +54,7 @@ def _matmul_attention(qkv: Tensor) -> Tensor:  # [3, B, H, N, d] -> [B, H, N, d]
     query, key, value = qkv.reshape(3, batch * heads, tokens, head_dim).unbind(0)
     unused = query.new_zeros(1)  # what baddbmm would add; with beta = 0 it only serves to scale by alpha
     scores = torch.baddbmm(unused, query, key.transpose(1, 2), beta=0, alpha=head_dim**-0.5)
-    return torch.bmm(scores.softmax(-1), value).view(batch, heads, tokens, head_dim)
+    # On a CPU the half-precision softmax falls back to scalars for rows shorter than this; float32 costs half of it.
+    wide = scores.device.type == "cpu" and tokens < 64
+    weights = scores.softmax(-1, dtype=torch.float32 if wide else scores.dtype).to(value.dtype)
+    return torch.bmm(weights, value).view(batch, heads, tokens, head_dim)

@@ -224,11 +224,11 @@ def test_patches_are_those_of_a_strided_convolution():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_as_one_graph_for_training_at_any_batch_size(checkpointing):
     torch._dynamo.reset()
-    model = small_dit(class_dropout_prob=0.0, gradient_checkpointing=checkpointing)
+    model = small_dit(depth=2, class_dropout_prob=0.0, gradient_checkpointing=checkpointing)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     counter = torch._dynamo.utils.counters["stats"]
     graphs = []
-    for batch in (2, 3, 5, 7):
+    for batch in (2, 3, 5):
         arguments = inputs(batch)
         torch.testing.assert_close(compiled(*arguments), model(*arguments), rtol=0, atol=1e-5)
         compiled(*arguments).sum().backward()
