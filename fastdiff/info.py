@@ -1,4 +1,4 @@
-"""`python -m fastdiff.info`: what this installation is and what it can run here, with the reasons for what it cannot."""
+"""`python -m fastdiff.info`: what this installation is, what it can run here, and why it cannot run the rest."""
 
 import platform
 
@@ -16,15 +16,17 @@ def report() -> str:
         f"machine: {platform.machine()}, {torch.get_num_threads()} threads",
     ]
     if _native.cpu_module is not None:
-        build, features = _native.cpu_module.build_info(), _native.cpu_module.cpu_features()
-        have = ", ".join(name for name, present in features.items() if present) or "none of those asked for"
+        native = _native.cpu_module
+        build, features = native.build_info(), native.cpu_features()
+        have = ", ".join(name for name, present in features.items() if present) or "none that kernels are made for"
+        serves = f"serves torch >= {build['oldest_torch']}"
         lines += [
-            f"build: {build['compiler']}, against torch {build['torch_at_build']}, serves torch >= {build['oldest_torch']}",
+            f"build: {build['compiler']}, against torch {build['torch_at_build']}, {serves}",
             f"CPU features: {have}",
-            f"instruction set: {_native.cpu_module.isa()} (of {', '.join(_native.cpu_module.isa_names())}; FASTDIFF_CPU_ISA)",
+            f"instruction set: {native.isa()} (of {', '.join(native.isa_names())}; FASTDIFF_CPU_ISA)",
         ]
     if _native.cuda_module is not None:
-        archs = ", ".join(f"sm_{arch}" for arch in _native.cuda_module.architectures.split(";"))
+        archs = ", ".join(f"sm_{arch}" for arch in _native.cuda_module.architectures.split(","))
         lines.append(f"CUDA module: built for {archs} and PTX, with nvcc {_native.cuda_module.nvcc_version}")
     else:
         lines.append(f"CUDA module: {_native.cuda_missing}")

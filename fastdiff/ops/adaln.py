@@ -286,9 +286,8 @@ def _check_out(x: Tensor, out: Tensor | None, name: str, grad: bool, dtype: torc
     if out is None:
         return dtype
     if out.shape != x.shape or out.dtype != dtype or out.device != x.device or not out.is_contiguous():
-        raise ValueError(
-            f"{name} is {list(out.shape)} {out.dtype} on {out.device}; expected contiguous {list(x.shape)} {dtype} on {x.device}"
-        )
+        expected = f"expected contiguous {list(x.shape)} {dtype} on {x.device}"
+        raise ValueError(f"{name} is {list(out.shape)} {out.dtype} on {out.device}; {expected}")
     if grad:
         raise ValueError(f"{name} was given while a gradient is wanted; use torch.no_grad() or leave {name} out")
     return dtype
