@@ -90,6 +90,8 @@ def sample(
         model, labels.to(device), guidance_scale, guidance_interval, guidance_channels,
         conditioning or {}, null_conditioning or {}, autocast_dtype,
     )  # fmt: skip
+    if not len(labels):
+        return torch.empty(shape, device=device)
 
     x = _noise(generators, shape[1:], device)
     was_training = model.training
@@ -262,6 +264,4 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 def _noise(generators: list[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal noise, a generator a sample, drawn on the CPU: the same on every device."""
-    if not generators:
-        return torch.empty((0, *shape), device=device)
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)

@@ -127,6 +127,7 @@ def test_a_seed_gives_the_same_sample_wherever_it_stands(config, sampler):
     assert torch.equal(reordered, batch[[3, 2, 0]])
     assert torch.equal(sample(model, diffusion, [2], seed=13, **options)[0], batch[2])
     assert not torch.equal(batch, sample(model, diffusion, labels, seed=12, **options))
+    assert sample(model, diffusion, [], **options).shape == (0, 2, 4, 4)
 
 
 def test_guidance_moves_along_the_difference():
