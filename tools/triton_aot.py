@@ -118,7 +118,7 @@ def compile_variant(variant: Variant, label: str, arch: int) -> dict[str, object
 
 @dataclass(frozen=True)
 class Case:
-    """One way of calling the operator, [2, 64, dim], forward and backward."""
+    """One way of calling the operator on [2, tokens, dim], forward and backward."""
 
     dim: int
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # stream, branch and modulation, output
@@ -148,14 +148,14 @@ def adaln_cases() -> list[Case]:
     return cases
 
 
-def adaln_variants(case: Case) -> list[Variant]:
+def adaln_variants(case: Case, tokens: int = 64) -> list[Variant]:
     """The kernels that a training step and a forward pass without gradient launch in this case."""
     stream, other, output = case.dtypes
 
     def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    batch, tokens, dim = 2, 64, case.dim
+    batch, dim = 2, case.dim
     x, branch = tensor(batch, tokens, dim, dtype=stream), tensor(batch, tokens, dim, dtype=other)
     grad_out = tensor(batch, tokens, dim, dtype=output)
     m = tensor(batch, tokens, dim, dtype=other) if case.per_token else tensor(batch, dim, dtype=other)
