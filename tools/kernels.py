@@ -149,7 +149,7 @@ def markdown(rows: list[Row], found: list[str]) -> str:
     return "\n".join([*lines, "", *verdict, ""])
 
 
-def triton_rows() -> list[Row]:
+def triton_rows(targets: Iterable[int]) -> list[Row]:
     """The rows of the Triton kernels. Raises CannotRun where Triton is not installed."""
     try:
         import triton  # noqa: F401
@@ -158,12 +158,12 @@ def triton_rows() -> list[Row]:
     sys.path.insert(0, str(Path(__file__).parent))
     import triton_aot
 
-    return triton_aot.compile_all()
+    return triton_aot.compile_all(tuple(targets))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="for CUDA, e.g. 80,90 (default: all)")
+    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="e.g. 80,90 (default: all)")
     parser.add_argument("--skip-triton", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder of kernels.md and kernels.json")
     parser.add_argument("sources", nargs="*", type=Path, default=sorted(ROOT.glob("kernels/*/*.cu")), help=".cu files")
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         targets = [int(a) for a in options.targets.split(",")]
         rows = [row for source in options.sources for row in compile_cuda(source, targets)]
-        rows += [] if options.skip_triton else triton_rows()
+        rows += [] if options.skip_triton else triton_rows(targets)
     except CannotRun as reason:
         print(f"kernels cannot be checked: {reason}", file=sys.stderr)
         return 2

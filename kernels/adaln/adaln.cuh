@@ -1,7 +1,7 @@
 // Fused AdaLN forward on the device. See README.md for the mathematics and adaln.h for the parameters.
 //
-// blockDim = (threads of a row, rows of a block). A thread holds kChunks chunks of kVec neighbouring elements of its row
-// in registers; kStreamed kernels hold nothing and read the row again, for rows too long for that. kVec = 1 serves
+// blockDim = (threads of a row, rows of a block). A thread holds kChunks chunks of kVec neighbouring elements of its
+// row in registers; kStreamed kernels hold nothing and read the row again, for rows too long for that. kVec = 1 serves
 // operands that are not aligned for vector accesses. x's type X is compiled in, the other operands' are looked up.
 #pragma once
 #include "kernels/adaln/adaln.h"
@@ -10,7 +10,7 @@
 
 namespace fastdiff::cuda {
 
-constexpr int kStreamed = 0;  // for kChunks
+constexpr int kStreamed = 0;    // for kChunks
 constexpr int kSmallHeld = 8;   // elements a thread holds of rows of up to 8 * 256 elements ...
 constexpr int kLargeHeld = 16;  // ... and of rows of up to 16 * 384
 
@@ -104,8 +104,8 @@ __device__ __forceinline__ float read_row(const AdaLNForwardParams& p, const For
   return sum;
 }
 
-// The second look at the row: from registers, or from memory where it was streamed. What a thread stored to residual_out
-// it also reads itself.
+// The second look at the row: from registers, or from memory where it was streamed. A thread reads of residual_out
+// only what it stored itself.
 template <class X, int kVec, int kChunks>
 __device__ __forceinline__ void reread(const AdaLNForwardParams& p, int64_t at, float (&chunk)[kVec]) {
   if constexpr (kChunks == kStreamed) load(static_cast<const X*>(p.branch ? p.residual_out : p.x) + at, chunk);

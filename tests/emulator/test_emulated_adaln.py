@@ -1,7 +1,7 @@
 """The CUDA kernels of AdaLN, executed on the CPU, against the reference in float64.
 
 Every case runs under three schedules of threads and blocks, which must agree to the bit. Errors are ratios of norms;
-the bounds are about 3 times what was seen on x86-64 with gcc 12 (in the comments).
+the bounds are two to four times what was seen on x86-64 with gcc 12 (in the comments).
 """
 
 import pytest
@@ -12,9 +12,9 @@ from emulator import SCHEDULES, Emulator
 from fastdiff.kernels.adaln import reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# forward, and gradients of rows: one rounding at the store dominates; seen 1.0e-7, 1.7e-3, 2.1e-4
-ROUNDING = {F32: 3e-7, BF16: 4e-3, F16: 5e-4}
-SUMS = 1e-6  # gradients summed over tokens in fp32; seen 2e-7
+# forward, and gradients of rows: one rounding at the store dominates; seen 1.7e-7, 2.1e-3, 2.6e-4
+ROUNDING = {F32: 5e-7, BF16: 5e-3, F16: 6e-4}
+SUMS = 5e-7  # gradients summed over tokens in fp32; seen 1.8e-7
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -115,7 +115,7 @@ def check_backward(emulator: Emulator, f, x, shift, scale, branch=None, gate=Non
         if name in ("gate", "shift", "scale"):
             got = summed_like(got, leaf)
         bound = ROUNDING[got.dtype] if name in ("x", "branch") else SUMS
-        assert relative(got, leaf.grad) < max(bound, SUMS), name
+        assert relative(got, leaf.grad) < bound, name
 
 
 def frames_of(kind: str, tokens: int) -> int:
@@ -204,6 +204,20 @@ def test_misaligned_pointers(emulator, moved, dtype):
     check_backward(emulator, f, t["x"], t["shift"], t["scale"], t["branch"], t["gate"], frames=1, g=g)
 
 
+@pytest.mark.parametrize("moved", ["gate", "shift", "scale"])
+@pytest.mark.parametrize("axis", ["batch", "frames"])
+def test_misaligned_strides(emulator, moved, axis):
+    """Modulation whose first row is aligned for vectors and whose second is not."""
+    g = seeded(moved, axis)
+    batch, tokens, dim = 2, 4, 64
+    x, branch = randn(g, batch, tokens, dim), randn(g, batch, tokens, dim)
+    t = {k: randn(g, batch, 2, dim) for k in ("gate", "shift", "scale")}
+    strides = (2 * dim + 1, dim, 1) if axis == "batch" else (4 * dim, dim + 1, 1)
+    t[moved] = randn(g, 8 * dim).as_strided((batch, 2, dim), strides)
+    f = check_forward(emulator, x, t["shift"], t["scale"], branch, t["gate"])
+    check_backward(emulator, f, x, t["shift"], t["scale"], branch, t["gate"], frames=2, g=g)
+
+
 @pytest.mark.parametrize("dim", [384, 8200])
 def test_rows_far_from_zero_stay_accurate(emulator, dim):
     g = seeded("far", dim)
@@ -211,7 +225,7 @@ def test_rows_far_from_zero_stay_accurate(emulator, dim):
     shift, scale = randn(g, dim), randn(g, dim)
     f = check_forward(emulator, x, shift, scale)  # as accurate as rows around zero
     assert relative(f["mean"], x.double().mean(-1).flatten()) < 1e-7
-    assert relative(f["rstd"], 1 / x.double().var(-1, correction=0).sqrt().flatten()) < 1e-6
+    assert relative(f["rstd"], 1 / x.double().var(-1, correction=0).sqrt().flatten()) < 2e-6  # eps; seen 4.7e-7
 
 
 def test_statistics_are_saved(emulator):
@@ -249,12 +263,12 @@ def test_any_segments(emulator, frames, rows_per_segment):
 
 def test_more_work_than_the_grid_has_blocks(emulator):
     g = seeded("grid")
-    x, grad_out, scale, weight = randn(g, 4, 10, 136), randn(g, 4, 10, 136), randn(g, 4, 5, 136), randn(g, 136)
+    x, grad_out, scale, weight = randn(g, 4, 10, 136), randn(g, 4, 10, 136), randn(g, 4, 2, 136), randn(g, 136)
 
     def run() -> dict[str, Tensor]:
         f = emulator.forward(x, None, scale, weight=weight)
         grads = emulator.backward(
-            grad_out, x, f, wanted=("scale", "weight"), scale=scale, weight=weight, frames=5, rows_per_segment=2
+            grad_out, x, f, wanted=("scale", "weight"), scale=scale, weight=weight, frames=2, rows_per_segment=2
         )
         return f | {f"grad_{name}": t for name, t in grads.items()}
 
