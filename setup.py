@@ -4,10 +4,12 @@ FASTDIFF_CUDA=0/1          build fastdiff._C_cuda or not; by default it is built
 FASTDIFF_CUDA_ARCHS=87;90  architectures with machine code (default: CMakeLists.txt)
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,19 +18,26 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def torch_folder_and_version() -> tuple[Path, str, bool]:
-    """The installed torch: its folder, its version, whether it has CUDA."""
-    try:
-        import torch
-    except ImportError:
+def installed_torch() -> tuple[Path, str, bool]:
+    """The torch to build against: its folder, its version, whether it has CUDA.
+
+    Nothing of it is imported, and it is found in build isolation too: pip hides the environment's packages from
+    sys.path then, but they still lie where sysconfig says. The stable ABI makes any torch >= 2.13 do.
+    """
+    spec = importlib.util.find_spec("torch")
+    candidates = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    candidates += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
+    folder = next((c for c in candidates if (c / "version.py").is_file()), None)
+    if folder is None:
         sys.exit(
-            "fastdiff is built against the installed torch, and none is found here: pip install 'torch>=2.13', then "
-            "pip install --no-build-isolation . (with build isolation pip hides torch from the build)"
+            "fastdiff is built against the installed torch, and none is found: first pip install 'torch>=2.13' (and if "
+            "it is installed, pass --no-build-isolation)"
         )
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 13):
-        sys.exit(f"fastdiff needs torch >= 2.13 and found {torch.__version__}: pip install 'torch>=2.13'")
-    return Path(torch.__file__).parent, torch.__version__, torch.version.cuda is not None
+    facts: dict[str, str | None] = {}
+    exec((folder / "version.py").read_text(), facts)  # a few assignments, written by torch's own build
+    if tuple(int(part) for part in facts["__version__"].split("+")[0].split(".")[:2]) < (2, 13):
+        sys.exit(f"fastdiff needs torch >= 2.13 and found {facts['__version__']}: pip install 'torch>=2.13'")
+    return folder, str(facts["__version__"]), facts.get("cuda") is not None
 
 
 def wants_cuda(torch_has_cuda: bool) -> bool:
@@ -47,12 +56,13 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
 
-        torch_dir, torch_version, torch_has_cuda = torch_folder_and_version()
+        torch_dir, torch_version, torch_has_cuda = installed_torch()
         cuda = wants_cuda(torch_has_cuda)
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sys.platform}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # pip's build environments come and go
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTDIFF_TORCH_DIR={torch_dir}",
