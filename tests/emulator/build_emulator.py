@@ -1,4 +1,4 @@
-"""Builds the emulator's test library, and runs the race check: python tests/emulator/build_emulator.py race"""
+"""Builds the emulator's test library and the race check; by hand: python tests/emulator/build_emulator.py VARIANT"""
 
 import os
 import platform
@@ -11,6 +11,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RACE_COMPILERS = ("clang++-19", "clang++")
+# cmake and ninja may be in a virtual environment that is not activated
+TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
 class Unavailable(RuntimeError):
@@ -47,15 +49,17 @@ def build(variant: str) -> Path:
     if platform.machine() != "x86_64":
         raise Unavailable(f"the emulator switches stacks in x86-64 assembly; this is {platform.machine()}")
     for tool in ("cmake", "ninja"):
-        if not shutil.which(tool):
+        if not shutil.which(tool, path=TOOL_PATH):
             raise Unavailable(f"no {tool}: pip install cmake ninja")
+    compiler = race_compiler() if variant == "race" else shutil.which("g++")
+    if not compiler:
+        raise Unavailable("no g++: apt-get install g++")
     folder = ROOT / "build" / "emulator" / variant
     configure = ["cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(folder), f"-DVARIANT={variant}"]
-    configure += [f"-DFASTDIFF_CUDA_INCLUDE={cuda_include()}", "-DCMAKE_BUILD_TYPE="]
-    if variant == "race":
-        configure.append(f"-DCMAKE_CXX_COMPILER={race_compiler()}")
+    configure += [f"-DFASTDIFF_CUDA_INCLUDE={cuda_include()}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    configure += ["-DCMAKE_BUILD_TYPE="]
     for command in (configure, ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": TOOL_PATH})
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
     return folder / ("emulator" if variant == "race" else "libemulator.so")
@@ -67,19 +71,5 @@ def race(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([build("race"), *arguments], capture_output=True, text=True, env=environment)
 
 
-def main() -> int:
-    if sys.argv[1:] != ["race"]:
-        print(f"usage: python {sys.argv[0]} race", file=sys.stderr)
-        return 2
-    try:
-        done = race()
-    except Unavailable as reason:
-        print(f"race check cannot run: {reason}", file=sys.stderr)
-        return 2
-    print(done.stdout, done.stderr, sep="", end="")
-    print("no races" if done.returncode == 0 else f"FAILED with exit status {done.returncode}")
-    return 1 if done.returncode else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(build(sys.argv[1] if len(sys.argv) > 1 else "plain"))
