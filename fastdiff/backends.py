@@ -32,12 +32,14 @@ class Backend:
 
 
 _registry: dict[str, dict[str, Backend]] = {}
+_selected: dict[tuple, str] = {}  # what select() found before
 
 
 def register(operator: str, backend: str, entry: Backend) -> None:
     """Adds one operator's entry for one backend; `fastdiff.ops` calls it at import."""
     assert backend in BACKENDS, backend
     _registry.setdefault(operator, {})[backend] = entry
+    _selected.clear()
 
 
 def _checked(name: str, where: str) -> str:
@@ -70,6 +72,16 @@ def requested() -> str:
 
 def select(operator: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """The backend that runs an operator for an input on `device` ("cpu", "cuda") with these dtypes."""
+    if torch.compiler.is_compiling():  # a cache would be state that the compiler has to watch
+        return _search(operator, device, dtypes)
+    key = (_requested, operator, device, dtypes)
+    found = _selected.get(key)
+    if found is None:
+        found = _selected[key] = _search(operator, device, dtypes)
+    return found
+
+
+def _search(operator: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     if _requested != "auto":
         reason = why_not(operator, _requested, device, dtypes)
         if reason is not None:

@@ -175,15 +175,22 @@ def _register_native() -> None:
 _triton_library = torch.library.Library("fastdiff_triton", "DEF")
 
 
+def _triton_launcher(name: str):
+    def launch(*args):
+        from fastdiff.kernels.adaln import triton_kernels  # imports Triton, at the first call
+
+        return getattr(triton_kernels, name)(*args)
+
+    return launch
+
+
 def _register_triton() -> None:
     """Opaque operators around the Triton launchers, so that torch.compile sees what it sees of the native ones."""
     if _native.triton_missing is not None:
         return
-    from fastdiff.kernels.adaln import triton_kernels
-
     for name in OPERATORS:
         _triton_library.define(name + SCHEMAS[name])
-        _triton_library.impl(name, getattr(triton_kernels, name), "CompositeExplicitAutograd")
+        _triton_library.impl(name, _triton_launcher(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastdiff_triton::{name}", _FAKES[name], lib=_triton_library)
     IMPLEMENTATIONS["triton"] = SimpleNamespace(
         **{name: getattr(torch.ops.fastdiff_triton, name).default for name in OPERATORS}

@@ -47,7 +47,7 @@ def adaln(
         BackendError: the backend that was asked for cannot run.
     """
     batch, tokens, dim = _check_stream("x", x, norm)
-    backend = _check_operands("adaln", x, batch, tokens, dim, (), (("shift", shift), ("scale", scale)), weight, bias)
+    backend = _check_operands("adaln", x, batch, tokens, dim, None, None, shift, scale, weight, bias)
     grad = _wants_grad(x, shift, scale, weight, bias)
     out_dtype = _check_out(x, out, "out", grad, _output_dtype(x))
     x3, shift, scale = _rows(x, batch, tokens, dim), _readable(shift, x), _readable(scale, x)
@@ -99,11 +99,11 @@ def gated_residual_adaln(
         BackendError: the backend that was asked for cannot run.
     """
     batch, tokens, dim = _check_stream("residual", residual, norm)
-    modulations = (("gate", gate), ("shift", shift), ("scale", scale))
-    if gate is None:
-        raise TypeError("gate is None; gated_residual_adaln needs one: pass a tensor, or use adaln")
+    for name, t in (("branch", branch), ("gate", gate)):
+        if t is None:
+            raise TypeError(f"{name} is None; gated_residual_adaln needs one: pass a tensor, or use adaln")
     backend = _check_operands(
-        "gated_residual_adaln", residual, batch, tokens, dim, (("branch", branch),), modulations, weight, bias
+        "gated_residual_adaln", residual, batch, tokens, dim, branch, gate, shift, scale, weight, bias
     )
     if gate_activation is not None:
         if gate_activation != "tanh":
@@ -235,46 +235,53 @@ def _check_stream(name: str, x: Tensor, norm: str) -> tuple[int, int, int]:
     return shape[0], shape[1:-1].numel(), shape[-1]
 
 
-def _check_operands(op, x, batch, tokens, dim, branches, modulations, weight, bias) -> str:
+def _check_operands(op, x, batch, tokens, dim, branch, gate, shift, scale, weight, bias) -> str:
     """Raises for whatever does not fit x; returns the backend that will run."""
     dtypes = [x.dtype]
-    for name, t in (*branches, *modulations, ("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}; expected one device: move one of them")
-        dtypes.append(t.dtype)
+    device = x.device
+    for name, m in (("gate", gate), ("shift", shift), ("scale", scale)):
+        if m is not None:
+            _check_tensor(name, m, device, dtypes)
+            _check_modulation(name, m, x, batch, tokens, dim)
+    if branch is not None:
+        _check_tensor("branch", branch, device, dtypes)
+        if branch.shape != x.shape:
+            raise ValueError(f"branch has shape {list(branch.shape)}; expected the residual's, {list(x.shape)}")
+    if weight is not None or bias is not None:
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None:
+                _check_tensor(name, t, device, dtypes)
+                if t.ndim != 1 or t.shape[0] != dim:
+                    raise ValueError(f"{name} has shape {list(t.shape)}; expected [{dim}]")
     for dtype in dtypes:
-        if dtype not in _DTYPES or (dtype == torch.float64) != (x.dtype == torch.float64):
+        if dtype not in _DTYPES or (dtype is torch.float64) != (x.dtype is torch.float64):
             given = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(
                 f"{op} got dtypes {given}; expected float32, bfloat16 or float16, or float64 for all (CPU): cast them"
             )
-    for name, t in branches:
-        if t.shape != x.shape:
-            raise ValueError(f"{name} has shape {list(t.shape)}; expected the residual's, {list(x.shape)}")
-    for name, t in modulations:
-        if t is not None:
-            _check_modulation(name, t, x, batch, tokens, dim)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and (t.ndim != 1 or t.shape[0] != dim):
-            raise ValueError(f"{name} has shape {list(t.shape)}; expected [{dim}]")
-    return select(op, x.device.type, tuple(dtypes))
+    return select(op, device.type, tuple(dtypes))
+
+
+def _check_tensor(name: str, t: Tensor, device: torch.device, dtypes: list[torch.dtype]) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, the stream on {device}; expected one device: move one of them")
+    dtypes.append(t.dtype)
 
 
 def _check_modulation(name: str, m: Tensor, x: Tensor, batch: int, tokens: int, dim: int) -> None:
     shape = m.shape
-    if len(shape) >= 1 and shape[-1] == dim:
-        if len(shape) == 1:
+    dims = len(shape)
+    if dims >= 1 and shape[-1] == dim:
+        if dims == 1:
             return
-        if shape[0] == 1 or shape[0] == batch:
-            if len(shape) == 2:
+        if shape[0] == batch or shape[0] == 1:
+            if dims == 2:
                 return
-            if len(shape) == 3 and (shape[1] == tokens or shape[1] > 0 and tokens % shape[1] == 0):
+            if dims == 3 and (shape[1] == tokens or shape[1] > 0 and tokens % shape[1] == 0):
                 return
-            if len(shape) == x.ndim and shape[1:] == x.shape[1:]:
+            if dims == x.ndim and shape[1:] == x.shape[1:]:
                 return
     expected = (
         f"[{dim}], [1, {dim}], [{batch}, {dim}], [{batch}, F, {dim}] with F dividing {tokens}, or [1, {tokens}, {dim}]"
@@ -294,7 +301,11 @@ def _check_out(x: Tensor, out: Tensor | None, name: str, grad: bool, dtype: torc
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _distinct(args: tuple) -> list:

@@ -264,7 +264,7 @@ BAD = {
     "frames": (ValueError, r"scale has shape \[2, 4, 8\].*dividing 6", lambda: adaln(X, M, torch.zeros(2, 4, 8))),
     "shift-type": (TypeError, "shift is a float", lambda: adaln(X, 0.5, M)),
     "weight": (ValueError, r"weight has shape \[2, 8\]; expected \[8\]", lambda: adaln(X, M, M, weight=M)),
-    "device": (ValueError, "scale is on meta", lambda: adaln(X, M, M.to("meta"))),
+    "device": (ValueError, "scale is on meta, the stream on cpu", lambda: adaln(X, M, M.to("meta"))),
     "branch": (
         ValueError,
         r"branch has shape \[2, 8\]; expected the residual's",
