@@ -150,11 +150,10 @@ def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
     channels, *size = data.image_shape
     expected = {"in_channels": channels, "image_size": tuple(size), "num_classes": len(data.class_names)}
     for name, value in expected.items():
-        given = getattr(recipe.model, name)
-        if given != value:
-            field_name = "input_size" if name == "image_size" else name
-            raise ValueError(f"model.{field_name} is {given}; the data set {data.name} has {value}; "
-                             f"set --model.{field_name} to that")
+        if getattr(recipe.model, name) != value:
+            key = "input_size" if name == "image_size" else name
+            raise ValueError(f"model.{key} is {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
+                             f"set --model.{key} to that")
     fitting = samplers_for(recipe.diffusion)
     if recipe.sampling.sampler not in (None, *fitting):
         raise ValueError(f"sampling.sampler is {recipe.sampling.sampler!r}; diffusion.noise_levels "

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fastdiff.cli import load_recipe
 from fastdiff.diffusion.continuous import Diffusion
-from fastdiff.diffusion.sampling import sample
+from fastdiff.diffusion.sampling import sample, samplers_for
 from fastdiff.models.dit import DiT
 from fastdiff.training.checkpoint import load_weights, read_state, step_of
 from fastdiff.training.diffusion import DiTRecipe, SamplingConfig
@@ -67,7 +67,13 @@ class Run:
         """Samples of these labels: float32 [N, C, H, W] on the CPU.
 
         Sample i depends on its label and on seed + i alone, whatever `batch_size` (rounding aside).
+
+        Raises:
+            ValueError: a sampler that does not fit the run, or a label out of range.
         """
+        fitting = samplers_for(self.recipe.diffusion)
+        if sampling.sampler not in (None, *fitting):
+            raise ValueError(f"sampler is {sampling.sampler!r}; this run's diffusion needs one of {', '.join(fitting)}")
         labels, parts = torch.as_tensor(labels), []
         device = next(self.model.parameters()).device
         with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:

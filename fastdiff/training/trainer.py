@@ -122,7 +122,7 @@ class Trainer:
         stopped = False
         with self._progress, stop_on_signals() as signals:
             for step in range(start, config.max_steps):
-                self._pending.append((step, *self._step(step)))
+                self._pending.append((step, *self.train_step(step)))
                 self.steps_done = step + 1
                 due = self._due(config.log_every) or self._due(config.checkpoint_every)
                 if due or signals.received or self._due(config.preview_every):
@@ -148,7 +148,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.steps_done == self.config.max_steps or (every > 0 and self.steps_done % every == 0)
 
-    def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def train_step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step: (this process's part of the loss, gradient norm), both detached."""
         accelerator, config = self.accelerator, self.config
         torch.manual_seed(derive_seed(config.seed, step, _GLOBAL_RNG, accelerator.process_index))

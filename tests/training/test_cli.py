@@ -1,0 +1,149 @@
+"""The commands: recipes with overrides, samples, scores; errors are one line and exit code 2."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastdiff import evaluate, sample, train
+from fastdiff.cli import parse_recipe
+from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("dit_*.yaml"))
+
+
+def failure(command, arguments, capsys) -> str:
+    """Runs a command that must fail for a reason of the user's: its one line."""
+    with pytest.raises(SystemExit) as exit_:
+        command.main([str(a) for a in arguments])
+    text = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2 and text.startswith("error: ") and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(path):
+    recipe = parse_recipe(DiTRecipe, [str(path)], "train", "")
+    assert recipe.training.output_dir == f"runs/{path.stem}"
+    assert recipe.model.num_classes == 10
+
+
+def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
+    recipe = parse_recipe(DiTRecipe, [str(tiny_yaml), "--training.learning_rate", "1e-4", "--model.input_size",
+                                      "[8, 8]", "--training.betas", "[0.8, 0.9]"], "train", "")
+    assert recipe.training.learning_rate == 1e-4 and recipe.training.betas == (0.8, 0.9)
+    assert recipe.training.batch_size == 8  # from the file
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(DiffusionTask(recipe, digits).recipe()))
+    assert parse_recipe(DiTRecipe, [str(path)], "train", "") == recipe
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--training.max_stepz", "3"], r"max_stepz"),
+    (["--training.max_steps", "many"], r'training.max_steps.*Expected.*int.*many'),
+    (["--training.max_steps", "0"], r"training.max_steps is 0; expected at least 1"),
+    (["--training.schedule", "sudden"], r"training.schedule.*Expected.*cosine.*sudden"),
+    (["--model.num_classes", "3"], r"model.num_classes is 3; the data set digits has 10; set --model.num_classes"),
+    (["--model.input_size", "16"], r"model.input_size is 16; the data set digits has \(8, 8\)"),
+    (["--sampling.sampler", "ddim"], r"sampling.sampler is 'ddim'.*needs one of euler"),
+    (["--training.trackers", "[abacus]"], r"training.trackers has 'abacus'; expected one of tensorboard"),
+    (["--training.resume", "true", "--training.overwrite", "true"], r"resume and training.overwrite are both true"),
+    (["--data.name", "image_folder"], r"data.folder is missing; image_folder needs"),
+    (["--data.name", "fashion_mnist", "--data.folder", "/nowhere"], r"not in /nowhere; run `apt install dataset-fash"),
+])
+def test_bad_options(tiny_yaml, tmp_path, capsys, arguments, message):
+    text = failure(train, [tiny_yaml, "--training.output_dir", tmp_path / "run", *arguments], capsys)
+    assert re.search(message, text), text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("model: {widht: 5}", r"model.*widht"),
+    ("training: {learning_rate: fast}", r"training.learning_rate.*float.*fast"),
+    ("training: [5", r"parsing"),
+    ("modle: {depth: 2}", r"modle"),
+])
+def test_bad_recipes(tmp_path, capsys, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    assert re.search(message, failure(train, [path], capsys))
+    assert "recipe 'none.yaml' is not a file" in failure(train, ["none.yaml"], capsys)
+
+
+def test_help_lists_every_field():
+    done = subprocess.run([sys.executable, "-m", "fastdiff.train", "--help"], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0
+    for text in ("--training.max_steps", "--model.hidden_size", "--diffusion.prediction_type", "--data.folder",
+                 "--sampling.guidance_scale", "optimizer steps", "the run's folder"):
+        assert text in done.stdout
+
+
+@pytest.fixture
+def run(make_trainer, tmp_path):
+    make_trainer(tmp_path / "run", "--training.max_steps", 3, "--training.trackers", "[tensorboard]").train()
+    return tmp_path / "run"
+
+
+def test_a_run_leaves_its_files(run):
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints", "metrics.jsonl", "loss.png",
+                                                     "samples.png"}
+    assert {path.name for path in (run / "checkpoints" / "step_3").iterdir()} >= {
+        "model.safetensors", "ema.safetensors", "config.json", "trainer_state.json"}
+
+
+def test_tensorboard_has_the_losses(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {path.parent for path in run.rglob("events.*") if path.parent.name == "fastdiff"}
+    events = EventAccumulator(str(folder)).Reload()
+    logged = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_the_checkpoint_is_a_pretrained_model(run):
+    import torch
+    from safetensors.torch import load_file
+
+    from fastdiff.models.dit import DiT
+
+    folder = run / "checkpoints" / "step_3"
+    model, stored = DiT.from_pretrained(folder), load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    assert model.config.class_dropout_prob == 0.2
+
+
+def test_sample_command(run, capsys):
+    sample.main([str(run), "--labels", "0,3,7", "--guidance-scale", "2", "--images-per-label", "2", "--seed", "5"])
+    path = Path(capsys.readouterr().out.strip())
+    assert path == run / "samples-seed-5.png" and path.read_bytes().startswith(b"\x89PNG")
+    first = path.read_bytes()
+    sample.main([str(run), "--labels", "0,3,7", "--guidance-scale", "2", "--images-per-label", "2", "--seed", "5"])
+    assert path.read_bytes() == first
+
+
+def test_sample_command_refuses(run, tmp_path, capsys):
+    assert "--labels has '10'; expected 0 to 9" in failure(sample, [run, "--labels", "0,10"], capsys)
+    assert "is not a folder" in failure(sample, [tmp_path / "nothing"], capsys)
+    assert "config.yaml is missing" in failure(sample, [tmp_path], capsys)
+    assert "needs one of euler" in failure(sample, [run, "--sampler", "ddim"], capsys)
+    assert "guidance_scale" in failure(sample, [run, "--guidance-scale", "much"], capsys)
+
+
+def test_evaluate_command(run, capsys, monkeypatch, tmp_path):
+    from fastdiff.evaluation.classifier import Schedule
+
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Schedule, "for_size", staticmethod(lambda images: Schedule(epochs=1, batch_size=64)))
+    evaluate.main([str(run), "--num-samples", "30"])
+    output = capsys.readouterr().out
+    assert "Fréchet distance (classifier features)" in output and "FID" not in output
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["samples"]["images"] == 30 and report["held_out"]["images"] == 30
+    assert set(report["samples"]["accuracy_by_class"]) == set("0123456789")
+    assert report["held_out"]["frechet_distance"] < report["samples"]["frechet_distance"]  # 3 steps draw noise
+    assert report["samples"]["nearest_neighbour_median"] > report["held_out"]["nearest_neighbour_median"]
