@@ -34,11 +34,20 @@ def cuda_include() -> Path:
 
 
 def race_compiler() -> str:
-    """A clang++ whose ThreadSanitizer knows fibers."""
+    """A clang++ that links with ThreadSanitizer, whose runtime knows fibers."""
     for name in RACE_COMPILERS:
-        if found := shutil.which(name):
-            return found
-    raise Unavailable("no clang++-19 for ThreadSanitizer: apt-get install clang-19 libclang-rt-19-dev")
+        compiler = shutil.which(name)
+        trial = [compiler, "-fsanitize=thread", "-x", "c++", "-", "-o", os.devnull]
+        if compiler and not subprocess.run(trial, input="int main() {}", text=True, capture_output=True).returncode:
+            return compiler
+    raise Unavailable("no clang++-19 with ThreadSanitizer: apt-get install clang-19 libclang-rt-19-dev")
+
+
+def _run(command: list[str], check: bool = True) -> int:
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": TOOL_PATH})
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+    return done.returncode
 
 
 def build(variant: str) -> Path:
@@ -58,10 +67,10 @@ def build(variant: str) -> Path:
     configure = ["cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(folder), f"-DVARIANT={variant}"]
     configure += [f"-DFASTDIFF_CUDA_INCLUDE={cuda_include()}", f"-DCMAKE_CXX_COMPILER={compiler}"]
     configure += ["-DCMAKE_BUILD_TYPE="]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": TOOL_PATH})
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+    if _run(configure, check=False):  # CMake forgets its settings where a folder was made with another compiler
+        shutil.rmtree(folder, ignore_errors=True)
+        _run(configure)
+    _run(["cmake", "--build", str(folder)])
     return folder / ("emulator" if variant == "race" else "libemulator.so")
 
 
