@@ -76,7 +76,7 @@ def test_shared_memory_limit_is_the_chips(emulator):
 def preloaded() -> dict[str, str]:
     """The environment of a Python process whose libraries are built with the address and undefined sanitizers."""
     names = ("libasan.so", "libubsan.so")
-    paths = [subprocess.check_output(["c++", f"-print-file-name={name}"], text=True).strip() for name in names]
+    paths = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
     return os.environ | SANITIZER_OPTIONS | {"LD_PRELOAD": " ".join(paths)}
 
 
@@ -120,7 +120,8 @@ def test_adaln_under_address_and_undefined_behaviour_sanitizers(libraries):
     chosen = ["widths and (1- or 7- or 384- or 8200-)", "BFD or BD", "misaligned", "segments", "empty"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_emulated_adaln.py")]
     command += ["-k", " or ".join(f"({k})" for k in chosen)]
-    environment = preloaded() | {"FASTDIFF_EMULATOR": str(libraries("asan"))}
+    library = libraries("asan")
+    environment = preloaded() | {"FASTDIFF_EMULATOR": str(library)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
