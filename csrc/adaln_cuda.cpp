@@ -17,7 +17,10 @@ struct Cuda {
     check(cuda::adaln_backward(p, stream(x)), "adaln_backward");
   }
   // A function of the shape alone (results must not depend on the device): shorter segments where there are few rows.
-  static int64_t rows_per_segment(const AdaLNBackwardParams& p) { return p.batch * p.tokens <= 8192 ? 16 : 64; }
+  static int64_t rows_per_segment(const AdaLNBackwardParams& p) {
+    const int64_t rows = p.batch * p.tokens;
+    return rows <= 8192 ? 16 : rows <= 32768 ? 32 : 64;
+  }
 
  private:
   static CUstream_st* stream(const Tensor& x) {
