@@ -6,9 +6,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 from fastdiff.training.config import TrainingConfig
@@ -42,6 +46,17 @@ def resolve_precision(config: TrainingConfig) -> str:
         return config.mixed_precision
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     return "bf16" if computes_bf16("cuda" if on_gpu else "cpu") else "no"
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """accelerate's view of devices, precision, processes and trackers."""
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        # accelerate keeps device and precision for the life of a process; another run in it may want others
+        AcceleratorState._reset_state(reset_partial_state=True)
+    folder = config.output_dir
+    return Accelerator(mixed_precision=resolve_precision(config), cpu=config.device == "cpu",
+                       log_with=config.trackers or None,
+                       project_config=ProjectConfiguration(folder, logging_dir=str(Path(folder) / "tracking")))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

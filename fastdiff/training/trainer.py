@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from fastdiff.data.stream import share
@@ -20,8 +18,8 @@ from fastdiff.training.run_folder import MetricsLog, RunFolder
 from fastdiff.training.schedule import learning_rate
 from fastdiff.training.setup import (
     check_trackers,
+    make_accelerator,
     parameter_groups,
-    resolve_precision,
     run_config_for_trackers,
     stop_on_signals,
 )
@@ -63,9 +61,7 @@ class Trainer:
         check_trackers(config.trackers)
         self.task, self.config = task, config
         self.folder = RunFolder(config.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=resolve_precision(config), cpu=config.device == "cpu", log_with=config.trackers or None,
-            project_config=ProjectConfiguration(str(self.folder.path), logging_dir=str(self.folder.path / "tracking")))
+        self.accelerator = make_accelerator(config)
         processes, parts = self.accelerator.num_processes, config.accumulation_steps
         if config.batch_size < processes * parts:
             raise ValueError(f"training.batch_size is {config.batch_size}; expected at least processes x "
