@@ -120,8 +120,9 @@ class Trainer:
             for step in range(start, config.max_steps):
                 self._pending.append((step, *self.train_step(step)))
                 self.steps_done = step + 1
-                due = self._due(config.log_every) or self._due(config.checkpoint_every)
-                if due or signals.received or self._due(config.preview_every):
+                due = any(map(self._due, (config.log_every, config.checkpoint_every, config.preview_every)))
+                # several processes agree on stopping in the collective of `_flush`, so all must reach the same one
+                if due or (signals.received and self.accelerator.num_processes == 1):
                     stopped = self._flush(signals.received)
                 if stopped or self._due(config.checkpoint_every):
                     self._save()

@@ -1,0 +1,24 @@
+"""The demo, shortened to a second: it measures, trains, scores and reports."""
+
+import json
+
+import pytest
+
+from fastdiff import demo
+from fastdiff.evaluation.classifier import Schedule
+
+
+def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Schedule, "for_size", staticmethod(lambda images: Schedule(epochs=1, batch_size=64)))
+    folder = tmp_path / "demo"
+    demo.main(["--seconds", "0.01", "--recipe", str(tiny_yaml), "--output-dir", str(folder)])
+    assert {path.name for path in folder.iterdir()} >= {"samples.png", "loss.png", "report.json", "checkpoints"}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["samples"]["images"] == 500 and 0 <= report["class_accuracy"] <= 1
+    assert report["machine"]["training_steps"] == 20 and report["held_out"]["images"] == 179
+    speed = report["speed"]
+    assert speed["speedup"] == pytest.approx(
+        speed["fastdiff_images_per_second"] / speed["reference_images_per_second"])
+    output = capsys.readouterr().out
+    assert "reference kernels, same model" in output and "Fréchet distance (classifier features)" in output
