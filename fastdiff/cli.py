@@ -13,8 +13,15 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 Recipe = TypeVar("Recipe")
 # What a user can cause; anything else keeps its traceback, since it is a fault of ours.
-_USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError,
-                ModuleNotFoundError)
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    PermissionError,
+    ModuleNotFoundError,
+)
 
 
 def one_line(message: object) -> str:

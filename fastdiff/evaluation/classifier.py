@@ -32,8 +32,11 @@ class Classifier(nn.Module):
         widths = [(channels, 32, 1), (32, 64, 2), (64, 64, 1), (64, FEATURES, 2), (FEATURES, FEATURES, 1)]
         layers = []
         for width_in, width_out, stride in widths:
-            layers += [nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out),
-                       nn.ReLU()]
+            layers += [
+                nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(width_out),
+                nn.ReLU(),
+            ]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(FEATURES, num_classes)
 
@@ -63,8 +66,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTDIFF_CACHE") or Path.home() / ".cache" / "fastdiff")
 
 
-def load_or_train_classifier(data: ImageData, *, device: torch.device | str = "cpu", progress: bool = True,
-                             schedule: Schedule | None = None) -> Classifier:
+def load_or_train_classifier(
+    data: ImageData, *, device: torch.device | str = "cpu", progress: bool = True, schedule: Schedule | None = None
+) -> Classifier:
     """The classifier of a data set, in eval mode: from the cache, or trained on the real training images (and cached).
 
     The file's name holds a hash of images, labels and split, so a changed data set gets another classifier.
@@ -106,8 +110,9 @@ def _train(classifier: Classifier, data: ImageData, schedule: Schedule, device: 
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=schedule.learning_rate, weight_decay=1e-2, fused=True)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=steps + 1)
     bf16 = computes_bf16(device.type)
-    for step in tqdm(range(steps), desc=f"classifier of {data.name}", unit="step", disable=not progress,
-                     dynamic_ncols=True):
+    for step in tqdm(
+        range(steps), desc=f"classifier of {data.name}", unit="step", disable=not progress, dynamic_ncols=True
+    ):
         indices = stream.indices(step)
         images = shifted(data.train.images(indices)).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -133,8 +138,9 @@ def shifted(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def classify(classifier: Classifier, images: Tensor | ImageSet, indices: Tensor | None = None,
-             batch_size: int = 500) -> tuple[Tensor, Tensor]:
+def classify(
+    classifier: Classifier, images: Tensor | ImageSet, indices: Tensor | None = None, batch_size: int = 500
+) -> tuple[Tensor, Tensor]:
     """Features [N, 128] and predicted labels [N] of images [N, C, H, W], or of `indices` of a set; on the CPU."""
     device = next(classifier.parameters()).device
     if not isinstance(images, Tensor):

@@ -19,8 +19,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         ValueError: shapes that do not fit.
     """
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
-        raise ValueError(f"features has shape {tuple(features.shape)} and reference {tuple(reference.shape)}; expected "
-                         "[N, F] and [M, F]")
+        raise ValueError(
+            f"features has shape {tuple(features.shape)} and reference {tuple(reference.shape)}; expected "
+            "[N, F] and [M, F]"
+        )
     if len(features) < 2 or len(reference) < 2:
         raise ValueError(f"got {len(features)} features and {len(reference)} of reference; expected at least 2 of each")
     metric = FrechetInceptionDistance(feature=_Given(features.shape[1]))

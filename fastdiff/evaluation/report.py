@@ -48,16 +48,23 @@ class Report:
 
     def to_markdown(self) -> str:
         """As a table."""
-        rows = [("", "samples", "real held-out"),
-                ("---", "---:", "---:"),
-                ("images", *self._pair("images", "d")),
-                ("class accuracy", *self._pair("class_accuracy", ".1%")),
-                *((f"class accuracy, {name}", f"{self.samples.accuracy_by_class[name]:.1%}",
-                   f"{self.held_out.accuracy_by_class.get(name, float('nan')):.1%}")
-                  for name in self.samples.accuracy_by_class),
-                (FRECHET, *self._pair("frechet_distance", ".3f")),
-                ("nearest training image, median pixel distance", *self._pair("nearest_neighbour_median", ".2f")),
-                ("nearest training image, smallest", *self._pair("nearest_neighbour_minimum", ".2f"))]
+        rows = [
+            ("", "samples", "real held-out"),
+            ("---", "---:", "---:"),
+            ("images", *self._pair("images", "d")),
+            ("class accuracy", *self._pair("class_accuracy", ".1%")),
+            *(
+                (
+                    f"class accuracy, {name}",
+                    f"{self.samples.accuracy_by_class[name]:.1%}",
+                    f"{self.held_out.accuracy_by_class.get(name, float('nan')):.1%}",
+                )
+                for name in self.samples.accuracy_by_class
+            ),
+            (FRECHET, *self._pair("frechet_distance", ".3f")),
+            ("nearest training image, median pixel distance", *self._pair("nearest_neighbour_median", ".2f")),
+            ("nearest training image, smallest", *self._pair("nearest_neighbour_minimum", ".2f")),
+        ]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def _pair(self, name: str, form: str) -> tuple[str, str]:
@@ -77,13 +84,17 @@ def evaluate_samples(samples: Tensor, labels: Tensor, data: ImageData, classifie
         ValueError: fewer than 2 samples, or shapes that do not fit the data.
     """
     if len(samples) < 2 or tuple(samples.shape[1:]) != tuple(data.image_shape) or len(labels) != len(samples):
-        raise ValueError(f"samples has shape {tuple(samples.shape)} and labels {tuple(labels.shape)}; expected [N, "
-                         f"{', '.join(map(str, data.image_shape))}] with N >= 2, and [N]")
+        raise ValueError(
+            f"samples has shape {tuple(samples.shape)} and labels {tuple(labels.shape)}; expected [N, "
+            f"{', '.join(map(str, data.image_shape))}] with N >= 2, and [N]"
+        )
     reference, _ = classify(classifier, data.train)
     chosen = balanced_subset(data.held_out, len(samples))
     real, real_labels = data.held_out.images(chosen), data.held_out.labels[chosen]
-    return Report(samples=_score(samples.clamp(-1, 1), labels, data, classifier, reference),
-                  held_out=_score(real, real_labels, data, classifier, reference))
+    return Report(
+        samples=_score(samples.clamp(-1, 1), labels, data, classifier, reference),
+        held_out=_score(real, real_labels, data, classifier, reference),
+    )
 
 
 def balanced_subset(images: ImageSet, count: int) -> Tensor:
@@ -100,7 +111,14 @@ def _score(images: Tensor, labels: Tensor, data: ImageData, classifier: Classifi
     nearest = torch.full((len(images),), float("inf"))
     for indices in torch.arange(len(data.train)).split(_CHUNK):
         nearest = torch.minimum(nearest, nearest_neighbour_distances(images, data.train.images(indices)))
-    by_class = {data.class_names[label]: float(correct[labels.cpu() == label].mean())
-                for label in labels.unique().tolist()}
-    return Scores(len(images), float(correct.mean()), by_class, frechet_distance(features, reference),
-                  float(nearest.median()), float(nearest.min()))
+    by_class = {
+        data.class_names[label]: float(correct[labels.cpu() == label].mean()) for label in labels.unique().tolist()
+    }
+    return Scores(
+        len(images),
+        float(correct.mean()),
+        by_class,
+        frechet_distance(features, reference),
+        float(nearest.median()),
+        float(nearest.min()),
+    )

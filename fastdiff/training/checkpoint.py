@@ -35,8 +35,9 @@ def step_of(checkpoint: Path) -> int:
     return int(_NAME.fullmatch(checkpoint.name).group(1))
 
 
-def write_checkpoint(folder: Path, step: int, state: dict[str, Any], write: Callable[[Path], None],
-                     keep_last: int) -> Path:
+def write_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], keep_last: int
+) -> Path:
     """Makes folder/step_<step> atomically, then removes all but the newest `keep_last`.
 
     Args:

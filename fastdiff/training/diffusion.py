@@ -130,9 +130,16 @@ class DiffusionTask:
         sampling, names = self.config.sampling, self.data.class_names[:20]
         labels = torch.arange(len(names)).repeat_interleave(sampling.images_per_class)
         device = next(model.parameters()).device
-        images = sample(model, self.diffusion, labels.to(device), num_inference_steps=sampling.num_inference_steps,
-                        guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
-                        sampler=sampling.sampler, seed=sampling.seed)
+        images = sample(
+            model,
+            self.diffusion,
+            labels.to(device),
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            guidance_interval=sampling.guidance_interval,
+            sampler=sampling.sampler,
+            seed=sampling.seed,
+        )
         title = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
         save_sample_grid(images.cpu(), labels, names, path, title=title)
 
@@ -152,15 +159,21 @@ def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
     for name, value in expected.items():
         if getattr(recipe.model, name) != value:
             key = "input_size" if name == "image_size" else name
-            raise ValueError(f"model.{key} is {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
-                             f"set --model.{key} to that")
+            raise ValueError(
+                f"model.{key} is {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
+                f"set --model.{key} to that"
+            )
     fitting = samplers_for(recipe.diffusion)
     if recipe.sampling.sampler not in (None, *fitting):
-        raise ValueError(f"sampling.sampler is {recipe.sampling.sampler!r}; diffusion.noise_levels "
-                         f"{recipe.diffusion.noise_levels!r} needs one of {', '.join(fitting)}")
+        raise ValueError(
+            f"sampling.sampler is {recipe.sampling.sampler!r}; diffusion.noise_levels "
+            f"{recipe.diffusion.noise_levels!r} needs one of {', '.join(fitting)}"
+        )
     if recipe.model.learn_sigma and not recipe.diffusion.is_discrete:
-        raise ValueError("model.learn_sigma is true; diffusion.noise_levels "
-                         f"{recipe.diffusion.noise_levels!r} has no variance to learn; set it to false")
+        raise ValueError(
+            "model.learn_sigma is true; diffusion.noise_levels "
+            f"{recipe.diffusion.noise_levels!r} has no variance to learn; set it to false"
+        )
 
 
 def _plain(value: Any) -> Any:

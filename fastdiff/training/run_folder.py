@@ -17,8 +17,20 @@ from fastdiff.training.checkpoint import (
 from fastdiff.training.config import TrainingConfig
 
 # What may differ between a run and its continuation; everything else changes what the steps already done meant.
-_FREE = {"output_dir", "max_steps", "checkpoint_every", "keep_last", "resume", "overwrite", "log_every",
-         "preview_every", "trackers", "project", "device", "accumulation_steps"}
+_FREE = {
+    "output_dir",
+    "max_steps",
+    "checkpoint_every",
+    "keep_last",
+    "resume",
+    "overwrite",
+    "log_every",
+    "preview_every",
+    "trackers",
+    "project",
+    "device",
+    "accumulation_steps",
+}
 
 
 class RunFolder:
@@ -56,8 +68,10 @@ class RunFolder:
             elif training.resume:
                 self._check_same(recipe)
             else:
-                raise FileExistsError(f"training.output_dir {str(self.path)!r} already holds a run; pass "
-                                      "--training.resume true, --training.overwrite true or another folder")
+                raise FileExistsError(
+                    f"training.output_dir {str(self.path)!r} already holds a run; pass "
+                    "--training.resume true, --training.overwrite true or another folder"
+                )
         self.checkpoints.mkdir(exist_ok=True)
         remove_leftovers(self.checkpoints)
         temporary = self.config.with_name(".config.yaml.writing")
@@ -73,8 +87,9 @@ class RunFolder:
         except (FileExistsError, NotADirectoryError):
             raise NotADirectoryError(f"training.output_dir {str(self.path)!r} lies in or is a file; {advice}") from None
         except OSError as error:
-            raise PermissionError(f"training.output_dir {str(self.path)!r} cannot be written ({error.strerror}); "
-                                  f"{advice}") from None
+            raise PermissionError(
+                f"training.output_dir {str(self.path)!r} cannot be written ({error.strerror}); {advice}"
+            ) from None
 
     def _clear(self) -> None:
         for checkpoint in list_checkpoints(self.checkpoints):
@@ -89,8 +104,10 @@ class RunFolder:
         for key in sorted(old.keys() | new.keys()):
             free = key.startswith("sampling.") or key.removeprefix("training.") in _FREE
             if not free and old.get(key) != new.get(key):
-                raise ValueError(f"{key} is {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
-                                 f"{old.get(key)!r}; resume with the same value or pass another training.output_dir")
+                raise ValueError(
+                    f"{key} is {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
+                    f"{old.get(key)!r}; resume with the same value or pass another training.output_dir"
+                )
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -58,12 +58,15 @@ class Run:
             elif part.isdecimal() and int(part) < len(self.class_names):
                 labels.append(int(part))
             else:
-                raise ValueError(f"--labels has {part!r}; expected 0 to {len(self.class_names) - 1} or one of "
-                                 f"{', '.join(self.class_names)}")
+                raise ValueError(
+                    f"--labels has {part!r}; expected 0 to {len(self.class_names) - 1} or one of "
+                    f"{', '.join(self.class_names)}"
+                )
         return labels
 
-    def draw(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig, *, batch_size: int = 100,
-             progress: bool = False) -> Tensor:
+    def draw(
+        self, labels: Sequence[int] | Tensor, sampling: SamplingConfig, *, batch_size: int = 100, progress: bool = False
+    ) -> Tensor:
         """Samples of these labels: float32 [N, C, H, W] on the CPU.
 
         Sample i depends on its label and on seed + i alone, whatever `batch_size` (rounding aside).
@@ -78,17 +81,25 @@ class Run:
         device = next(self.model.parameters()).device
         with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
-                part = labels[start:start + batch_size]
-                images = sample(self.model, self.diffusion, part.to(device), sampler=sampling.sampler,
-                                num_inference_steps=sampling.num_inference_steps, seed=sampling.seed + start,
-                                guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval)
+                part = labels[start : start + batch_size]
+                images = sample(
+                    self.model,
+                    self.diffusion,
+                    part.to(device),
+                    sampler=sampling.sampler,
+                    num_inference_steps=sampling.num_inference_steps,
+                    seed=sampling.seed + start,
+                    guidance_scale=sampling.guidance_scale,
+                    guidance_interval=sampling.guidance_interval,
+                )
                 parts.append(images.cpu())
                 bar.update(len(part))
         return torch.cat(parts)
 
 
-def load_run(path: str | Path, *, weights: Literal["ema", "model"] = "ema",
-             device: torch.device | str | None = None) -> Run:
+def load_run(
+    path: str | Path, *, weights: Literal["ema", "model"] = "ema", device: torch.device | str | None = None
+) -> Run:
     """Loads a run's newest checkpoint, or the one named.
 
     Args:
@@ -108,11 +119,18 @@ def load_run(path: str | Path, *, weights: Literal["ema", "model"] = "ema",
     recipe = load_recipe(DiTRecipe, folder.config)
     checkpoint = path if is_checkpoint else folder.latest()
     if checkpoint is None:
-        raise FileNotFoundError(f"{folder.checkpoints} has no checkpoint yet; train longer, or set "
-                                "training.checkpoint_every lower")
+        raise FileNotFoundError(
+            f"{folder.checkpoints} has no checkpoint yet; train longer, or set training.checkpoint_every lower"
+        )
     state = read_state(checkpoint)
     model = DiT(recipe.model)
     load_weights(model, checkpoint / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Run(folder, checkpoint, recipe, model.to(device).eval(), Diffusion(recipe.diffusion),
-               tuple(state["task"]["class_names"]))
+    return Run(
+        folder,
+        checkpoint,
+        recipe,
+        model.to(device).eval(),
+        Diffusion(recipe.diffusion),
+        tuple(state["task"]["class_names"]),
+    )

@@ -18,6 +18,7 @@ from fastdiff.training.run_folder import MetricsLog, RunFolder
 from fastdiff.training.schedule import learning_rate
 from fastdiff.training.setup import (
     check_trackers,
+    keep_freed_memory,
     make_accelerator,
     parameter_groups,
     run_config_for_trackers,
@@ -34,7 +35,7 @@ class Outcome:
 
     Attributes:
         steps: optimizer steps done, those before a resume included.
-        finished: False where a signal stopped it early.
+        finished: whether max_steps were reached; False after a signal or `stop_at`.
         checkpoint: the newest checkpoint.
         samples_per_second: over the steps of this process's life, checkpoints and pictures left out.
     """
@@ -62,14 +63,19 @@ class Trainer:
         self.task, self.config = task, config
         self.folder = RunFolder(config.output_dir)
         self.accelerator = make_accelerator(config)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         processes, parts = self.accelerator.num_processes, config.accumulation_steps
         if config.batch_size < processes * parts:
-            raise ValueError(f"training.batch_size is {config.batch_size}; expected at least processes x "
-                             f"accumulation_steps = {processes} x {parts}")
+            raise ValueError(
+                f"training.batch_size is {config.batch_size}; expected at least processes x "
+                f"accumulation_steps = {processes} x {parts}"
+            )
         self._on_main(lambda: self.folder.prepare(config, task.recipe()))
         self.names = {parameter: name for name, parameter in task.model.named_parameters()}
-        optimizer = torch.optim.AdamW(parameter_groups(task.model, config.weight_decay), lr=config.learning_rate,
-                                      betas=config.betas, fused=True)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
+        )
         task.model.to(self.accelerator.device).train()
         self.ema = Ema(task.model, config.ema_decay)
         self.steps_done = self._restore(optimizer) if config.resume else 0
@@ -102,22 +108,31 @@ class Trainer:
         checkpoints.load_optimizer(optimizer, self.names, newest / "optimizer.safetensors")
         return state["step"]
 
-    def train(self) -> Outcome:
+    def train(self, stop_at: int | None = None) -> Outcome:
         """Runs up to max_steps and ends with a checkpoint and pictures.
+
+        Args:
+            stop_at: a step to end at before max_steps, with a checkpoint but no pictures; None runs to the end.
 
         Raises:
             TrainingError: a loss was not finite, or the disk is full; one line that names the last whole checkpoint.
         """
         config, start = self.config, self.steps_done
+        end = config.max_steps if stop_at is None else min(stop_at, config.max_steps)
         if config.trackers:
             self.accelerator.init_trackers(config.project, run_config_for_trackers(self.task.recipe()))
-        self._progress = tqdm(total=config.max_steps, initial=start, unit="step", dynamic_ncols=True,
-                              disable=not self.accelerator.is_main_process)
+        self._progress = tqdm(
+            total=config.max_steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.accelerator.is_main_process,
+        )
         self._seconds, self._timed_steps, self._clock = 0.0, 0, time.perf_counter()
         self._smooth_loss: float | None = None
         stopped = False
         with self._progress, stop_on_signals() as signals:
-            for step in range(start, config.max_steps):
+            for step in range(start, end):
                 self._pending.append((step, *self.train_step(step)))
                 self.steps_done = step + 1
                 due = any(map(self._due, (config.log_every, config.checkpoint_every, config.preview_every)))
@@ -130,8 +145,11 @@ class Trainer:
                     break
                 if config.preview_every and self._due(config.preview_every):
                     self._pictures()
+            if self._pending:
+                self._flush(False)
             if not stopped:
                 self._save()
+            if self.steps_done == config.max_steps:
                 self._pictures()
         if self._log is not None:
             self._log.close()
@@ -140,7 +158,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         rate = self._timed_steps * config.batch_size / self._seconds if self._seconds else 0.0
-        return Outcome(self.steps_done, not stopped, self.folder.latest(), rate)
+        return Outcome(self.steps_done, self.steps_done == config.max_steps, self.folder.latest(), rate)
 
     def _due(self, every: int) -> bool:
         return self.steps_done == self.config.max_steps or (every > 0 and self.steps_done % every == 0)
@@ -188,9 +206,16 @@ class Trainer:
         elapsed = time.perf_counter() - self._clock
         self._seconds, self._timed_steps = self._seconds + elapsed, self._timed_steps + len(steps)
         rate = len(steps) * self.config.batch_size / elapsed
-        lines = [{"step": step + 1, "loss": loss, "gradient_norm": norm,
-                  "learning_rate": learning_rate(self.config, step), f"{self.task.unit}_per_second": round(rate, 2)}
-                 for step, loss, norm in zip(steps, losses, norms, strict=True)]
+        lines = [
+            {
+                "step": step + 1,
+                "loss": loss,
+                "gradient_norm": norm,
+                "learning_rate": learning_rate(self.config, step),
+                f"{self.task.unit}_per_second": round(rate, 2),
+            }
+            for step, loss, norm in zip(steps, losses, norms, strict=True)
+        ]
         for line in lines:
             self._check_finite(line)
         self._report(lines, rate)
@@ -201,8 +226,10 @@ class Trainer:
         for name in ("loss", "gradient_norm"):
             if not abs(line[name]) < float("inf"):
                 step = line["step"]
-                raise TrainingError(f"step {step}: {name.replace('_', ' ')} is {line[name]}; sample ids of the batch: "
-                                    f"{self.task.sample_ids(step - 1)}; {self._last_whole()}")
+                raise TrainingError(
+                    f"step {step}: {name.replace('_', ' ')} is {line[name]}; sample ids of the batch: "
+                    f"{self.task.sample_ids(step - 1)}; {self._last_whole()}"
+                )
 
     def _report(self, lines: list[dict], rate: float) -> None:
         for line in lines:
@@ -229,8 +256,12 @@ class Trainer:
             checkpoints.save_weights(self.ema.module, folder / "ema.safetensors")
             checkpoints.save_optimizer(self.optimizer, self.names, folder / "optimizer.safetensors")
 
-        state = {"seed": self.config.seed, "processes": self.accelerator.num_processes, "torch": torch.__version__,
-                 "task": self.task.facts()}
+        state = {
+            "seed": self.config.seed,
+            "processes": self.accelerator.num_processes,
+            "torch": torch.__version__,
+            "task": self.task.facts(),
+        }
         with self._writing(f"the checkpoint of step {self.steps_done}"):
             self._log.flush_to_disk()
             checkpoints.write_checkpoint(self.folder.checkpoints, self.steps_done, state, write, self.config.keep_last)
@@ -241,8 +272,9 @@ class Trainer:
             yield
         except checkpoints.WRITE_ERRORS as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise TrainingError(f"{what} could not be written to {self.folder.path} ({reason}); "
-                                f"{self._last_whole()}") from None
+            raise TrainingError(
+                f"{what} could not be written to {self.folder.path} ({reason}); {self._last_whole()}"
+            ) from None
 
     def _last_whole(self) -> str:
         newest = self.folder.latest()

@@ -12,8 +12,15 @@ from fastdiff.data.images import to_bytes
 _BACKGROUND = 255
 
 
-def save_sample_grid(images: Tensor, labels: Tensor | Sequence[int], class_names: Sequence[str], path: str | Path, *,
-                     columns: int = 8, title: str | None = None) -> Path:
+def save_sample_grid(
+    images: Tensor,
+    labels: Tensor | Sequence[int],
+    class_names: Sequence[str],
+    path: str | Path,
+    *,
+    columns: int = 8,
+    title: str | None = None,
+) -> Path:
     """Writes a PNG with one block of rows a class, the class's name at the left.
 
     Args:
@@ -29,15 +36,20 @@ def save_sample_grid(images: Tensor, labels: Tensor | Sequence[int], class_names
     """
     labels = torch.as_tensor(labels).cpu()
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images) or len(images) != len(labels):
-        raise ValueError(f"images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
-                         "[N, 1 or 3, H, W] with N >= 1, and [N]")
+        raise ValueError(
+            f"images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
+            "[N, 1 or 3, H, W] with N >= 1, and [N]"
+        )
     rows: list[tuple[int, Tensor]] = []  # label, images of the row
     for label in labels.unique().tolist():
         members = images[labels == label]
-        rows += [(label, members[start:start + columns]) for start in range(0, len(members), columns)]
+        rows += [(label, members[start : start + columns]) for start in range(0, len(members), columns)]
     columns = max(len(members) for _, members in rows)
-    firsts = [(index, class_names[label]) for index, (label, _) in enumerate(rows)
-              if index == 0 or rows[index - 1][0] != label]
+    firsts = [
+        (index, class_names[label])
+        for index, (label, _) in enumerate(rows)
+        if index == 0 or rows[index - 1][0] != label
+    ]
     sheet = _sheet([members for _, members in rows], columns)
     _draw(sheet, firsts, tuple(images.shape[-2:]), Path(path), title)
     return Path(path)
@@ -51,17 +63,19 @@ def _gap(width: int) -> int:
 def _sheet(rows: list[Tensor], columns: int) -> Tensor:  # uint8 [height, width, C]
     channels, height, width = rows[0].shape[1:]
     gap = _gap(width)
-    sheet = torch.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, channels), _BACKGROUND,
-                       dtype=torch.uint8)
+    sheet = torch.full(
+        (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, channels), _BACKGROUND, dtype=torch.uint8
+    )
     for r, members in enumerate(rows):
         for c, image in enumerate(to_bytes(members)):
             top, left = r * (height + gap), c * (width + gap)
-            sheet[top:top + height, left:left + width] = image.permute(1, 2, 0)
+            sheet[top : top + height, left : left + width] = image.permute(1, 2, 0)
     return sheet
 
 
-def _draw(sheet: Tensor, rows: list[tuple[int, str]], image_size: tuple[int, int], path: Path,
-          title: str | None) -> None:
+def _draw(
+    sheet: Tensor, rows: list[tuple[int, str]], image_size: tuple[int, int], path: Path, title: str | None
+) -> None:
     """The sheet at a whole scale, names at its left and the title above, in inches from the sheet's own size.
 
     Args:
@@ -74,8 +88,9 @@ def _draw(sheet: Tensor, rows: list[tuple[int, str]], image_size: tuple[int, int
     top, edge = 0.4 if title else 0.1, 0.1
     total_width, total_height = width * inch + left + edge, height * inch + top + edge
     figure = Figure(figsize=(total_width, total_height))
-    axes = figure.add_axes((left / total_width, edge / total_height, width * inch / total_width,
-                            height * inch / total_height))
+    axes = figure.add_axes(
+        (left / total_width, edge / total_height, width * inch / total_width, height * inch / total_height)
+    )
     axes.imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
     pitch = image_size[0] + _gap(image_size[1])
     axes.set_yticks([index * pitch + (image_size[0] - 1) / 2 for index, _ in rows], [name for _, name in rows])
@@ -83,6 +98,13 @@ def _draw(sheet: Tensor, rows: list[tuple[int, str]], image_size: tuple[int, int
     axes.tick_params(length=0, labelsize=11)
     axes.spines[:].set_visible(False)
     if title:
-        figure.text((left + width * inch / 2) / total_width, 1 - 0.2 / total_height, title, fontsize=9, color="0.35",
-                    ha="center", va="center")
+        figure.text(
+            (left + width * inch / 2) / total_width,
+            1 - 0.2 / total_height,
+            title,
+            fontsize=9,
+            color="0.35",
+            ha="center",
+            va="center",
+        )
     figure.savefig(path, dpi=160, format="png")

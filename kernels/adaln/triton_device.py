@@ -50,9 +50,7 @@ def _gain(weight_ptr, scale_ptr, scale_offset, cols, mask):
 
 
 @triton.jit
-def _modulate(
-    xhat, weight_ptr, bias_ptr, shift_ptr, scale_ptr, shift_offset, scale_offset, cols, mask
-):
+def _modulate(xhat, weight_ptr, bias_ptr, shift_ptr, scale_ptr, shift_offset, scale_offset, cols, mask):
     """xhat * a + c, with a = weight * (1 + scale) and c = bias * (1 + scale) + shift."""
     y = xhat * _gain(weight_ptr, scale_ptr, scale_offset, cols, mask)
     if bias_ptr is not None:
@@ -257,9 +255,7 @@ def backward_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     col_mask = cols < dim
     frame_row = frame * frame_rows
-    scale_offset = _modulation_offset(
-        frame_row, tokens, scale_batch_stride, scale_frame_stride, scale_tokens_per_frame
-    )
+    scale_offset = _modulation_offset(frame_row, tokens, scale_batch_stride, scale_frame_stride, scale_tokens_per_frame)
     gate_offset = _modulation_offset(frame_row, tokens, gate_batch_stride, gate_frame_stride, gate_tokens_per_frame)
 
     p = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -296,8 +296,20 @@ def _launch_backward(
 
 
 def _backward(
-    grad_out, grad_residual_out, x, mean, rstd, branch, gate, shift, scale, weight, bias, rms,
-    need_modulation, need_affine,
+    grad_out,
+    grad_residual_out,
+    x,
+    mean,
+    rstd,
+    branch,
+    gate,
+    shift,
+    scale,
+    weight,
+    bias,
+    rms,
+    need_modulation,
+    need_affine,
 ) -> Gradients:
     frames = math.lcm(*(_own_frames(m) for m in (gate, shift, scale) if m is not None))
     grads = Gradients(

@@ -13,8 +13,9 @@ from fastdiff.data.datasets import FASHION_FOLDERS, stratified_split
 from fastdiff.data.images import to_bytes, to_signed_unit
 
 
-@pytest.mark.parametrize(("name", "shape", "train", "held_out"), [
-    ("mnist5k", (1, 28, 28), 4500, 500), ("digits", (1, 8, 8), 1618, 179)])
+@pytest.mark.parametrize(
+    ("name", "shape", "train", "held_out"), [("mnist5k", (1, 28, 28), 4500, 500), ("digits", (1, 8, 8), 1618, 179)]
+)
 def test_bundled_sets(name, shape, train, held_out):
     data = load_data(DataConfig(name=name))
     assert data.image_shape == shape and len(data.train) == train and len(data.held_out) == held_out
@@ -60,12 +61,19 @@ def test_idx_files_of_a_folder(tmp_path, compress):
     assert torch.equal(to_bytes(data.train.images(range(20)))[:, 0], torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize(("name", "damage", "message"), [
-    ("train-images-idx3-ubyte", lambda content: content[:-7], r"holds 393 bytes of data; its header says \(20, 5, 4\)"),
-    ("train-images-idx3-ubyte", lambda content: b"GIF8" + content[4:], "is not an IDX file of bytes with 3 dimens"),
-    ("t10k-labels-idx1-ubyte", lambda content: content[:7] + b"\x03" + content[8:11], "20 images and 3 labels"),
-    ("t10k-labels-idx1-ubyte", None, "t10k-labels-idx1-ubyte is missing"),
-])
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (
+            "train-images-idx3-ubyte",
+            lambda content: content[:-7],
+            r"holds 393 bytes of data; its header says \(20, 5, 4\)",
+        ),
+        ("train-images-idx3-ubyte", lambda content: b"GIF8" + content[4:], "is not an IDX file of bytes with 3 dimens"),
+        ("t10k-labels-idx1-ubyte", lambda content: content[:7] + b"\x03" + content[8:11], "20 images and 3 labels"),
+        ("t10k-labels-idx1-ubyte", None, "t10k-labels-idx1-ubyte is missing"),
+    ],
+)
 def test_damaged_idx_files(tmp_path, name, damage, message):
     write_idx(tmp_path)
     path = tmp_path / name
@@ -113,8 +121,9 @@ def photos(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_folder(photos, channels):
-    data = load_data(DataConfig(name="image_folder", folder=str(photos), image_size=8, channels=channels,
-                                held_out_fraction=0.2))
+    data = load_data(
+        DataConfig(name="image_folder", folder=str(photos), image_size=8, channels=channels, held_out_fraction=0.2)
+    )
     assert data.class_names == ("cats", "dogs") and data.image_shape == (channels, 8, 8)
     assert len(data.train) == 16 and data.held_out.labels.bincount().tolist() == [2, 2]
     images = data.train.images(range(16))

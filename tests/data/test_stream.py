@@ -15,7 +15,7 @@ def test_every_epoch_reads_each_sample_once(size, batch, seed, steps):
     stream = EpochStream(size, batch, seed)
     read = torch.cat([stream.indices(step) for step in range(steps)])
     for start in range(0, len(read) - size + 1, size):
-        assert sorted(read[start:start + size].tolist()) == list(range(size))
+        assert sorted(read[start : start + size].tolist()) == list(range(size))
 
 
 @given(size=sizes, batch=sizes, seed=st.integers(0, 1000), step=st.integers(0, 10**6))

@@ -7,12 +7,28 @@ import pytest
 import yaml
 
 TINY = {
-    "model": {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2,
-              "num_classes": 10, "class_dropout_prob": 0.2},
+    "model": {
+        "input_size": 8,
+        "patch_size": 4,
+        "in_channels": 1,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 10,
+        "class_dropout_prob": 0.2,
+    },
     "diffusion": {"prediction_type": "flow", "noise_levels": "logit_normal"},
     "data": {"name": "digits"},
-    "training": {"batch_size": 8, "max_steps": 12, "checkpoint_every": 5, "keep_last": 2, "log_every": 3,
-                 "warmup_steps": 3, "mixed_precision": "no", "device": "cpu"},
+    "training": {
+        "batch_size": 8,
+        "max_steps": 12,
+        "checkpoint_every": 5,
+        "keep_last": 2,
+        "log_every": 3,
+        "warmup_steps": 3,
+        "mixed_precision": "no",
+        "device": "cpu",
+    },
     "sampling": {"num_inference_steps": 2, "images_per_class": 2},
 }
 
@@ -58,6 +74,7 @@ def make_trainer(make_recipe, digits):
 @pytest.fixture
 def curve():
     """curve(folder) → the deterministic columns of its metrics.jsonl."""
+
     def read(folder):
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         return [(line["step"], line["loss"], line["gradient_norm"], line["learning_rate"]) for line in lines]
@@ -68,6 +85,7 @@ def curve():
 @pytest.fixture
 def same_files():
     """same_files(a, b): asserts that two checkpoints hold the same bytes."""
+
     def check(first: Path, second: Path):
         for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
             assert (first / name).read_bytes() == (second / name).read_bytes(), name

@@ -33,8 +33,20 @@ def test_recipes_parse(path):
 
 
 def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
-    recipe = parse_recipe(DiTRecipe, [str(tiny_yaml), "--training.learning_rate", "1e-4", "--model.input_size",
-                                      "[8, 8]", "--training.betas", "[0.8, 0.9]"], "train", "")
+    recipe = parse_recipe(
+        DiTRecipe,
+        [
+            str(tiny_yaml),
+            "--training.learning_rate",
+            "1e-4",
+            "--model.input_size",
+            "[8, 8]",
+            "--training.betas",
+            "[0.8, 0.9]",
+        ],
+        "train",
+        "",
+    )
     assert recipe.training.learning_rate == 1e-4 and recipe.training.betas == (0.8, 0.9)
     assert recipe.training.batch_size == 8  # from the file
     path = tmp_path / "config.yaml"
@@ -42,31 +54,40 @@ def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
     assert parse_recipe(DiTRecipe, [str(path)], "train", "") == recipe
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--training.max_stepz", "3"], r"max_stepz"),
-    (["--training.max_steps", "many"], r'training.max_steps.*Expected.*int.*many'),
-    (["--training.max_steps", "0"], r"training.max_steps is 0; expected at least 1"),
-    (["--training.schedule", "sudden"], r"training.schedule.*Expected.*cosine.*sudden"),
-    (["--model.num_classes", "3"], r"model.num_classes is 3; the data set digits has 10; set --model.num_classes"),
-    (["--model.input_size", "16"], r"model.input_size is 16; the data set digits has \(8, 8\)"),
-    (["--sampling.sampler", "ddim"], r"sampling.sampler is 'ddim'.*needs one of euler"),
-    (["--training.trackers", "[abacus]"], r"training.trackers has 'abacus'; expected one of tensorboard"),
-    (["--training.resume", "true", "--training.overwrite", "true"], r"resume and training.overwrite are both true"),
-    (["--data.name", "image_folder"], r"data.folder is missing; image_folder needs"),
-    (["--data.name", "fashion_mnist", "--data.folder", "/nowhere"], r"not in /nowhere; run `apt install dataset-fash"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--training.max_stepz", "3"], r"max_stepz"),
+        (["--training.max_steps", "many"], r"training.max_steps.*Expected.*int.*many"),
+        (["--training.max_steps", "0"], r"training.max_steps is 0; expected at least 1"),
+        (["--training.schedule", "sudden"], r"training.schedule.*Expected.*cosine.*sudden"),
+        (["--model.num_classes", "3"], r"model.num_classes is 3; the data set digits has 10; set --model.num_classes"),
+        (["--model.input_size", "16"], r"model.input_size is 16; the data set digits has \(8, 8\)"),
+        (["--sampling.sampler", "ddim"], r"sampling.sampler is 'ddim'.*needs one of euler"),
+        (["--training.trackers", "[abacus]"], r"training.trackers has 'abacus'; expected one of tensorboard"),
+        (["--training.resume", "true", "--training.overwrite", "true"], r"resume and training.overwrite are both true"),
+        (["--data.name", "image_folder"], r"data.folder is missing; image_folder needs"),
+        (
+            ["--data.name", "fashion_mnist", "--data.folder", "/nowhere"],
+            r"not in /nowhere; run `apt install dataset-fash",
+        ),
+    ],
+)
 def test_bad_options(tiny_yaml, tmp_path, capsys, arguments, message):
     text = failure(train, [tiny_yaml, "--training.output_dir", tmp_path / "run", *arguments], capsys)
     assert re.search(message, text), text
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("model: {widht: 5}", r"model.*widht"),
-    ("training: {learning_rate: fast}", r"training.learning_rate.*float.*fast"),
-    ("training: [5", r"parsing"),
-    ("modle: {depth: 2}", r"modle"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {widht: 5}", r"model.*widht"),
+        ("training: {learning_rate: fast}", r"training.learning_rate.*float.*fast"),
+        ("training: [5", r"parsing"),
+        ("modle: {depth: 2}", r"modle"),
+    ],
+)
 def test_bad_recipes(tmp_path, capsys, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
@@ -75,11 +96,19 @@ def test_bad_recipes(tmp_path, capsys, content, message):
 
 
 def test_help_lists_every_field():
-    done = subprocess.run([sys.executable, "-m", "fastdiff.train", "--help"], capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdiff.train", "--help"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0
-    for text in ("--training.max_steps", "--model.hidden_size", "--diffusion.prediction_type", "--data.folder",
-                 "--sampling.guidance_scale", "optimizer steps", "the run's folder"):
+    for text in (
+        "--training.max_steps",
+        "--model.hidden_size",
+        "--diffusion.prediction_type",
+        "--data.folder",
+        "--sampling.guidance_scale",
+        "optimizer steps",
+        "the run's folder",
+    ):
         assert text in done.stdout
 
 
@@ -90,10 +119,19 @@ def run(make_trainer, tmp_path):
 
 
 def test_a_run_leaves_its_files(run):
-    assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints", "metrics.jsonl", "loss.png",
-                                                     "samples.png"}
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml",
+        "checkpoints",
+        "metrics.jsonl",
+        "loss.png",
+        "samples.png",
+    }
     assert {path.name for path in (run / "checkpoints" / "step_3").iterdir()} >= {
-        "model.safetensors", "ema.safetensors", "config.json", "trainer_state.json"}
+        "model.safetensors",
+        "ema.safetensors",
+        "config.json",
+        "trainer_state.json",
+    }
 
 
 def test_tensorboard_has_the_losses(run):

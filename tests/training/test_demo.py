@@ -18,7 +18,6 @@ def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys, monkeypatch):
     assert report["samples"]["images"] == 500 and 0 <= report["class_accuracy"] <= 1
     assert report["machine"]["training_steps"] == 20 and report["held_out"]["images"] == 179
     speed = report["speed"]
-    assert speed["speedup"] == pytest.approx(
-        speed["fastdiff_images_per_second"] / speed["reference_images_per_second"])
+    assert speed["speedup"] == pytest.approx(speed["fastdiff_images_per_second"] / speed["reference_images_per_second"])
     output = capsys.readouterr().out
     assert "reference kernels, same model" in output and "Fréchet distance (classifier features)" in output

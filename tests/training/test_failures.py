@@ -59,8 +59,10 @@ def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path, make_trainer, monk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         if where == "fsync":
+
             def full(descriptor):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
             monkeypatch.setattr(os, "fsync", full)
         else:  # the weights no longer fit: what safetensors reports is an error of its own
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -83,9 +85,23 @@ def test_a_disk_that_is_really_full(tmp_path, tiny_yaml):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("LOUD: no permission to mount a small file system; the full disk is simulated above")
     try:
-        done = subprocess.run([sys.executable, "-m", "fastdiff.train", tiny_yaml, "--training.output_dir", disk / "run",
-                               "--training.keep_last", "50", "--training.checkpoint_every", "1"],
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "fastdiff.train",
+                tiny_yaml,
+                "--training.output_dir",
+                disk / "run",
+                "--training.keep_last",
+                "50",
+                "--training.checkpoint_every",
+                "1",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ") and "No space left on device" in last

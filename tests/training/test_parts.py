@@ -20,18 +20,25 @@ def config(**fields) -> TrainingConfig:
     return TrainingConfig(learning_rate=1.0, max_steps=100, **fields)
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [
-    ("constant", {0: 0.1, 4: 0.5, 9: 1.0, 50: 1.0, 99: 1.0}),
-    ("cosine", {0: 0.1, 9: 1.0, 10: 1.0, 55: 0.5, 99: 0.5 * (1 + math.cos(math.pi * 89 / 90))}),
-    ("constant_then_linear", {0: 0.1, 49: 1.0, 50: 1.0, 75: 0.5, 99: 0.02}),
-])
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", {0: 0.1, 4: 0.5, 9: 1.0, 50: 1.0, 99: 1.0}),
+        ("cosine", {0: 0.1, 9: 1.0, 10: 1.0, 55: 0.5, 99: 0.5 * (1 + math.cos(math.pi * 89 / 90))}),
+        ("constant_then_linear", {0: 0.1, 49: 1.0, 50: 1.0, 75: 0.5, 99: 0.02}),
+    ],
+)
 def test_schedules(schedule, expected):
     found = {step: learning_rate(config(warmup_steps=10, schedule=schedule), step) for step in expected}
     assert found == pytest.approx(expected)
 
 
-@given(schedule=st.sampled_from(["constant", "cosine", "constant_then_linear"]), warmup=st.integers(0, 300),
-       decay=st.floats(0, 1), step=st.integers(0, 99))
+@given(
+    schedule=st.sampled_from(["constant", "cosine", "constant_then_linear"]),
+    warmup=st.integers(0, 300),
+    decay=st.floats(0, 1),
+    step=st.integers(0, 99),
+)
 def test_schedules_stay_in_bounds(schedule, warmup, decay, step):
     rate = learning_rate(config(warmup_steps=warmup, schedule=schedule, decay_fraction=decay), step)
     assert 0 < rate <= 1
@@ -99,8 +106,17 @@ def test_metrics_are_cut_at_the_checkpoint(tmp_path):
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
-@pytest.mark.parametrize(("field", "value"), [("batch_size", 0), ("max_steps", 0), ("keep_last", 0), ("ema_decay", 1.5),
-                                              ("learning_rate", -1.0), ("learning_rate", float("nan"))])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_size", 0),
+        ("max_steps", 0),
+        ("keep_last", 0),
+        ("ema_decay", 1.5),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+    ],
+)
 def test_values_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"training.{field} is {value}; expected"):
         TrainingConfig(**{field: value})

@@ -113,12 +113,31 @@ def test_two_processes_equal_one(tmp_path, tiny_yaml, make_trainer, curve):
     """7 samples a step: 4 and 3 on two processes, each in two parts of unequal size."""
     options = ("--training.batch_size", 7, "--training.max_steps", 6)
     make_trainer(tmp_path / "one", *options).train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-               "-m", "fastdiff.train", tiny_yaml, *options, "--training.output_dir", tmp_path / "two",
-               "--training.accumulation_steps", 2]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        "-m",
+        "fastdiff.train",
+        tiny_yaml,
+        *options,
+        "--training.output_dir",
+        tmp_path / "two",
+        "--training.accumulation_steps",
+        2,
+    ]
     root = Path(__file__).parents[2]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240, cwd=root,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(curve(tmp_path / "one")) == 6
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):

@@ -22,10 +22,31 @@ def photos(tmp_path):
 
 def test_colour_images_of_a_folder(photos, tiny_yaml, tmp_path, capsys):
     run = tmp_path / "run"
-    train.main([str(tiny_yaml), "--training.output_dir", str(run), "--training.max_steps", "3", "--data.name",
-                "image_folder", "--data.folder", str(photos), "--data.image_size", "12", "--data.horizontal_flip",
-                "true", "--model.input_size", "12", "--model.in_channels", "3", "--model.num_classes", "2",
-                "--training.preview_every", "2"])
+    train.main(
+        [
+            str(tiny_yaml),
+            "--training.output_dir",
+            str(run),
+            "--training.max_steps",
+            "3",
+            "--data.name",
+            "image_folder",
+            "--data.folder",
+            str(photos),
+            "--data.image_size",
+            "12",
+            "--data.horizontal_flip",
+            "true",
+            "--model.input_size",
+            "12",
+            "--model.in_channels",
+            "3",
+            "--model.num_classes",
+            "2",
+            "--training.preview_every",
+            "2",
+        ]
+    )
     assert "trained 3 steps" in capsys.readouterr().out and (run / "samples.png").exists()
     sample.main([str(run), "--labels", "stone, 0", "--images-per-label", "1"])
     assert capsys.readouterr().out.strip() == str(run / "samples-seed-0.png")
@@ -33,25 +54,63 @@ def test_colour_images_of_a_folder(photos, tiny_yaml, tmp_path, capsys):
 
 def test_the_number_of_classes_must_fit(photos, tiny_yaml, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        train.main([str(tiny_yaml), "--training.output_dir", str(tmp_path / "run"), "--data.name", "image_folder",
-                    "--data.folder", str(photos), "--data.image_size", "8", "--model.in_channels", "3"])
+        train.main(
+            [
+                str(tiny_yaml),
+                "--training.output_dir",
+                str(tmp_path / "run"),
+                "--data.name",
+                "image_folder",
+                "--data.folder",
+                str(photos),
+                "--data.image_size",
+                "8",
+                "--model.in_channels",
+                "3",
+            ]
+        )
     assert "model.num_classes is 10; the data set image_folder has 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("prediction", "levels", "sampler", "learn_sigma"), [
-    ("epsilon", "linear", "ddpm", "true"), ("v_prediction", "cosine", "ddim", "false"),
-    ("sample", "beta", "renoise", "false"), ("flow", "uniform", "dpm-solver++", "false")])
+@pytest.mark.parametrize(
+    ("prediction", "levels", "sampler", "learn_sigma"),
+    [
+        ("epsilon", "linear", "ddpm", "true"),
+        ("v_prediction", "cosine", "ddim", "false"),
+        ("sample", "beta", "renoise", "false"),
+        ("flow", "uniform", "dpm-solver++", "false"),
+    ],
+)
 def test_diffusions(make_trainer, tmp_path, prediction, levels, sampler, learn_sigma):
     outcome = make_trainer(
-        tmp_path / "run", "--training.max_steps", 2, "--diffusion.prediction_type", prediction,
-        "--diffusion.noise_levels", levels, "--sampling.sampler", sampler, "--model.learn_sigma", learn_sigma).train()
+        tmp_path / "run",
+        "--training.max_steps",
+        2,
+        "--diffusion.prediction_type",
+        prediction,
+        "--diffusion.noise_levels",
+        levels,
+        "--sampling.sampler",
+        sampler,
+        "--model.learn_sigma",
+        learn_sigma,
+    ).train()
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == [outcome.checkpoint]
     assert (tmp_path / "run" / "samples.png").exists()
 
 
 def test_training_lowers_the_loss(make_trainer, tmp_path, curve):
-    make_trainer(tmp_path / "run", "--training.max_steps", 150, "--training.schedule", "constant",
-                 "--training.learning_rate", 3e-3, "--training.mixed_precision", "bf16").train()
+    make_trainer(
+        tmp_path / "run",
+        "--training.max_steps",
+        150,
+        "--training.schedule",
+        "constant",
+        "--training.learning_rate",
+        3e-3,
+        "--training.mixed_precision",
+        "bf16",
+    ).train()
     losses = [loss for _, loss, _, _ in curve(tmp_path / "run")]
     assert np.mean(losses[-30:]) < 0.75 * np.mean(losses[:10])
 

@@ -15,8 +15,9 @@ def test_grid_has_every_image(tmp_path):
     """Each image has its own colour: all of them are found again in the picture, in the rows of their labels."""
     labels = torch.tensor([1, 0, 1, 0, 1])
     colours = torch.tensor([[-1.0, -1, 1], [1, -1, -1], [-1, 1, -1], [1, 1, -1], [-1, 1, 1]])
-    path = save_sample_grid(colours.view(5, 3, 1, 1).expand(5, 3, 28, 28), labels, ("first", "second"),
-                            tmp_path / "grid.png", columns=2)
+    path = save_sample_grid(
+        colours.view(5, 3, 1, 1).expand(5, 3, 28, 28), labels, ("first", "second"), tmp_path / "grid.png", columns=2
+    )
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     centres = []
     for colour in ((colours + 1) * 127.5).int().tolist():
