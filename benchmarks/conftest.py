@@ -13,7 +13,9 @@ import torch
 
 import fastdiff
 from fastdiff.ops import _native
+from fastdiff.training.setup import keep_freed_memory
 
+_allocator: list[str] = []
 _tables: dict[str, list[measure.Row]] = {}  # by benchmark file, in the order of the run
 
 
@@ -32,6 +34,7 @@ def machine_info() -> dict[str, object]:
         "cpu": _cpu_model(),
         "isa": _native.cpu_module.isa() if _native.cpu_module else None,
         "threads": torch.get_num_threads(),
+        "allocator": _allocator[0] if _allocator else None,
         "torch": torch.__version__,
         "fastdiff": fastdiff.__version__,
         "python": platform.python_version(),
@@ -43,6 +46,9 @@ def machine_info() -> dict[str, object]:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(measure.THREADS)
+    if measure.DEVICE == "cpu":
+        # as fastdiff's trainer does, for all contenders: else page faults of fresh outputs hide the arithmetic
+        _allocator.append("glibc, freed memory kept" if keep_freed_memory() else "the C library's default")
     if measure.DEVICE not in ("cpu", "cuda"):
         raise pytest.UsageError(f"FASTDIFF_BENCH_DEVICE is {measure.DEVICE!r}; expected cpu or cuda")
     if measure.DEVICE == "cuda" and not torch.cuda.is_available():

@@ -61,21 +61,37 @@ FD_INLINE Statistics<typename V::Scalar> row_statistics(const X* x, int64_t dim,
   return {origin, correction, S(1) / S(sqrt((variance < 0 ? 0 : variance) + S(eps)))};
 }
 
-template <class V, class X, class O>
+// kStream: past the caches, for outputs that would not fit (rows of whole vectors only).
+template <class V, bool kStream, class X, class O>
 void normalise_row(const X* x, const Statistics<typename V::Scalar>& s, const typename V::Scalar* a,
                    const typename V::Scalar* c, int64_t dim, O* out) {
   const V origin = V::set(s.origin), rstd = V::set(s.rstd), rest = V::set(-s.correction * s.rstd);
   for_lanes<V>(dim, [&](int64_t i, auto n) {
     const V xhat = fma(load<V>(x + i, n) - origin, rstd, rest);
-    store(fma(xhat, load<V>(a + i, n), load<V>(c + i, n)), out + i, n);
+    const V y = fma(xhat, load<V>(a + i, n), load<V>(c + i, n));
+    if constexpr (kStream)
+      y.stream(out + i);
+    else
+      store(y, out + i, n);
   });
+}
+
+// An output of at least so many bytes leaves the caches before anyone reads it.
+constexpr int64_t kStreamBytes = int64_t(48) << 20;
+
+// Streamed stores save the read of a line that a plain store begins with.
+template <class V, class O>
+bool streams(const AdaLNForwardParams& p) {
+  const uintptr_t row_bytes = p.dim * sizeof(O), vector_bytes = V::kWidth * sizeof(O);
+  return p.batch * p.tokens * int64_t(row_bytes) >= kStreamBytes && row_bytes % vector_bytes == 0 &&
+         reinterpret_cast<uintptr_t>(p.out) % vector_bytes == 0;
 }
 
 constexpr int64_t kBlock = 4;  // rows whose reductions overlap
 
 // Rows [r, r + count) with count <= kBlock, all under the same modulation.
 template <class V, class X, class O>
-void forward_block(const AdaLNForwardParams& p, const ModulationRows<V>& rows, int64_t r, int64_t count) {
+void forward_block(const AdaLNForwardParams& p, const ModulationRows<V>& rows, int64_t r, int64_t count, bool stream) {
   using S = typename V::Scalar;
   const X* x = static_cast<const X*>(p.x) + r * p.dim;
   if (p.branch != nullptr) {
@@ -90,7 +106,11 @@ void forward_block(const AdaLNForwardParams& p, const ModulationRows<V>& rows, i
   for (int64_t k = 0; k < count; k++) statistics[k] = row_statistics<V>(x + k * p.dim, p.dim, p.rms, p.eps);
   for (int64_t k = 0; k < count; k++) {
     const Statistics<S>& s = statistics[k];
-    normalise_row<V>(x + k * p.dim, s, rows.a, rows.c, p.dim, static_cast<O*>(p.out) + (r + k) * p.dim);
+    O* out = static_cast<O*>(p.out) + (r + k) * p.dim;
+    if (stream)
+      normalise_row<V, true>(x + k * p.dim, s, rows.a, rows.c, p.dim, out);
+    else
+      normalise_row<V, false>(x + k * p.dim, s, rows.a, rows.c, p.dim, out);
     if (p.mean != nullptr && !p.rms) static_cast<S*>(p.mean)[r + k] = s.origin + s.correction;
     if (p.rstd != nullptr) static_cast<S*>(p.rstd)[r + k] = s.rstd;
   }
@@ -103,11 +123,13 @@ void forward_rows(const AdaLNForwardParams& p, int64_t begin, int64_t end) {
   const S *weight = static_cast<const S*>(p.weight), *bias = static_cast<const S*>(p.bias);
   ModulationRows<V> rows{p.scale, p.shift, p.gate, weight, bias, p.tokens, p.dim,
                          scratch.row(0), scratch.row(1), p.branch ? scratch.row(2) : nullptr};
+  const bool stream = streams<V, O>(p);
   for (int64_t r = begin; r < end;) {
     const int64_t run = rows.move_to(r), stop = r + run < end ? r + run : end;
-    for (; r < stop; r += kBlock) forward_block<V, X, O>(p, rows, r, stop - r < kBlock ? stop - r : kBlock);
+    for (; r < stop; r += kBlock) forward_block<V, X, O>(p, rows, r, stop - r < kBlock ? stop - r : kBlock, stream);
     r = stop;
   }
+  if (stream) V::stream_fence();
 }
 
 template <class V>

@@ -95,6 +95,12 @@ struct Vec {
   FD_INLINE void store(BF16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, mask(n), narrow()); }
   FD_INLINE void store(F16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, mask(n), half()); }
 
+  // Past the caches; p aligned to the vector.
+  FD_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  FD_INLINE void stream(BF16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow()); }
+  FD_INLINE void stream(F16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half()); }
+  static FD_INLINE void stream_fence() { _mm_sfence(); }
+
   FD_INLINE Vec first(int64_t n) const { return {_mm512_maskz_mov_ps(mask(n), v)}; }
   FD_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   friend FD_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -144,19 +150,21 @@ struct Vec {
     return load(tail);
   }
   FD_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  FD_INLINE void store(BF16* p) const {
+  FD_INLINE void store(BF16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow()); }
+  FD_INLINE void store(F16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half()); }
+  FD_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  FD_INLINE void stream(BF16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow()); }
+  FD_INLINE void stream(F16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), half()); }
+  static FD_INLINE void stream_fence() { _mm_sfence(); }
+  FD_INLINE __m128i half() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  FD_INLINE __m128i narrow() const {
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
-  }
-  FD_INLINE void store(F16* p) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08));
   }
   template <class T>
   FD_INLINE void store(T* p, int64_t n) const {
@@ -224,6 +232,11 @@ struct Vec {
     for (int i = 0; i < kWidth; i++) from_float(v[i], p + i);
   }
   template <class T>
+  FD_INLINE void stream(T* p) const {
+    store(p);
+  }
+  static FD_INLINE void stream_fence() {}
+  template <class T>
   FD_INLINE void store(T* p, int64_t n) const {
     for (int i = 0; i < n; i++) from_float(v[i], p + i);
   }
@@ -248,6 +261,8 @@ struct VecDouble {
   static FD_INLINE VecDouble set(double x) { return {x}; }
   static FD_INLINE VecDouble load(const double* p, int64_t = 1) { return {*p}; }
   FD_INLINE void store(double* p, int64_t = 1) const { *p = v; }
+  FD_INLINE void stream(double* p) const { *p = v; }
+  static FD_INLINE void stream_fence() {}
   FD_INLINE VecDouble first(int64_t) const { return *this; }
   FD_INLINE double sum() const { return v; }
   friend FD_INLINE VecDouble operator+(VecDouble a, VecDouble b) { return {a.v + b.v}; }
