@@ -21,8 +21,9 @@ inline Shape stream_shape(const Tensor& x, const char* name) {
 
 inline int64_t frames_of(const OptionalTensor& m) { return m && m->dim() == 3 ? m->size(1) : 1; }
 
-inline Modulation modulation(const OptionalTensor& m, const Shape& s, const char* name) {
+inline Modulation modulation(const OptionalTensor& m, const Tensor& x, const Shape& s, const char* name) {
   if (!m) return {nullptr, DType::kFloat32, 0, 0, 1};
+  check_device(*m, x, name);
   const int64_t dims = m->dim();
   bool fits = dims >= 1 && dims <= 3 && m->size(dims - 1) == s.dim && (s.dim == 1 || m->stride(dims - 1) == 1);
   fits = fits && (dims == 1 || m->size(0) == 1 || m->size(0) == s.batch);
@@ -39,6 +40,7 @@ inline Modulation modulation(const OptionalTensor& m, const Shape& s, const char
 
 inline const void* affine(const OptionalTensor& t, const Tensor& x, const char* name) {
   if (!t) return nullptr;
+  check_device(*t, x, name);
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(2) && t->is_contiguous() && t->scalar_type() == compute_type(x), name,
                   " does not fit; expected contiguous [", x.size(2), "] in the dtype of the statistics");
   return t->const_data_ptr();
@@ -78,9 +80,9 @@ void run_forward(const ForwardArguments& a, Tensor* residual_out, Tensor& out, T
     p.residual_out = residual_out->mutable_data_ptr();
   }
   check_like(out, a.x, "out");
-  p.gate = modulation(a.gate, s, "gate");
-  p.shift = modulation(a.shift, s, "shift");
-  p.scale = modulation(a.scale, s, "scale");
+  p.gate = modulation(a.gate, a.x, s, "gate");
+  p.shift = modulation(a.shift, a.x, s, "shift");
+  p.scale = modulation(a.scale, a.x, s, "scale");
   p.weight = affine(a.weight, a.x, "weight");
   p.bias = affine(a.bias, a.x, "bias");
   p.out = out.mutable_data_ptr();
@@ -96,7 +98,10 @@ void run_forward(const ForwardArguments& a, Tensor* residual_out, Tensor& out, T
   if (s.batch * s.tokens > 0) Backend::forward(p, a.x);
 }
 
-inline Tensor empty_like(const Tensor& x, ScalarType type) { return empty(x, {x.size(0), x.size(1), x.size(2)}, type); }
+inline Tensor empty_like(const Tensor& x, ScalarType type) {
+  stream_shape(x, "x");
+  return empty(x, {x.size(0), x.size(1), x.size(2)}, type);
+}
 
 #define FASTDIFF_ADALN_FORWARD                                                                                   \
   OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, bool rms, double eps, \
@@ -182,6 +187,10 @@ inline void* pointer_or_null(Tensor& t) { return t.numel() > 0 ? t.mutable_data_
 template <class Backend>
 Gradients run_backward(const BackwardArguments& a) {
   const Shape s = stream_shape(a.x, "x");
+  AdaLNBackwardParams p{};
+  p.gate = modulation(a.gate, a.x, s, "gate");
+  p.scale = modulation(a.scale, a.x, s, "scale");
+  modulation(a.shift, a.x, s, "shift");
   const int64_t frames = std::lcm(std::lcm(frames_of(a.gate), frames_of(a.shift)), frames_of(a.scale));
   const ScalarType branch_type = a.branch ? a.branch->scalar_type() : a.x.scalar_type();
   Gradients g{empty_like(a.x, a.x.scalar_type()),
@@ -191,7 +200,6 @@ Gradients run_backward(const BackwardArguments& a) {
               modulation_gradient(a.scale, a.x, frames, a.need_modulation),
               affine_gradient(a.weight, a.x, a.need_affine),
               affine_gradient(a.bias, a.x, a.need_affine)};
-  AdaLNBackwardParams p{};
   check_like(a.grad_out, a.x, "grad_out");
   p.grad_out = a.grad_out.const_data_ptr();
   p.out_dtype = dtype_of(a.grad_out, "grad_out");
@@ -203,6 +211,8 @@ Gradients run_backward(const BackwardArguments& a) {
   p.x = a.x.const_data_ptr();
   p.x_dtype = dtype_of(a.x, "x");
   const int64_t rows = s.batch * s.tokens;
+  check_device(a.mean, a.x, "mean");
+  check_device(a.rstd, a.x, "rstd");
   STD_TORCH_CHECK((a.rms || a.mean.numel() == rows) && a.rstd.numel() == rows &&
                       a.rstd.scalar_type() == compute_type(a.x) && a.mean.scalar_type() == compute_type(a.x),
                   "mean and rstd do not fit; expected [B * N] as the forward pass returned them");
@@ -214,8 +224,6 @@ Gradients run_backward(const BackwardArguments& a) {
     p.branch_dtype = dtype_of(*a.branch, "branch");
     p.grad_branch = g.branch.mutable_data_ptr();
   }
-  p.gate = modulation(a.gate, s, "gate");
-  p.scale = modulation(a.scale, s, "scale");
   p.weight = affine(a.weight, a.x, "weight");
   p.bias = affine(a.bias, a.x, "bias");
   p.grad_x = g.x.mutable_data_ptr();

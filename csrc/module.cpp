@@ -52,13 +52,15 @@ Modulation modulation(const Array& m, const py::array& x, const char* name) {
           m->shape(1) > 1 ? m->strides(1) / item : 0, tokens / m->shape(1)};
 }
 
-const void* vector(const Array& a, int64_t size, const char* name) {
+const void* vector(const Array& a, int64_t size, const py::array& x, const char* name) {
   if (!a) return nullptr;
-  check(contiguous(*a) && a->size() == size, name, "a contiguous array of the right size in the dtype of the statistics");
+  const DType statistics = dtype_of(x, "x") == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  check(contiguous(*a) && a->size() == size && dtype_of(*a, name) == statistics, name,
+        "a contiguous array of the right size in the dtype of the statistics: float32, or float64 where x is");
   return a->data();
 }
-void* vector_out(Array& a, int64_t size, const char* name) {
-  return vector(a, size, name) ? a->mutable_data() : nullptr;
+void* vector_out(Array& a, int64_t size, const py::array& x, const char* name) {
+  return vector(a, size, x, name) ? a->mutable_data() : nullptr;
 }
 
 // One chunk a row or segment, last first: whoever depends on the order of chunks is found out.
@@ -75,6 +77,7 @@ void adaln_forward(const py::array& x, py::array out, const Array& branch, const
                    bool rms, double eps, bool backwards) {
   AdaLNForwardParams p{};
   p.x = stream(x, x, "x");
+  check(x.shape(2) > 0, "x", "D > 0");
   p.x_dtype = dtype_of(x, "x");
   p.out = stream_out(out, x, "out");
   p.out_dtype = dtype_of(out, "out");
@@ -83,19 +86,24 @@ void adaln_forward(const py::array& x, py::array out, const Array& branch, const
     p.branch = stream(*branch, x, "branch");
     p.branch_dtype = dtype_of(*branch, "branch");
     p.residual_out = stream_out(*residual_out, x, "residual_out");
+    check(dtype_of(*residual_out, "residual_out") == p.x_dtype, "residual_out", "x's dtype");
   }
   p.gate = modulation(gate, x, "gate");
   p.shift = modulation(shift, x, "shift");
   p.scale = modulation(scale, x, "scale");
-  p.weight = vector(weight, x.shape(2), "weight");
-  p.bias = vector(bias, x.shape(2), "bias");
-  p.mean = vector_out(mean, x.shape(0) * x.shape(1), "mean");
-  p.rstd = vector_out(rstd, x.shape(0) * x.shape(1), "rstd");
+  p.weight = vector(weight, x.shape(2), x, "weight");
+  p.bias = vector(bias, x.shape(2), x, "bias");
+  p.mean = vector_out(mean, x.shape(0) * x.shape(1), x, "mean");
+  p.rstd = vector_out(rstd, x.shape(0) * x.shape(1), x, "rstd");
   p.batch = x.shape(0);
   p.tokens = x.shape(1);
   p.dim = x.shape(2);
   p.eps = eps;
   p.rms = rms;
+  const auto wide = [](DType t) { return t == DType::kFloat64; };
+  for (const DType t : {p.out_dtype, branch ? p.branch_dtype : p.x_dtype, gate ? p.gate.dtype : p.x_dtype,
+                        shift ? p.shift.dtype : p.x_dtype, scale ? p.scale.dtype : p.x_dtype})
+    check(wide(t) == wide(p.x_dtype), "a dtype", "float64 for all arrays or for none");
   cpu::adaln_forward(p, loop(backwards));
 }
 
@@ -139,11 +147,11 @@ void choose_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  if (cpu::isa_error() != nullptr) throw py::import_error(cpu::isa_error());
   m.def("build_info", &build_info);
   m.def("cpu_features", &cpu_features, "What the CPU has of the features that kernels are compiled for.");
   m.def("isa_names", &isa_names, "The instruction sets that can run here, the best last.");
   m.def("isa", [] { return cpu::kIsaNames[static_cast<int>(cpu::chosen_isa())]; }, "The one that kernels run with.");
+  m.def("isa_error", &cpu::isa_error, "Why FASTDIFF_CPU_ISA could not be obeyed, or None.");
   m.def("choose_isa", &choose_isa, py::arg("name"), "For tests; users set FASTDIFF_CPU_ISA before the import.");
   m.def("adaln_forward", &adaln_forward, py::arg("x"), py::arg("out"), py::kw_only(), py::arg("branch") = py::none(),
         py::arg("gate") = py::none(), py::arg("residual_out") = py::none(), py::arg("shift") = py::none(),

@@ -67,7 +67,15 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type)
   return result;
 }
 
+inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
+  int32_t type, like;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &like));
+  STD_TORCH_CHECK(type == like && t.get_device_index() == x.get_device_index(), name, " is not on x's device");
+}
+
 inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  check_device(t, x, name);
   STD_TORCH_CHECK(t.dim() == 3 && t.is_contiguous() && t.size(0) == x.size(0) && t.size(1) == x.size(1) &&
                       t.size(2) == x.size(2),
                   name, " does not fit; expected a contiguous tensor of x's shape [", x.size(0), ", ", x.size(1), ", ",

@@ -9,6 +9,7 @@ The choice is one plain global, so that torch.compile can guard on it: it holds 
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -89,6 +90,9 @@ def _search(operator: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
         return _requested
     for candidate in _AUTO_ORDER.get(device, ("reference",)):
         if why_not(operator, candidate, device, dtypes) is None:
+            missing = _registry[operator]["cpu"].missing if candidate == "reference" and device == "cpu" else None
+            if missing is not None and not torch.compiler.is_compiling():
+                warnings.warn(f"fastdiff.{operator} runs on slow reference operators: {missing}", stacklevel=5)
             return candidate
     raise BackendError(f"fastdiff.{operator}: no backend runs {dtypes} on {device!r}")
 

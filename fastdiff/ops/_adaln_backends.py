@@ -1,6 +1,6 @@
 """AdaLN's backends as seen from Python: the torch operators, their fake kernels, and the Triton launchers.
 
-The native operators (`fastdiff::…`, csrc/adaln.cpp) and the Triton launchers share these signatures; x, residual and
+The native operators (`fastdiff::…`, csrc/adaln.h) and the Triton launchers share these signatures; x, residual and
 branch are contiguous [B, N, D], modulations keep the user's shape, weight and bias are [D] in fp32:
 
     adaln_forward(x, shift, scale, weight, bias, rms, eps, out_dtype) -> out
@@ -144,7 +144,7 @@ _FORWARD = "Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, bool rms
 _BACKWARD = (
     "Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, bool rms, bool need_modulation, bool need_affine"
 )
-# The same schemas are written in csrc/adaln.cpp; a test compares them.
+# The same schemas are written in csrc/adaln_cpu.cpp; a test compares them.
 SCHEMAS = {
     "adaln_forward": f"(Tensor x, {_FORWARD}) -> Tensor",
     "adaln_forward_stats": f"(Tensor x, {_FORWARD}) -> (Tensor, Tensor, Tensor)",

@@ -6,9 +6,10 @@ Mathematics, rounding order and bytes: kernels/adaln/README.md. The operation is
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from fastdiff.backends import select
+from fastdiff.backends import BackendError, requested, select
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops._adaln_backends import IMPLEMENTATIONS
 
@@ -46,7 +47,7 @@ def adaln(
         TypeError, ValueError: an operand's type, dtype, shape or device does not fit; the message names it.
         BackendError: the backend that was asked for cannot run.
     """
-    batch, tokens, dim = _check_stream("x", x, norm)
+    batch, tokens, dim = _check_stream("x", x, norm, eps)
     backend = _check_operands("adaln", x, batch, tokens, dim, None, None, shift, scale, weight, bias)
     grad = _wants_grad(x, shift, scale, weight, bias)
     out_dtype = _check_out(x, out, "out", grad, _output_dtype(x))
@@ -57,9 +58,12 @@ def adaln(
             x3, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype
         ).view(x.shape)
         return result if out is None else out.copy_(result)
+    if out is not None:
+        _check_overlap((("out", out),), (x, shift, scale))
     args = (x3, shift, scale, weight, bias, norm == "rms", eps, out_dtype)
     if out is not None:
         IMPLEMENTATIONS[backend].adaln_forward_out(*args, out.view(x3.shape))
+        _written(out)
         return out
     result = _AdaLN.apply(backend, *_distinct(args)) if grad else IMPLEMENTATIONS[backend].adaln_forward(*args)
     return result if x.ndim == 3 else result.view(x.shape)
@@ -98,7 +102,7 @@ def gated_residual_adaln(
         TypeError, ValueError: an operand's type, dtype, shape or device does not fit; the message names it.
         BackendError: the backend that was asked for cannot run.
     """
-    batch, tokens, dim = _check_stream("residual", residual, norm)
+    batch, tokens, dim = _check_stream("residual", residual, norm, eps)
     for name, t in (("branch", branch), ("gate", gate)):
         if t is None:
             raise TypeError(f"{name} is None; gated_residual_adaln needs one: pass a tensor, or use adaln")
@@ -125,9 +129,12 @@ def gated_residual_adaln(
         return (stream, normed) if out is None else (residual_out.copy_(stream), out.copy_(normed))
     args = (x3, branch, gate, shift, scale, weight, bias, norm == "rms", eps, out_dtype)
     if out is not None:
+        _check_overlap((("out", out), ("residual_out", residual_out)), (residual, branch, gate, shift, scale))
         IMPLEMENTATIONS[backend].gated_residual_adaln_forward_out(
             *args, residual_out.view(x3.shape), out.view(x3.shape)
         )
+        _written(residual_out)
+        _written(out)
         return residual_out, out
     if grad:
         stream, normed = _GatedResidualAdaLN.apply(backend, *_distinct(args))
@@ -219,12 +226,16 @@ def _sum_to(grad: Tensor, operand: Tensor) -> Tensor:
     return grad.reshape(operand.shape).to(operand.dtype)
 
 
-def _check_stream(name: str, x: Tensor, norm: str) -> tuple[int, int, int]:
+def _check_stream(name: str, x: Tensor, norm: str, eps: float) -> tuple[int, int, int]:
     """(B, N, D) of a stream."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor of shape [B, N, D]")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; expected a dense tensor: call to_dense()")
     if norm != "layer" and norm != "rms":
         raise ValueError(f"norm is {norm!r}; expected 'layer' or 'rms'")
+    if not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"eps is {eps!r}; expected a number >= 0")
     shape = x.shape
     if len(shape) < 2 or shape[-1] == 0:
         raise ValueError(f"{name} has shape {list(shape)}; expected [B, N, D] or [N, D] with D > 0")
@@ -259,7 +270,18 @@ def _check_operands(op, x, batch, tokens, dim, branch, gate, shift, scale, weigh
             raise TypeError(
                 f"{op} got dtypes {given}; expected float32, bfloat16 or float16, or float64 for all (CPU): cast them"
             )
+    if not torch.compiler.is_compiling() and _transformed():
+        # The kernels have no rule for forward-mode AD, vmap or torch.func.grad; the reference is plain PyTorch.
+        if requested() not in ("auto", "reference"):
+            reason = "it has no rules for torch.func transforms and forward-mode AD: use 'auto' or 'reference'"
+            raise BackendError(f"fastdiff.{op}: backend {requested()!r} was asked for and cannot run: {reason}")
+        return "reference"
     return select(op, device.type, tuple(dtypes))
+
+
+def _transformed() -> bool:
+    """Inside torch.func.grad, vmap or jvp, or with forward-mode AD on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _check_tensor(name: str, t: Tensor, device: torch.device, dtypes: list[torch.dtype]) -> None:
@@ -292,12 +314,39 @@ def _check_modulation(name: str, m: Tensor, x: Tensor, batch: int, tokens: int, 
 def _check_out(x: Tensor, out: Tensor | None, name: str, grad: bool, dtype: torch.dtype) -> torch.dtype:
     if out is None:
         return dtype
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name} is a {type(out).__name__}; expected a torch.Tensor")
     if out.shape != x.shape or out.dtype != dtype or out.device != x.device or not out.is_contiguous():
         expected = f"expected contiguous {list(x.shape)} {dtype} on {x.device}"
         raise ValueError(f"{name} is {list(out.shape)} {out.dtype} on {out.device}; {expected}")
-    if grad:
+    if grad or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError(f"{name} was given while a gradient is wanted; use torch.no_grad() or leave {name} out")
     return dtype
+
+
+def _check_overlap(outputs: tuple[tuple[str, Tensor], ...], operands: tuple[Tensor | None, ...]) -> None:
+    """An output may be an operand, or lie apart from it; what shares a part would be overwritten while it is read."""
+    if torch.compiler.is_compiling():
+        return  # no addresses there; functionalisation gives outputs of their own
+    ranges = [_bytes_of(t) for _, t in outputs]
+    for index, (name, _) in enumerate(outputs):
+        others = ranges[:index] + [r for r in (_bytes_of(t) for t in operands if t is not None) if r != ranges[index]]
+        if any(begin < ranges[index][1] and ranges[index][0] < end for begin, end in others):
+            raise ValueError(f"{name} shares a part of its memory with another tensor of the call; pass a tensor apart")
+
+
+def _bytes_of(t: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first element to the end of its last."""
+    if t.numel() == 0:
+        return t.data_ptr(), t.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def _written(out: Tensor) -> None:
+    """Tells autograd that a tensor was written, so that a graph that had saved it does not use the new values."""
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -320,6 +369,8 @@ def _distinct(args: tuple) -> list:
 
 def _output_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return x.dtype
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
