@@ -4,6 +4,7 @@ The step rules are diffusers' schedulers, fed with the predicted image, and re-n
 Fashion-MNIST diffusion: predict the image, add fresh noise of the next lower level, repeat.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -78,9 +79,10 @@ def sample(
     Raises:
         ValueError: a sampler that does not fit, a label out of range, too many steps, or a list of seeds of another
             length; the message names the argument and what was expected.
+        TypeError: labels that are not integers.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    labels = torch.as_tensor(class_labels, dtype=torch.int64).flatten()
+    labels = _as_labels(class_labels)
     config = getattr(model, "config", None)
     _check_labels(labels, config, guidance_scale)
     shape = (len(labels), *_sample_shape(sample_size, config))
@@ -230,7 +232,16 @@ def _make_steps(sampler, diffusion: Diffusion, count: int, interval, device, gen
     return kind(sampler, diffusion, count, device, generators)
 
 
+def _as_labels(class_labels: Tensor | Sequence[int]) -> Tensor:  # [B], int64
+    labels = torch.as_tensor(class_labels).flatten()
+    if len(labels) and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+        raise TypeError(f"class_labels: got dtype {labels.dtype}; expected int64")
+    return labels.to(torch.int64)
+
+
 def _check_labels(labels: Tensor, config, guidance_scale: float) -> None:
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: got {guidance_scale}; expected a finite number")
     num_classes = getattr(config, "num_classes", None)
     if num_classes is None:
         if guidance_scale != 1:

@@ -198,6 +198,8 @@ def test_a_dit_samples_every_size_and_under_autocast():
     [
         (dict(class_labels=[0, 4]), r"class_labels: got values 0..4; expected 0..3 \(3 is the null label\)"),
         (dict(class_labels=[-1]), "class_labels: got values -1..-1"),
+        (dict(guidance_scale=float("nan")), "guidance_scale: got nan; expected a finite number"),
+        (dict(guidance_scale=float("inf")), "guidance_scale: got inf"),
         (dict(num_inference_steps=0), "num_inference_steps: got 0; expected 1 or more"),
         (dict(seed=[1, 2]), "seed: got 2 seeds; expected one number, or one for each of the 1 samples"),
         (dict(guidance_interval=(0.5, 0.2)), "guidance_interval: got"),
@@ -217,3 +219,13 @@ def test_bad_arguments_are_one_line_before_any_work(options, match):
         sample(Blurred(), FLOW, [0], guidance_scale=2, sample_size=(2, 4, 4))
     with pytest.raises(ValueError, match="sample_size: got None"):
         sample(Blurred(), FLOW, [0])
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1.7]), [1.0], torch.tensor([True])])
+def test_labels_must_be_integers(labels):
+    model = Known(FLOW)
+    with pytest.raises(TypeError, match="class_labels: got dtype .*; expected int64"):
+        sample(model, FLOW, labels)
+    assert not model.calls
+    few = sample(model, FLOW, torch.tensor([1], dtype=torch.int32), num_inference_steps=2)
+    assert torch.equal(few, sample(model, FLOW, [1], num_inference_steps=2))
