@@ -1,6 +1,7 @@
 """What the commands share: recipes from YAML and arguments, and errors as one line."""
 
 import dataclasses
+import difflib
 import functools
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 Recipe = TypeVar("Recipe")
@@ -18,6 +20,7 @@ _USER_ERRORS = (
     TypeError,
     FileNotFoundError,
     FileExistsError,
+    IsADirectoryError,
     NotADirectoryError,
     PermissionError,
     ModuleNotFoundError,
@@ -57,6 +60,10 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             fail(f"{one_line(error)}; --help lists what there is", 2)
         except _USER_ERRORS as error:
             fail(error, 2)
+        except OSError as error:
+            if error.filename is None:  # not about a file of the user's
+                raise
+            fail(f"{error.filename}: {error.strerror}", 2)
 
     return wrapper
 
@@ -64,7 +71,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
 def recipe_parser(recipe: type, command_name: str, description: str) -> ArgumentParser:
     """A parser of `RECIPE.yaml --section.field value …`, with every field of the dataclass `recipe`."""
     usage = f"python -m fastdiff.{command_name} RECIPE.yaml [--SECTION.FIELD VALUE ...]"
-    parser = ArgumentParser(usage=usage, description=description, exit_on_error=False)
+    parser = ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--recipe", action=ActionConfigFile, help="a YAML file; the same as naming it first")
     parser.add_class_arguments(recipe, None)
     return parser
@@ -84,8 +91,10 @@ def parse_recipe(recipe: type[Recipe], argv: Sequence[str] | None, command_name:
     parser = recipe_parser(recipe, command_name, description)
     if not arguments:
         raise ValueError(f"no recipe given; expected: {parser.usage}")
-    if arguments[0] == "--recipe" and len(arguments) > 1 and not Path(arguments[1]).is_file():
-        raise FileNotFoundError(f"recipe {arguments[1]!r} is not a file; expected the path of a YAML recipe")
+    if arguments[0] == "--recipe" and len(arguments) > 1:
+        if not Path(arguments[1]).is_file():
+            raise FileNotFoundError(f"recipe {arguments[1]!r} is not a file; expected the path of a YAML recipe")
+        check_recipe_file(recipe, Path(arguments[1]))
     values = parser.parse_args(arguments)
     return build(recipe, values)
 
@@ -99,10 +108,46 @@ def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected the folder of a run of fastdiff.train")
+    check_recipe_file(recipe, path)
     try:
         return build(recipe, recipe_parser(recipe, "train", "").parse_args(["--recipe", str(path)]))
     except ArgumentError as error:
         raise ValueError(f"{path} is not a recipe of this version: {one_line(error)}") from None
+
+
+def check_recipe_file(recipe: type, path: Path) -> None:
+    """Checks that a file is YAML, and has no other sections and fields than the dataclass `recipe`.
+
+    Raises:
+        ValueError: it names the file and what is wrong in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ValueError(f"{place}: not valid YAML ({error.problem})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML text ({one_line(error)})") from None
+    sections = {field.name: field.type for field in dataclasses.fields(recipe)}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {content!r}; expected the sections {', '.join(sections)}")
+    for section, fields in content.items():
+        section, _, field = str(section).partition(".")  # "model.depth: 2" is "model: {depth: 2}"
+        if section not in sections:
+            raise ValueError(f"{path}: there is no section {section!r}; expected {', '.join(sections)}")
+        fields = {field: fields} if field else fields
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"{path}: {section} is {fields!r}; expected fields below it, as in {section}: {{name: value}}; "
+                "--help lists them"
+            )
+        known = [each.name for each in dataclasses.fields(sections[section])]
+        for name in fields:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                advice = f"did you mean {section}.{close[0]}? " if close else ""
+                raise ValueError(f"{path}: there is no field {section}.{name}; {advice}--help lists the fields")
 
 
 def build(recipe: type[Recipe], values: Any) -> Recipe:
@@ -114,7 +159,9 @@ def build(recipe: type[Recipe], values: Any) -> Recipe:
 
 def run_parser(command_name: str, description: str) -> ArgumentParser:
     """A parser for a command on a run: the run and how to sample from it; None is what the run's recipe says."""
-    parser = ArgumentParser(prog=f"python -m fastdiff.{command_name}", description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"python -m fastdiff.{command_name}", description=description, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("run", type=str, help="a run's folder (the newest checkpoint), or one of its checkpoints")
     parser.add_argument("--guidance-scale", type=float | None, help="classifier-free guidance; 1 is none")
     parser.add_argument("--num-inference-steps", type=int | None, help="denoising steps")
@@ -123,6 +170,27 @@ def run_parser(command_name: str, description: str) -> ArgumentParser:
     parser.add_argument("--weights", type=Literal["ema", "model"], default="ema", help="averaged or plain weights")
     parser.add_argument("--device", type=str | None, help="for example cpu or cuda")
     return parser
+
+
+def output_path(given: str | None, default: Path) -> Path:
+    """Where a command writes its result, after a try to open it: before work that would be lost.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: it cannot be written; the message says how to mend it.
+    """
+    path = Path(given or default)
+    name, existed = f"--output {str(path)!r}", os.path.exists(path)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{name} is a folder; expected the name of a file")
+    if not os.path.isdir(path.parent):
+        raise FileNotFoundError(f"{name} lies in a folder that does not exist; make it first")
+    try:
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise PermissionError(f"{name} cannot be written ({error.strerror}); pass another file") from None
+    return path
 
 
 def sampling_options(arguments: Any, defaults: Any) -> Any:

@@ -78,13 +78,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
 
-    parser = ArgumentParser(prog="python -m fastdiff.demo", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="python -m fastdiff.demo", description=__doc__, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--seconds", type=float, default=285.0, help="of training, at most")
     parser.add_argument("--output-dir", type=str, default="runs/demo", help="the run's folder; a run in it is replaced")
     parser.add_argument("--recipe", type=str, default=str(_RECIPE), help="what to train")
     arguments = parser.parse_args(argv)
     if not arguments.seconds > 0:
         raise ValueError(f"--seconds is {arguments.seconds}; expected a positive number")
+    if arguments.recipe == str(_RECIPE) and not _RECIPE.is_file():  # recipes/ is no part of the installed package
+        raise FileNotFoundError(
+            "the demo's recipe recipes/dit_mnist.yaml is not beside the installed package; run the demo from a "
+            "checkout of fastdiff, or pass --recipe"
+        )
     quiet_libraries()
     start, about = time.perf_counter(), machine()
     recipe = parse_recipe(

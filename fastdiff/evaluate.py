@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from fastdiff.cli import command, quiet_libraries, run_parser, sampling_options
+from fastdiff.cli import command, output_path, quiet_libraries, run_parser, sampling_options
 
 
 @command
@@ -29,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--num-samples is {arguments.num_samples}; expected at least 2")
     quiet_libraries()
     run = load_run(arguments.run, weights=arguments.weights, device=arguments.device)
-    output = Path(arguments.output or run.folder.path / "evaluation.json")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"--output {str(output)!r} lies in a folder that does not exist; make it first")
+    output = output_path(arguments.output, run.folder.path / "evaluation.json")
     data = load_data(run.recipe.data)
     classifier = load_or_train_classifier(data)
     sampling = sampling_options(arguments, run.recipe.sampling)

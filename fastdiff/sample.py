@@ -1,11 +1,10 @@
 """Draws samples of a run: `python -m fastdiff.sample runs/x --labels 0,3,7 --guidance-scale 2`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from fastdiff.cli import command, quiet_libraries, run_parser, sampling_options
+from fastdiff.cli import command, output_path, quiet_libraries, run_parser, sampling_options
 
 
 @command
@@ -25,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = load_run(arguments.run, weights=arguments.weights, device=arguments.device)
     sampling = sampling_options(arguments, run.recipe.sampling)
     labels = torch.tensor(run.labels(arguments.labels)).repeat_interleave(arguments.images_per_label)
-    output = Path(arguments.output or run.folder.path / f"samples-seed-{sampling.seed}.png")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"--output {str(output)!r} lies in a folder that does not exist; make it first")
+    output = output_path(arguments.output, run.folder.path / f"samples-seed-{sampling.seed}.png")
     images = run.draw(labels, sampling, progress=True)
     title = f"step {run.step}, guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
     print(save_sample_grid(images, labels, run.class_names, output, title=title))

@@ -22,10 +22,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     quiet_libraries()
     trainer = Trainer(DiffusionTask(recipe), recipe.training)
+    before = trainer.steps_done
     outcome = trainer.train()
     if not trainer.accelerator.is_main_process:
         return
-    if outcome.finished:
+    if before >= recipe.training.max_steps:
+        print(
+            f"already at step {before} (training.max_steps is {recipe.training.max_steps}), nothing to do; "
+            f"checkpoint: {outcome.checkpoint}"
+        )
+    elif outcome.finished:
         print(
             f"trained {outcome.steps} steps ({outcome.samples_per_second:.0f} images/s); "
             f"checkpoint: {outcome.checkpoint}; pictures: {trainer.folder.samples_picture}, "

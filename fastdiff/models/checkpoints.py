@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,9 @@ def load_dit(path: str | os.PathLike, dtype: torch.dtype, overrides: dict[str, A
         if not (path / CONFIG_NAME).is_file() and (path / "transformer" / CONFIG_NAME).is_file():
             path = path / "transformer"  # of a diffusers pipeline
         config, state = _read_folder(path, overrides)
-    _check_state(state, config, path)
+    with torch.device("meta"):
+        expected = DiT(config).state_dict()
+    check_state(state, expected, path, "its DiT")
     return _build(config, {name: tensor.to(dtype) for name, tensor in state.items()})
 
 
@@ -74,9 +76,16 @@ def _build(config: DiTConfig, state: dict[str, Tensor]) -> DiT:
     return model.eval()
 
 
-def _check_state(state: dict[str, Tensor], config: DiTConfig, path: Path) -> None:
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}
+def check_state(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], path: Path, owner: str) -> None:
+    """Raises ValueError where names or shapes of weights read from `path` are not those of a model's state dict.
+
+    Args:
+        state: what was read.
+        model_state: of the model that should get it.
+        path: named in the message.
+        owner: the model, in the message's words.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model_state.items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected == found:
         return
@@ -89,7 +98,7 @@ def _check_state(state: dict[str, Tensor], config: DiTConfig, path: Path) -> Non
         elif expected[name] != found[name]:
             problems.append(f"{name} has shape {list(found[name])}, expected {list(expected[name])}")
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise ValueError(f"{path}: the weights are not those of its DiT: {'; '.join(problems[:3])}{more}")
+    raise ValueError(f"{path}: the weights are not those of {owner}: {'; '.join(problems[:3])}{more}")
 
 
 def _read_folder(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict[str, Tensor]]:

@@ -6,6 +6,7 @@ the next site's `gated_residual_adaln`: all sites but the first are one fused op
 """
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,6 +84,14 @@ class DiTConfig:
         for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DiTConfig.{name}: got {getattr(self, name)}; expected at least 1")
+        for name in ("norm_eps", "mlp_norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"DiTConfig.{name}: got {value}; expected a finite number of 0 or more")
+        if not 0 < self.mlp_ratio < math.inf or int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(f"DiTConfig.mlp_ratio: got {self.mlp_ratio}; expected a positive number")
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise ValueError(f"DiTConfig.class_dropout_prob: got {self.class_dropout_prob}; expected 0 to 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"DiTConfig.num_heads: got {self.num_heads}; expected a divisor of hidden_size = {self.hidden_size}"

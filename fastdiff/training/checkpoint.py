@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastdiff.models.checkpoints import check_state
+
 STATE_FILE = "trainer_state.json"
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
 _NAME = re.compile(r"step_(\d+)")
@@ -153,9 +155,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ValueError: not a whole safetensors file, or of another model.
     """
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not fit the model of this recipe: {reason}") from None
+    check_state(state, model.state_dict(), path, "the model of this recipe")
+    model.load_state_dict(state, strict=True)

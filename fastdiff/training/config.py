@@ -1,5 +1,6 @@
 """The part of a recipe that says how to train, whatever is trained."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -65,8 +66,10 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "preview_every", "seed"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"training.betas is {list(self.betas)}; expected two numbers, each at least 0 and below 1")
         for name in ("ema_decay", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected a number from 0 to 1")

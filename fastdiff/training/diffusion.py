@@ -1,6 +1,7 @@
 """Training of a class-conditional DiT: its recipe and its task."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from fastdiff.diffusion.sampling import sample, samplers_for
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
+from fastdiff.training.setup import autocast_dtype
 from fastdiff.training.task import Batch
 
 # purposes of derived seeds (the trainer's own is 1)
@@ -45,6 +47,11 @@ class SamplingConfig:
         for name in ("num_inference_steps", "images_per_class"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}; expected at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"sampling.guidance_scale is {self.guidance_scale}; expected a finite number")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"sampling.guidance_interval is {list(interval)}; expected 0 <= low <= high <= 1")
 
 
 @dataclass
@@ -139,6 +146,7 @@ class DiffusionTask:
             guidance_interval=sampling.guidance_interval,
             sampler=sampling.sampler,
             seed=sampling.seed,
+            autocast_dtype=autocast_dtype(self.config.training, device.type),
         )
         title = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
         save_sample_grid(images.cpu(), labels, names, path, title=title)
@@ -168,6 +176,11 @@ def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
         raise ValueError(
             f"sampling.sampler is {recipe.sampling.sampler!r}; diffusion.noise_levels "
             f"{recipe.diffusion.noise_levels!r} needs one of {', '.join(fitting)}"
+        )
+    levels, steps = recipe.diffusion.num_train_timesteps, recipe.sampling.num_inference_steps
+    if recipe.diffusion.is_discrete and steps > levels:
+        raise ValueError(
+            f"sampling.num_inference_steps is {steps}; expected at most diffusion.num_train_timesteps = {levels}"
         )
     if recipe.model.learn_sigma and not recipe.diffusion.is_discrete:
         raise ValueError(

@@ -13,6 +13,7 @@ from fastdiff.training.checkpoint import (
     list_checkpoints,
     remove_checkpoint,
     remove_leftovers,
+    step_of,
 )
 from fastdiff.training.config import TrainingConfig
 
@@ -67,6 +68,8 @@ class RunFolder:
                 self._clear()
             elif training.resume:
                 self._check_same(recipe)
+                if (latest := self.latest()) and step_of(latest) >= training.max_steps:
+                    return  # there is nothing to do: what was done stays described as it was
             else:
                 raise FileExistsError(
                     f"training.output_dir {str(self.path)!r} already holds a run; pass "

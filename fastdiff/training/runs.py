@@ -16,6 +16,7 @@ from fastdiff.models.dit import DiT
 from fastdiff.training.checkpoint import load_weights, read_state, step_of
 from fastdiff.training.diffusion import DiTRecipe, SamplingConfig
 from fastdiff.training.run_folder import RunFolder
+from fastdiff.training.setup import autocast_dtype, check_device
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Run:
     ) -> Tensor:
         """Samples of these labels: float32 [N, C, H, W] on the CPU.
 
-        Sample i depends on its label and on seed + i alone, whatever `batch_size` (rounding aside).
+        Sample i depends on its label and on seed + i alone, whatever `batch_size` (rounding aside). The network runs
+        in the precision that the run would train in on this device (`setup.autocast_dtype`).
 
         Raises:
             ValueError: a sampler that does not fit the run, or a label out of range.
@@ -91,6 +93,7 @@ class Run:
                     seed=sampling.seed + start,
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.guidance_interval,
+                    autocast_dtype=autocast_dtype(self.recipe.training, device.type),
                 )
                 parts.append(images.cpu())
                 bar.update(len(part))
@@ -109,8 +112,9 @@ def load_run(
 
     Raises:
         FileNotFoundError: no run or no checkpoint there.
-        ValueError: a checkpoint cut short or of another model.
+        ValueError: a checkpoint cut short or of another model, or a device that this machine does not have.
     """
+    device = check_device(device)
     path = Path(path)
     is_checkpoint = path.parent.name == "checkpoints" and path.name.startswith("step_")
     folder = RunFolder(path.parent.parent if is_checkpoint else path)
@@ -125,7 +129,6 @@ def load_run(
     state = read_state(checkpoint)
     model = DiT(recipe.model)
     load_weights(model, checkpoint / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Run(
         folder,
         checkpoint,

@@ -71,13 +71,14 @@ class Trainer:
                 f"training.batch_size is {config.batch_size}; expected at least processes x "
                 f"accumulation_steps = {processes} x {parts}"
             )
-        self._on_main(lambda: self.folder.prepare(config, task.recipe()))
         self.names = {parameter: name for name, parameter in task.model.named_parameters()}
+        task.model.to(self.accelerator.device).train()
         optimizer = torch.optim.AdamW(
             parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
         )
-        task.model.to(self.accelerator.device).train()
         self.ema = Ema(task.model, config.ema_decay)
+        # The last thing that a bad argument can stop: with `overwrite` it deletes the run that is there.
+        self._on_main(lambda: self.folder.prepare(config, task.recipe()))
         self.steps_done = self._restore(optimizer) if config.resume else 0
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
         self._log = MetricsLog(self.folder.metrics, self.steps_done) if self.accelerator.is_main_process else None
@@ -111,6 +112,8 @@ class Trainer:
     def train(self, stop_at: int | None = None) -> Outcome:
         """Runs up to max_steps and ends with a checkpoint and pictures.
 
+        Where the run that it resumes has come that far already, nothing is trained and only missing pictures are made.
+
         Args:
             stop_at: a step to end at before max_steps, with a checkpoint but no pictures; None runs to the end.
 
@@ -118,6 +121,10 @@ class Trainer:
             TrainingError: a loss was not finite, or the disk is full; one line that names the last whole checkpoint.
         """
         config, start = self.config, self.steps_done
+        if start >= config.max_steps:
+            if start == config.max_steps and self.folder.latest():
+                self._pictures(replace=False)
+            return self._end(0.0)
         end = config.max_steps if stop_at is None else min(stop_at, config.max_steps)
         if config.trackers:
             self.accelerator.init_trackers(config.project, run_config_for_trackers(self.task.recipe()))
@@ -129,7 +136,7 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         self._seconds, self._timed_steps, self._clock = 0.0, 0, time.perf_counter()
-        self._smooth_loss: float | None = None
+        self._smooth_loss, self._smoothed = 0.0, 0
         stopped = False
         with self._progress, stop_on_signals() as signals:
             for step in range(start, end):
@@ -151,14 +158,17 @@ class Trainer:
                 self._save()
             if self.steps_done == config.max_steps:
                 self._pictures()
+        return self._end(self._timed_steps * config.batch_size / self._seconds if self._seconds else 0.0)
+
+    def _end(self, rate: float) -> Outcome:
+        """Closes what is open, together with the other processes."""
         if self._log is not None:
             self._log.close()
         # A barrier sends no tensors. Without it gloo's thread may still hold the last one when its process group is
         # freed, and then each waits for the other: the thread for Python's lock, the main thread for the thread.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        rate = self._timed_steps * config.batch_size / self._seconds if self._seconds else 0.0
-        return Outcome(self.steps_done, self.steps_done == config.max_steps, self.folder.latest(), rate)
+        return Outcome(self.steps_done, self.steps_done >= self.config.max_steps, self.folder.latest(), rate)
 
     def _due(self, every: int) -> bool:
         return self.steps_done == self.config.max_steps or (every > 0 and self.steps_done % every == 0)
@@ -233,8 +243,10 @@ class Trainer:
 
     def _report(self, lines: list[dict], rate: float) -> None:
         for line in lines:
-            smooth = self._smooth_loss
-            self._smooth_loss = line["loss"] if smooth is None else 0.98 * smooth + 0.02 * line["loss"]
+            # over 50 steps, and over few at first: the loss of the first steps says nothing about the present one
+            weight = max(0.02, 4 / (4 + self._smoothed))
+            self._smooth_loss += weight * (line["loss"] - self._smooth_loss)
+            self._smoothed += 1
         self._progress.update(len(lines))
         self._progress.set_postfix_str(f"loss {self._smooth_loss:.4f}, {rate:.0f} {self.task.unit}/s")
         if self.config.trackers:
@@ -280,11 +292,13 @@ class Trainer:
         newest = self.folder.latest()
         return f"last whole checkpoint: {newest}" if newest else "there is no checkpoint yet"
 
-    def _pictures(self) -> None:
-        """loss.png and samples.png, by the first process."""
+    def _pictures(self, replace: bool = True) -> None:
+        """loss.png and samples.png, by the first process; with `replace` False only where one of them is missing."""
         from fastdiff.visualization import save_loss_curve
 
         def draw() -> None:
+            if not replace and self.folder.loss_picture.exists() and self.folder.samples_picture.exists():
+                return
             with self._writing("pictures"):
                 save_loss_curve(self.folder.metrics, self.folder.loss_picture)
                 self.task.preview(self.ema.module, self.folder.samples_picture)

@@ -58,6 +58,14 @@ def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
     ("arguments", "message"),
     [
         (["--training.max_stepz", "3"], r"max_stepz"),
+        (["--training.max_step", "3"], r"[Uu]nrecognized arguments.*training.max_step"),
+        (["--training.betas", "[1.5, 0.9]"], r"training.betas is \[1.5, 0.9\]; expected two numbers"),
+        (["--training.learning_rate", ".inf"], r"training.learning_rate is inf; expected 0 or more"),
+        (["--training.weight_decay", "-1"], r"training.weight_decay is -1.0; expected 0 or more"),
+        (["--sampling.guidance_interval", "[2, 3]"], r"sampling.guidance_interval is \[2.0, 3.0\]; expected 0 <= low"),
+        (["--sampling.guidance_scale", ".nan"], r"sampling.guidance_scale is nan; expected a finite"),
+        (["--sampling.num_inference_steps", "0"], r"sampling.num_inference_steps is 0; expected at least 1"),
+        (["--model.norm_eps", "-1"], r"DiTConfig.norm_eps: got -1.0; expected a finite number"),
         (["--training.max_steps", "many"], r"training.max_steps.*Expected.*int.*many"),
         (["--training.max_steps", "0"], r"training.max_steps is 0; expected at least 1"),
         (["--training.schedule", "sudden"], r"training.schedule.*Expected.*cosine.*sudden"),
@@ -82,10 +90,15 @@ def test_bad_options(tiny_yaml, tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("model: {widht: 5}", r"model.*widht"),
+        ("model: {widht: 5}", r"bad.yaml: there is no field model.widht; --help lists the fields"),
+        ("model: {hiden_size: 5}", r"no field model.hiden_size; did you mean model.hidden_size\?"),
+        ("model.widht: 5", r"bad.yaml: there is no field model.widht"),
+        ("training: 5", r"bad.yaml: training is 5; expected fields below it"),
+        ("training:", r"bad.yaml: training is None; expected fields below it"),
+        ("- 5", r"bad.yaml: got \[5\]; expected the sections model, diffusion"),
         ("training: {learning_rate: fast}", r"training.learning_rate.*float.*fast"),
-        ("training: [5", r"parsing"),
-        ("modle: {depth: 2}", r"modle"),
+        ("data: {name: digits}\ntraining: [5", r"bad.yaml, line [23], column \d+: not valid YAML"),
+        ("modle: {depth: 2}", r"bad.yaml: there is no section 'modle'; expected model, diffusion"),
     ],
 )
 def test_bad_recipes(tmp_path, capsys, content, message):
@@ -164,12 +177,99 @@ def test_sample_command(run, capsys):
     assert path.read_bytes() == first
 
 
+@pytest.mark.parametrize(
+    "bad", [["--training.betas", "[1.5, 0.9]"], ["--training.max_stepz", "3"], ["--training.batch_size", "0"]]
+)
+def test_overwrite_keeps_the_run_when_an_argument_is_bad(run, tiny_yaml, capsys, bad):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    failure(train, [tiny_yaml, "--training.output_dir", run, "--training.overwrite", "true", *bad], capsys)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_overwrite_keeps_the_run_when_the_optimizer_cannot_be_built(run, make_trainer, monkeypatch):
+    import torch
+
+    def refuse(*_, **__):
+        raise ValueError("no such optimizer")
+
+    monkeypatch.setattr(torch.optim, "AdamW", refuse)
+    with pytest.raises(ValueError, match="no such optimizer"):
+        make_trainer(run, "--training.overwrite", "true")
+    assert (run / "checkpoints" / "step_3" / "model.safetensors").is_file() and (run / "metrics.jsonl").is_file()
+
+
 def test_sample_command_refuses(run, tmp_path, capsys):
     assert "--labels has '10'; expected 0 to 9" in failure(sample, [run, "--labels", "0,10"], capsys)
     assert "is not a folder" in failure(sample, [tmp_path / "nothing"], capsys)
     assert "config.yaml is missing" in failure(sample, [tmp_path], capsys)
     assert "needs one of euler" in failure(sample, [run, "--sampler", "ddim"], capsys)
     assert "guidance_scale" in failure(sample, [run, "--guidance-scale", "much"], capsys)
+    assert "sampling.guidance_scale is nan" in failure(sample, [run, "--guidance-scale", ".nan"], capsys)
+    assert "nrecognized" in failure(sample, [run, "--guidance-scal", "2"], capsys)
+    for device in ("foo", "cuda:99", "meta"):
+        assert f"device is '{device}'; expected cpu" in failure(sample, [run, "--device", device], capsys)
+
+
+@pytest.mark.parametrize("command", [sample, evaluate])
+def test_output_is_checked_before_work(run, tmp_path, capsys, monkeypatch, command):
+    from fastdiff.training.runs import Run
+
+    monkeypatch.setattr(Run, "draw", lambda *_, **__: pytest.fail("sampled before --output was checked"))
+    assert "is a folder; expected the name of a file" in failure(command, [run, "--output", tmp_path], capsys)
+    missing = tmp_path / "no" / "x.png"
+    assert "lies in a folder that does not exist" in failure(command, [run, "--output", missing], capsys)
+    assert "cannot be written" in failure(command, [run, "--output", tmp_path / ("x" * 300)], capsys)
+
+
+def test_errors_of_the_file_system_are_one_line(capsys):
+    from fastdiff.cli import command
+
+    @command
+    def loop(argv=None):
+        raise OSError(40, "Too many levels of symbolic links", "a/b")
+
+    with pytest.raises(SystemExit) as exit_:
+        loop([])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: a/b: Too many levels of symbolic links\n"
+
+
+@pytest.mark.parametrize("max_steps", [3, 2])
+def test_resume_of_a_finished_run_does_nothing(run, tiny_yaml, capsys, max_steps):
+    def contents():
+        names = ("config.yaml", "metrics.jsonl", "loss.png", "samples.png", "checkpoints/step_3/model.safetensors")
+        return {name: (run / name).read_bytes() for name in names} | {
+            name: (run / name).stat().st_mtime_ns for name in ("loss.png", "samples.png")
+        }
+
+    options = [tiny_yaml, "--training.output_dir", run, "--training.resume", "true", "--training.max_steps", max_steps]
+    before = contents()
+    capsys.readouterr()
+    train.main([str(option) for option in options])
+    assert f"already at step 3 (training.max_steps is {max_steps}), nothing to do" in capsys.readouterr().out
+    assert {**contents(), "config.yaml": before["config.yaml"]} == before
+    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["max_steps"] == 3
+
+
+def test_samples_are_drawn_in_the_precision_of_training(run, monkeypatch):
+    import dataclasses
+
+    import torch
+
+    from fastdiff.training import setup
+    from fastdiff.training.runs import load_run
+
+    loaded = load_run(run, device="cpu")
+    images = {}
+    for precision in ("no", "bf16", "auto"):
+        training = dataclasses.replace(loaded.recipe.training, mixed_precision=precision)
+        recipe = dataclasses.replace(loaded.recipe, training=training)
+        with monkeypatch.context() as patch:
+            patch.setattr(setup, "computes_bf16", lambda device_type: True)
+            images[precision] = dataclasses.replace(loaded, recipe=recipe).draw([0, 1], recipe.sampling)
+    assert images["no"].dtype == images["bf16"].dtype == torch.float32
+    assert torch.equal(images["bf16"], images["auto"]) and not torch.equal(images["bf16"], images["no"])
+    torch.testing.assert_close(images["bf16"], images["no"], atol=0.1, rtol=0.1)
 
 
 def test_evaluate_command(run, capsys, monkeypatch, tmp_path):

@@ -8,6 +8,14 @@ from fastdiff import demo
 from fastdiff.evaluation.classifier import Schedule
 
 
+def test_without_a_checkout_the_demo_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "_RECIPE", tmp_path / "recipes" / "dit_mnist.yaml")
+    with pytest.raises(SystemExit) as exit_:
+        demo.main(["--output-dir", str(tmp_path / "demo")])
+    text = capsys.readouterr().err
+    assert exit_.value.code == 2 and "run the demo from a checkout" in text and text.count("\n") == 1
+
+
 def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Schedule, "for_size", staticmethod(lambda images: Schedule(epochs=1, batch_size=64)))

@@ -131,7 +131,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, make_trainer):
     recipe = yaml.safe_load(config.read_text())
     recipe["model"]["hidden_size"] = 64
     config.write_text(yaml.safe_dump(recipe))
-    with pytest.raises(ValueError, match="ema.safetensors does not fit the model of this recipe") as error:
+    with pytest.raises(
+        ValueError, match="ema.safetensors: the weights are not those of the model of this recipe"
+    ) as error:
         load_run(tmp_path / "run")
     one_line(error)
 
