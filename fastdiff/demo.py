@@ -23,6 +23,7 @@ from fastdiff.version import __version__
 _RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dit_mnist.yaml"
 _BACKENDS = ("auto", "reference")  # fastdiff's kernels, and the same model on plain PyTorch operators
 _SAMPLES = 500
+_FEWEST_STEPS = 20
 
 
 def measure_rates(recipe: Any, data: Any, *, rounds: int, steps: int) -> dict[str, float]:
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = DiffusionTask(recipe).data
     print(f"{len(data.train)} real images of {data.name}; measuring training steps …", flush=True)
     rates = measure_rates(recipe, data, rounds=7, steps=6)
-    planned = max(20, int(arguments.seconds * rates["auto"] / recipe.training.batch_size))
+    planned = max(_FEWEST_STEPS, int(arguments.seconds * rates["auto"] / recipe.training.batch_size))
     training = dataclasses.replace(
         recipe.training,
         max_steps=planned,
@@ -165,6 +166,7 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
         return trainer, outcome
     left = 0.97 * (seconds - (time.perf_counter() - start))  # the rest is for checkpoints and pictures
     steps = quarter + max(quarter, int(left * outcome.samples_per_second / training.batch_size))
+    steps = max(_FEWEST_STEPS, steps)
     training = dataclasses.replace(training, max_steps=steps, resume=True, overwrite=False)
     trainer = trainer_for(training)
     return trainer, trainer.train()
