@@ -147,6 +147,15 @@ def test_a_run_leaves_its_files(run):
     }
 
 
+def test_progress_shows_the_moving_average_of_the_picture(make_trainer, tmp_path, capsys):
+    from fastdiff.visualization.curves import moving_average
+
+    make_trainer(tmp_path / "run", "--training.max_steps", 40, "--training.learning_rate", 0.01).train()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shown = re.findall(r"loss (\d+\.\d+)", capsys.readouterr().err)
+    assert float(shown[-1]) == pytest.approx(moving_average(losses, 0.98)[-1], abs=1e-4)
+
+
 def test_tensorboard_has_the_losses(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
