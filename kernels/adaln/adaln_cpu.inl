@@ -11,6 +11,15 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have before a second one is woken
 
+// A call that moves at least so many bytes finds nothing in the caches afterwards; its outputs are then stored past them,
+// which saves the read of a line that a plain store begins with.
+constexpr int64_t kStreamBytes = int64_t(40) << 20;
+
+template <class V, class T>
+bool streamable(const void* rows, int64_t dim) {
+  return dim % V::kWidth == 0 && reinterpret_cast<uintptr_t>(rows) % (V::kWidth * sizeof(T)) == 0;
+}
+
 // Rows of the arithmetic's type, 64-byte aligned, one block a thread's chunk.
 template <class S>
 struct Scratch {

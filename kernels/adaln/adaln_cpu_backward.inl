@@ -46,7 +46,7 @@ void reduce_rows(const G* g, const X* x, const typename V::Scalar* a, int64_t di
 }
 
 // grad_x = ρ·(ĝ − mean(ĝ) − x̂·mean(ĝ·x̂)) + grad_residual; where gated also kept unrounded in `kept`
-template <class V, class G, class X>
+template <class V, bool kStream, class G, class X>
 void input_gradient_row(const G* g, const X* x, const typename V::Scalar* a, const X* grad_residual, int64_t dim,
                         const RowGradient<typename V::Scalar>& r, X* grad_x, typename V::Scalar* kept) {
   const V mean = V::set(r.mean), rstd = V::set(r.rstd);
@@ -57,24 +57,24 @@ void input_gradient_row(const G* g, const X* x, const typename V::Scalar* a, con
     return fma(xhat, mean_gx, ga - mean_g) * rstd;
   };
   if (kept == nullptr) {
-    for_lanes<V>(dim, [&](int64_t i, auto n) { store(value(i, n), grad_x + i, n); });
+    for_lanes<V>(dim, [&](int64_t i, auto n) { put<kStream>(value(i, n), grad_x + i, n); });
   } else if (grad_residual == nullptr) {
     for_lanes<V>(dim, [&](int64_t i, auto n) {
       const V v = value(i, n);
-      store(v, grad_x + i, n);
+      put<kStream>(v, grad_x + i, n);
       store(v, kept + i, n);
     });
   } else {
     for_lanes<V>(dim, [&](int64_t i, auto n) {
       const V v = value(i, n) + load<V>(grad_residual + i, n);
-      store(v, grad_x + i, n);
+      put<kStream>(v, grad_x + i, n);
       store(v, kept + i, n);
     });
   }
 }
 
 // grad_branch = gate·grad and sum_gate += Σ grad·branch for kRows rows
-template <class V, int kRows, class B>
+template <class V, int kRows, bool kStream, class B>
 void branch_gradient_rows(const typename V::Scalar* grad, int64_t stride, const B* branch, const typename V::Scalar* gate,
                           int64_t dim, B* grad_branch, typename V::Scalar* sum_gate) {
   for_lanes<V>(dim, [&](int64_t i, auto n) __attribute__((always_inline)) {
@@ -84,7 +84,7 @@ void branch_gradient_rows(const typename V::Scalar* grad, int64_t stride, const 
     for (int k = 0; k < kRows; k++) {
       const V d = load<V>(grad + k * stride + i, n);
       add = fma(d, load<V>(branch + k * dim + i, n), add);
-      store(d * factor, grad_branch + k * dim + i, n);
+      put<kStream>(d * factor, grad_branch + k * dim + i, n);
     }
     store(load<V>(sum_gate + i, n) + add, sum_gate + i, n);
   });
@@ -112,7 +112,7 @@ inline bool wants_sums(const AdaLNBackwardParams& p) {
 }
 
 // kRows rows of one segment from row r on.
-template <class V, int kRows, class G, class X>
+template <class V, int kRows, bool kStream, class G, class X>
 void backward_block(const AdaLNBackwardParams& p, const ModulationRows<V>& rows, int64_t r, const Scratch<typename V::Scalar>& kept,
                     typename V::Scalar* sums) {
   using S = typename V::Scalar;
@@ -129,26 +129,26 @@ void backward_block(const AdaLNBackwardParams& p, const ModulationRows<V>& rows,
   for (int64_t k = 0; k < kRows; k++) {
     const int64_t to = k * p.dim;
     const X* grad_residual = p.grad_residual_out ? static_cast<const X*>(p.grad_residual_out) + at + to : nullptr;
-    input_gradient_row<V>(g + to, x + to, rows.a, grad_residual, p.dim, row[k], static_cast<X*>(p.grad_x) + at + to,
+    input_gradient_row<V, kStream>(g + to, x + to, rows.a, grad_residual, p.dim, row[k], static_cast<X*>(p.grad_x) + at + to,
                           p.branch ? kept.row(k) : nullptr);
   }
   if (p.branch != nullptr)
     with_type<V>(p.branch_dtype, [&](auto type) {
       using B = typename decltype(type)::type;
-      branch_gradient_rows<V, kRows>(kept.row(0), kept.stride, static_cast<const B*>(p.branch) + at, rows.g, p.dim,
+      branch_gradient_rows<V, kRows, kStream>(kept.row(0), kept.stride, static_cast<const B*>(p.branch) + at, rows.g, p.dim,
                                      static_cast<B*>(p.grad_branch) + at, sums + kSumGate * p.dim);
     });
 }
 
 // All rows of one segment, which share their modulation; its three rows of partial sums are left at `sums`.
-template <class V, class G, class X>
+template <class V, bool kStream, class G, class X>
 void backward_segment(const AdaLNBackwardParams& p, int64_t begin, int64_t end, ModulationRows<V>& rows,
                       const Scratch<typename V::Scalar>& kept, typename V::Scalar* sums) {
   for_lanes<V>(3 * p.dim, [&](int64_t i, auto n) { store(V::set(0), sums + i, n); });
   rows.move_to(begin);
   int64_t r = begin;
-  for (; r + kBlock <= end; r += kBlock) backward_block<V, kBlock, G, X>(p, rows, r, kept, sums);
-  for (; r < end; r++) backward_block<V, 1, G, X>(p, rows, r, kept, sums);
+  for (; r + kBlock <= end; r += kBlock) backward_block<V, kBlock, kStream, G, X>(p, rows, r, kept, sums);
+  for (; r < end; r++) backward_block<V, 1, kStream, G, X>(p, rows, r, kept, sums);
 }
 
 template <class V>
@@ -206,6 +206,15 @@ void finish_affine(const AdaLNBackwardParams& p, const Segments& segments, const
 }
 
 template <class V, class G, class X>
+bool streams(const AdaLNBackwardParams& p) {
+  const int64_t streams_of_x = p.branch ? 3 : 2, gated = p.branch ? 2 * dtype_size(p.branch_dtype) : 0;
+  const int64_t moved = p.dim * p.batch * p.tokens * (sizeof(G) + streams_of_x * sizeof(X) + gated);
+  // a vector of floats has the widest alignment that the branch's type may ask for
+  return moved >= kStreamBytes && streamable<V, X>(p.grad_x, p.dim) &&
+         (p.branch == nullptr || streamable<V, float>(p.grad_branch, p.dim));
+}
+
+template <class V, class G, class X>
 void backward_typed(const AdaLNBackwardParams& p, const ParallelFor& parallel_for) {
   using S = typename V::Scalar;
   const Segments segments(p);
@@ -213,6 +222,7 @@ void backward_typed(const AdaLNBackwardParams& p, const ParallelFor& parallel_fo
   // A frame of one segment needs no second pass: its sums stay in the cache and are stored at once.
   const bool through_workspace = wants_sums(p) && (segments.per_frame > 1 || affine);
   S* workspace = static_cast<S*>(p.workspace);
+  const bool stream = streams<V, G, X>(p);
   const int64_t grain = kGrain / (p.dim * (p.grad_tokens_per_frame < p.rows_per_segment ? p.grad_tokens_per_frame
                                                                                          : p.rows_per_segment));
   parallel_for(0, segments.count, grain, [&](int64_t first, int64_t last) {
@@ -222,9 +232,13 @@ void backward_typed(const AdaLNBackwardParams& p, const ParallelFor& parallel_fo
                            scratch.row(0), nullptr, p.branch ? scratch.row(1) : nullptr};
     for (int64_t s = first; s < last; s++) {
       S* sums = through_workspace ? workspace + 3 * s * p.dim : local_sums.row(0);
-      backward_segment<V, G, X>(p, segments.begin(p, s), segments.end(p, s), rows, kept, sums);
+      if (stream)
+        backward_segment<V, true, G, X>(p, segments.begin(p, s), segments.end(p, s), rows, kept, sums);
+      else
+        backward_segment<V, false, G, X>(p, segments.begin(p, s), segments.end(p, s), rows, kept, sums);
       if (segments.per_frame == 1) finish_frame<V>(p, s, sums, 1, 0, p.dim);
     }
+    if (stream) V::stream_fence();
   });
   constexpr int64_t kColumns = 256;
   const int64_t blocks = (p.dim + kColumns - 1) / kColumns;

@@ -2,10 +2,13 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
-template <class V, class X, class B>
-void gate_row(const X* x, const B* branch, const typename V::Scalar* g, int64_t dim, X* out) {
+// kStream: `out` past the caches, for outputs that would not fit; the row is kept in `near` for what comes next.
+template <class V, bool kStream, class X, class B>
+void gate_row(const X* x, const B* branch, const typename V::Scalar* g, int64_t dim, X* out, X* near) {
   for_lanes<V>(dim, [&](int64_t i, auto n) {
-    store(fma(load<V>(g + i, n), load<V>(branch + i, n), load<V>(x + i, n)), out + i, n);
+    const V sum = fma(load<V>(g + i, n), load<V>(branch + i, n), load<V>(x + i, n));
+    put<kStream>(sum, out + i, n);
+    if constexpr (kStream) store(sum, near + i, n);
   });
 }
 
@@ -61,46 +64,42 @@ FD_INLINE Statistics<typename V::Scalar> row_statistics(const X* x, int64_t dim,
   return {origin, correction, S(1) / S(sqrt((variance < 0 ? 0 : variance) + S(eps)))};
 }
 
-// kStream: past the caches, for outputs that would not fit (rows of whole vectors only).
 template <class V, bool kStream, class X, class O>
 void normalise_row(const X* x, const Statistics<typename V::Scalar>& s, const typename V::Scalar* a,
                    const typename V::Scalar* c, int64_t dim, O* out) {
   const V origin = V::set(s.origin), rstd = V::set(s.rstd), rest = V::set(-s.correction * s.rstd);
   for_lanes<V>(dim, [&](int64_t i, auto n) {
     const V xhat = fma(load<V>(x + i, n) - origin, rstd, rest);
-    const V y = fma(xhat, load<V>(a + i, n), load<V>(c + i, n));
-    if constexpr (kStream)
-      y.stream(out + i);
-    else
-      store(y, out + i, n);
+    put<kStream>(fma(xhat, load<V>(a + i, n), load<V>(c + i, n)), out + i, n);
   });
 }
 
-// An output of at least so many bytes leaves the caches before anyone reads it.
-constexpr int64_t kStreamBytes = int64_t(48) << 20;
-
-// Streamed stores save the read of a line that a plain store begins with.
-template <class V, class O>
+template <class V, class X, class O>
 bool streams(const AdaLNForwardParams& p) {
-  const uintptr_t row_bytes = p.dim * sizeof(O), vector_bytes = V::kWidth * sizeof(O);
-  return p.batch * p.tokens * int64_t(row_bytes) >= kStreamBytes && row_bytes % vector_bytes == 0 &&
-         reinterpret_cast<uintptr_t>(p.out) % vector_bytes == 0;
+  const int64_t moved = p.dim * ((p.branch ? 3 : 1) * sizeof(X) + sizeof(O)) * p.batch * p.tokens;
+  return moved >= kStreamBytes && streamable<V, O>(p.out, p.dim) &&
+         (p.branch == nullptr || streamable<V, X>(p.residual_out, p.dim));
 }
 
 constexpr int64_t kBlock = 4;  // rows whose reductions overlap
 
 // Rows [r, r + count) with count <= kBlock, all under the same modulation.
 template <class V, class X, class O>
-void forward_block(const AdaLNForwardParams& p, const ModulationRows<V>& rows, int64_t r, int64_t count, bool stream) {
+void forward_block(const AdaLNForwardParams& p, const ModulationRows<V>& rows, int64_t r, int64_t count, bool stream,
+                   X* near) {
   using S = typename V::Scalar;
   const X* x = static_cast<const X*>(p.x) + r * p.dim;
   if (p.branch != nullptr) {
     X* sum = static_cast<X*>(p.residual_out) + r * p.dim;
     with_type<V>(p.branch_dtype, [&](auto type) {
       const auto* branch = static_cast<const typename decltype(type)::type*>(p.branch) + r * p.dim;
-      for (int64_t k = 0; k < count; k++) gate_row<V>(x + k * p.dim, branch + k * p.dim, rows.g, p.dim, sum + k * p.dim);
+      for (int64_t k = 0; k < count * p.dim; k += p.dim)
+        if (stream)
+          gate_row<V, true>(x + k, branch + k, rows.g, p.dim, sum + k, near + k);
+        else
+          gate_row<V, false>(x + k, branch + k, rows.g, p.dim, sum + k, sum + k);
     });
-    x = sum;
+    x = stream ? near : sum;
   }
   Statistics<S> statistics[kBlock];
   for (int64_t k = 0; k < count; k++) statistics[k] = row_statistics<V>(x + k * p.dim, p.dim, p.rms, p.eps);
@@ -123,10 +122,11 @@ void forward_rows(const AdaLNForwardParams& p, int64_t begin, int64_t end) {
   const S *weight = static_cast<const S*>(p.weight), *bias = static_cast<const S*>(p.bias);
   ModulationRows<V> rows{p.scale, p.shift, p.gate, weight, bias, p.tokens, p.dim,
                          scratch.row(0), scratch.row(1), p.branch ? scratch.row(2) : nullptr};
-  const bool stream = streams<V, O>(p);
+  const bool stream = streams<V, X, O>(p);
+  const Scratch<X> near(stream && p.branch ? 1 : 0, kBlock * p.dim);
   for (int64_t r = begin; r < end;) {
     const int64_t run = rows.move_to(r), stop = r + run < end ? r + run : end;
-    for (; r < stop; r += kBlock) forward_block<V, X, O>(p, rows, r, stop - r < kBlock ? stop - r : kBlock, stream);
+    for (; r < stop; r += kBlock) forward_block<V, X, O>(p, rows, r, stop - r < kBlock ? stop - r : kBlock, stream, near.data);
     r = stop;
   }
   if (stream) V::stream_fence();

@@ -297,6 +297,15 @@ FD_INLINE void store(V v, T* p, int64_t n) {
   v.store(p, n);
 }
 
+// Past the caches or not. A streamed row has whole vectors only, aligned.
+template <bool kStream, class V, class T, class N>
+FD_INLINE void put(V v, T* p, N n) {
+  if constexpr (kStream)
+    v.stream(p);
+  else
+    store(v, p, n);
+}
+
 // Calls f(Type<T>{}) with the C++ type of a DType; a kernel instantiated for double sees double alone.
 template <class T>
 struct Type {
