@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m fastdiff.demo", description=__doc__, exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--seconds", type=float, default=285.0, help="of training, at most")
+    parser.add_argument("--seconds", type=float, default=280.0, help="of training, at most")
     parser.add_argument("--output-dir", type=str, default="runs/demo", help="the run's folder; a run in it is replaced")
     parser.add_argument("--recipe", type=str, default=str(_RECIPE), help="what to train")
     arguments = parser.parse_args(argv)
