@@ -32,7 +32,8 @@ def test_outputs_are_within_one_unit_in_the_last_place(row, dtype):
     exact = reference.adaln(x.double(), shift.double(), scale.double())
     largest_term = exact.abs().maximum(shift.double().abs())
     ulp = torch.finfo(dtype).eps * 2.0 ** largest_term.log2().floor()
-    # Half a unit from the one rounding; the rest is fp32 arithmetic. Seen on every CPU instruction set: 0.50000 (bf16), 0.50003 (fp16).
+    # Half a unit from the one rounding; the rest is fp32 arithmetic. Seen on every CPU instruction set:
+    # 0.50000 (bf16), 0.50003 (fp16).
     assert ((out.double() - exact).abs() / ulp).max() <= 0.52
 
 
@@ -44,7 +45,8 @@ def test_rows_far_from_zero_stay_accurate(row, offset, dim):
     with row.active():
         out = adaln(x.to(row.device), None, None).cpu()
     exact = reference.adaln(x.double(), None, None)
-    # The plain reference subtracts one rounded mean, whose error at 1e4 is 5e-4; the kernels correct it. Seen: 1.3e-3 and 3.6e-6.
+    # The plain reference subtracts one rounded mean, whose error at 1e4 is 5e-4; the kernels correct it. Seen:
+    # 1.3e-3 and 3.6e-6.
     assert (out.double() - exact).abs().max() <= (3e-3 if row.backend == "reference" else 8e-6)
 
 
