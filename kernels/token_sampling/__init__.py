@@ -1,0 +1,1 @@
+"""Token sampling and unmasking of masked diffusion language models."""
