@@ -6,8 +6,8 @@ torch makes the products, a backend the rows (`cross_entropy_rows_`, in place):
 
 The whole is one opaque operator a backend, so that torch.compile sees no loop, and no number of masked rows:
 
-    fastdiff_masked_loss::{native,triton}(hidden [R, D], weight [V, D], bias, targets, mask, row_weight, suppress_tokens,
-        label_smoothing, need_hidden, need_weight, need_bias, weight_grad_dtype)
+    fastdiff_masked_loss::{native,triton}(hidden [R, D], weight [V, D], bias, targets, mask, row_weight,
+        suppress_tokens, label_smoothing, need_hidden, need_weight, need_bias, weight_grad_dtype)
         -> loss [], row_loss [R], grad_hidden [R, D], grad_weight [V, D], grad_bias [V]
 
 hidden, weight and bias have one dtype, that of the products. What is not needed is an empty tensor.
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.backends import Backend, register
 from fastdiff.ops import _native
+from fastdiff.ops._register import register_backends
 
 OPERATOR = "masked_linear_cross_entropy"
 IMPLEMENTATIONS: dict[str, Callable] = {}
@@ -46,7 +46,7 @@ class Plan:
     @staticmethod
     def of(device: str, dtype: torch.dtype) -> "Plan":
         if device == "cpu":
-            return Plan(512, 256 if dtype == torch.float32 else 1024, 1024)
+            return Plan(512, 1024 if dtype == torch.float32 else 4096, 1 << 62 if dtype == torch.float32 else 4096)
         return Plan(1024, 1 << 62, 1 << 14)
 
 
@@ -127,38 +127,39 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss [], row_loss [R] and the gradients of the loss, those that are needed."""
     plan = Plan.of(hidden.device.type, weight.dtype)
-    index = mask.nonzero()[:, 0]  # on a GPU this waits for the device: the number of rows sets what is launched
-    count, (vocab, dim) = index.shape[0], weight.shape
     any_grad = need_hidden or need_weight or need_bias
+    index = mask.nonzero()[:, 0]  # on a GPU this waits for the device: the number of rows sets what is launched
+    count, vocab = index.shape[0], weight.shape[0]
     weights = None if row_weight is None else row_weight[index]
     scale = 1.0
     if any_grad and count and hidden.dtype == torch.float16:
-        scale = _fp16_scale(torch.ones(1) if weights is None else weights)
-        weights = torch.ones(count, device=hidden.device) if weights is None else weights
+        weights = hidden.new_ones(count, dtype=torch.float32) if weights is None else weights
+        scale = _fp16_scale(weights)
     chunks = list(_parts(count, plan.rows)) if count else []
 
-    row_loss = torch.zeros(mask.shape[0], dtype=torch.float32, device=hidden.device)
-    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
+    row_loss = hidden.new_zeros(mask.shape[0], dtype=torch.float32)
+    loss = hidden.new_zeros((), dtype=torch.float64)
+    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
     grad_weight = _WeightGradient(weight, weight_grad_dtype, len(chunks), plan.weight_tile) if need_weight else None
-    grad_bias = torch.zeros(vocab if need_bias else 0, dtype=torch.float32, device=hidden.device)
+    grad_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
     buffer = hidden.new_empty(max((b - a for a, b in chunks), default=0), vocab)
     for a, b in chunks:
-        at, logits = index[a:b], buffer[: b - a]
-        h = hidden[at]
+        rows, logits = index[a:b], buffer[: b - a]
+        h = hidden[rows]
         _logits_into(logits, h, weight, bias, plan.logits_tile)
         w = None if weights is None else weights[a:b]
-        scaled = w if scale == 1.0 or w is None else w * scale
-        losses = rows_kernel(logits, targets[at], scaled, suppress_tokens, label_smoothing, any_grad)
-        row_loss[at] = losses
+        factors = w if scale == 1 else w * scale
+        row_loss[rows] = losses = rows_kernel(
+            logits, targets[rows], factors, suppress_tokens, label_smoothing, any_grad
+        )
         loss += (losses.double() if w is None else losses.double() * w).sum()
         if need_hidden:
-            grad_hidden[at] = torch.mm(logits, weight) if scale == 1.0 else torch.addmm(h, logits, weight, beta=0, alpha=1 / scale)
+            grad_hidden[rows] = torch.addmm(h, logits, weight, beta=0, alpha=1 / scale)
         if grad_weight is not None:
             grad_weight.add(logits, h, 1 / scale)
         if need_bias:
-            grad_bias += logits.sum(0, dtype=torch.float32) / scale
-    weight_result = weight.new_empty(0, dtype=weight_grad_dtype) if grad_weight is None else grad_weight.result()
+            grad_bias.add_(logits.sum(0, dtype=torch.float32), alpha=1 / scale)
+    weight_result = hidden.new_empty(0, dtype=weight_grad_dtype) if grad_weight is None else grad_weight.result()
     return loss.float(), row_loss, grad_hidden, weight_result, grad_bias
 
 
@@ -204,19 +205,9 @@ def _define(name: str, rows_kernel: Callable[..., Tensor]) -> Callable:
     return getattr(torch.ops.fastdiff_masked_loss, name).default
 
 
-def _refuses_double(refuses: Callable) -> Callable:
-    def with_double(device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
-        return refuses(device, dtypes) or _native.refuses_dtypes(dtypes)
-
-    return with_double
-
-
 if _native.cpu_missing is None:
     torch.library.register_fake("fastdiff::cross_entropy_rows_", _fake_rows)
     IMPLEMENTATIONS["cpu"] = IMPLEMENTATIONS["cuda"] = _define("native", torch.ops.fastdiff.cross_entropy_rows_.default)
 if _native.triton_missing is None:
     IMPLEMENTATIONS["triton"] = _define("triton", _triton_rows)
-register(OPERATOR, "reference", Backend(None, _native.refuses_nothing))
-register(OPERATOR, "cpu", Backend(_native.cpu_missing, _refuses_double(_native.refuses_cpu)))
-register(OPERATOR, "cuda", Backend(_native.cpu_missing or _native.cuda_missing, _native.refuses_cuda))
-register(OPERATOR, "triton", Backend(_native.triton_missing, _native.refuses_triton))
+register_backends(OPERATOR)
