@@ -81,20 +81,23 @@ class _WeightGradient:
     """Σ over chunks of Gᵀ · hidden, rounded once to the gradient's dtype where there are many."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int, tile: int):
+        vocab, dim = weight.shape
         own = dtype if dtype == weight.dtype and chunks <= MAX_ADDITIONS else torch.float32
-        self.sum = torch.empty(weight.shape, dtype=own, device=weight.device)
+        self.sum = weight.new_empty(vocab, dim, dtype=own)
+        self.part = weight.new_empty(0 if own == weight.dtype else min(tile, vocab), dim)
         self.dtype, self.tile, self.first = dtype, tile, True
 
     def add(self, grad: Tensor, hidden: Tensor, alpha: float) -> None:  # [C, V], [C, D]
+        beta = 0.0 if self.first else 1.0
         for a, b in _tiles(grad.shape[1], self.tile):
-            if self.sum.dtype == grad.dtype:
-                self.sum[a:b].addmm_(grad[:, a:b].t(), hidden, beta=0.0 if self.first else 1.0, alpha=alpha)
+            if self.part.shape[0] == 0:
+                self.sum[a:b].addmm_(grad[:, a:b].t(), hidden, beta=beta, alpha=alpha)
                 continue
-            part = torch.mm(grad[:, a:b].t(), hidden)
+            part = self.part[: b - a].addmm_(grad[:, a:b].t(), hidden, beta=0.0, alpha=alpha)
             if self.first:
-                torch.mul(part, alpha, out=self.sum[a:b])
+                self.sum[a:b] = part
             else:
-                self.sum[a:b].add_(part, alpha=alpha)
+                self.sum[a:b] += part
         self.first = False
 
     def result(self) -> Tensor:

@@ -105,6 +105,13 @@ class Operator:
     # |result - exact| / |exact| in norms; the largest seen: 1.9e-7, 2.7e-3, 3.0e-4 (gradients, which are allowed twice
     # as much: 2.8e-7, 3.8e-3, 5.1e-4).
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {F32: 1e-6, BF16: 6e-3, F16: 8e-4})
+    # the dtype of result i of n
+    result_dtype: Callable[[Dtypes, int, int], torch.dtype] = lambda d, i, n: (
+        d.stream if i + 1 < n or not d.autocast else d.autocast
+    )
+    few: str = "many-segments"  # the case that is compiled, exported, run with several numbers of threads
+    of_tokens: tuple[str, ...] = ("x", "residual", "branch")  # inputs [B, N, ...] of that case, whose N may change
+    batch_case: str | None = "modulation-BFD:3-chunk"  # whose samples are the same alone; None: nothing is per sample
 
 
 def to_double(inputs: Inputs, requires_grad: bool = False) -> Inputs:
@@ -112,14 +119,18 @@ def to_double(inputs: Inputs, requires_grad: bool = False) -> Inputs:
     out: Inputs = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            value = value.detach().double().cpu().requires_grad_(requires_grad)
+            value = value.detach().cpu()
+            if value.is_floating_point():
+                value = value.double().requires_grad_(requires_grad)
         out[name] = value
     return out
 
 
 def as_leaves(inputs: Inputs) -> Inputs:
     """Leaves that require gradients, with the strides and offsets of the originals."""
-    return {k: v.detach().requires_grad_(True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return {
+        k: v.detach().requires_grad_(v.is_floating_point()) if isinstance(v, Tensor) else v for k, v in inputs.items()
+    }
 
 
 def call(operator: Operator, inputs: Inputs, dtypes: Dtypes) -> tuple[Tensor, ...]:
@@ -137,10 +148,10 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: Inputs, seed: int) -> dict[str, Tensor]:
-    """Gradients of a fixed random combination of all outputs with respect to every tensor among the inputs."""
+    """Gradients of a fixed random combination of all outputs with respect to every float tensor among the inputs."""
     generator = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-    leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
     grads = torch.autograd.grad(
         outputs, list(leaves.values()), [c.to(o.device, o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
     )

@@ -10,10 +10,7 @@ from ops.operators import OPERATORS
 
 CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPERATORS for case in op.cases]
 FEW = [
-    pytest.param(op, case, id=f"{op.name}-{case.name}")
-    for op in OPERATORS
-    for case in op.cases
-    if "many-segments" in case.name
+    pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPERATORS for case in op.cases if case.name == op.few
 ]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
@@ -35,7 +32,7 @@ def test_values_and_gradients(operator, case, row, dtypes):
             again = call(operator, inputs, dtypes)
     tolerance = operator.tolerance[dtypes.coarsest]
     for i, (result, plain, truth) in enumerate(zip(results, again, exact, strict=True)):
-        assert result.dtype == (dtypes.stream if i + 1 < len(results) or not dtypes.autocast else dtypes.autocast)
+        assert result.dtype == operator.result_dtype(dtypes, i, len(results))
         assert relative_error(result, truth) <= tolerance
         assert torch.equal(result, plain), "with and without gradients the result is the same"
     for name, truth in gradients(exact, exact_inputs, seed=8).items():
@@ -70,10 +67,10 @@ def test_results_do_not_depend_on_threads_or_on_the_run(operator, case, row):
 
 @native
 @dtypes_
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
+@pytest.mark.parametrize("operator", [op for op in OPERATORS if op.batch_case], ids=lambda o: o.name)
 def test_a_sample_is_the_same_alone_and_in_a_batch(operator, row, dtypes):
     row.skip_unless_runnable(operator.name)
-    case = next(c for c in operator.cases if c.name == "modulation-BFD:3-chunk")
+    case = next(c for c in operator.cases if c.name == operator.batch_case)
     inputs = case.make(dtypes, row.device)
     alone = {k: v[1:2] if isinstance(v, Tensor) and v.ndim == 3 else v for k, v in inputs.items()}
     with row.active(), torch.no_grad():
@@ -90,7 +87,7 @@ def test_fullgraph_compile_equals_eager_and_does_not_recompile(operator, case, r
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def cut(inputs, tokens):  # fewer tokens; frames stay
-        return {k: v[:, :tokens].contiguous() if k in ("x", "residual", "branch") else v for k, v in inputs.items()}
+        return {k: v[:, :tokens].contiguous() if k in operator.of_tokens else v for k, v in inputs.items()}
 
     compiled = torch.compile(operator.run, fullgraph=True, dynamic=True, backend=counter)
     compilations = []
@@ -108,7 +105,7 @@ def test_fullgraph_compile_equals_eager_and_does_not_recompile(operator, case, r
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
 def test_inductor(operator):
     torch._dynamo.reset()
-    case = next(c for c in operator.cases if c.name == "many-segments")
+    case = next(c for c in operator.cases if c.name == operator.few)
     inputs = as_leaves(case.make(Dtypes(F32, F32), "cpu"))
     eager, fast = operator.run(**inputs), torch.compile(operator.run, fullgraph=True)(**inputs)
     for a, b in zip(
@@ -121,7 +118,7 @@ def test_inductor(operator):
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
 def test_export(operator, row):
     row.skip_unless_runnable(operator.name)
-    case = next(c for c in operator.cases if c.name == "many-segments")
+    case = next(c for c in operator.cases if c.name == operator.few)
     inputs = case.make(Dtypes(F32, F32), row.device)
 
     class Module(torch.nn.Module):
