@@ -130,7 +130,7 @@ def explain(rows: dict, row: int, token: int, near: float) -> None:
 
 
 def compare_samples(results, exact, rows: dict, relative: float, absolute: float, near: float = NEAR) -> None:
-    """Tokens one by one; statistics to |error| <= relative * |exact| + absolute, log_prob where the tokens are the same.
+    """Tokens one by one; statistics to |error| <= relative · |exact| + absolute, log_prob where tokens are equal.
 
     A certain row's log_prob and entropy are small and keep their digits, hence the relative term.
     """
