@@ -17,6 +17,7 @@ constexpr int kLanes = 8;         // partial sums of entropies: their number is 
 struct Candidates {
   int32_t *position, *sample, *key, *chosen;
   float* cost;
+  uint8_t* flags;
   int64_t count, base;
 };
 
@@ -25,16 +26,46 @@ struct Scratch {
   int32_t* data;
   int64_t stride;
   explicit Scratch(int64_t length) : stride((length + 15) / 16 * 16) {
-    data = static_cast<int32_t*>(aligned_alloc(64, (stride > 0 ? stride : 16) * 5 * sizeof(int32_t)));
+    data = static_cast<int32_t*>(aligned_alloc(64, (stride > 0 ? stride : 16) * (5 * sizeof(int32_t) + 1) / 64 * 64 + 64));
     if (data == nullptr) abort();  // a few rows: as far gone as a stack overflow
   }
   ~Scratch() { free(data); }
   Candidates candidates() const {
-    return {data, data + stride, data + 2 * stride, data + 3 * stride, reinterpret_cast<float*>(data + 4 * stride), 0, 0};
+    int32_t* const cost = data + 4 * stride;
+    return {data, data + stride, data + 2 * stride, data + 3 * stride, reinterpret_cast<float*>(cost),
+            reinterpret_cast<uint8_t*>(cost + stride), 0, 0};
   }
 };
 
 int64_t clip(int64_t x, int64_t high) { return x < 0 ? 0 : x < high ? x : high; }
+
+// Leaves those of begin … end - 1 for which take(i) is true in `indices`, in order; returns how many. All are judged first,
+// which the compiler makes vectors of; then words of eight flags, most of them all or nothing. Nothing branches on one.
+template <class F>
+int64_t list(int64_t begin, int64_t end, uint8_t* flags, int32_t* indices, const F& take) {
+  for (int64_t i = begin; i < end; i++) flags[i - begin] = take(i);
+  int64_t n = 0, i = begin;
+  for (; i + 8 <= end; i += 8) {
+    const uint8_t* flag = flags + (i - begin);
+    uint64_t word;
+    memcpy(&word, flag, sizeof word);
+    if (word == 0) continue;
+    if (word == 0x0101010101010101u) {
+      for (int j = 0; j < 8; j++) indices[n + j] = static_cast<int32_t>(i) + j;
+      n += 8;
+      continue;
+    }
+    for (int j = 0; j < 8; j++) {
+      indices[n] = static_cast<int32_t>(i) + j;
+      n += flag[j];
+    }
+  }
+  for (; i < end; i++) {
+    indices[n] = static_cast<int32_t>(i);
+    n += flags[i - begin];
+  }
+  return n;
+}
 
 // entry_of: the sample's entry of each position of all rows, -1 where it has none; nullptr: entry b * length + l.
 void collect(const UnmaskParams& p, int64_t b, const int32_t* entry_of, Candidates& c) {
@@ -42,26 +73,21 @@ void collect(const UnmaskParams& p, int64_t b, const int32_t* entry_of, Candidat
   const int64_t end = p.block_end ? clip(p.block_end[b], p.length) : p.length;
   const int64_t* ids = p.token_ids + b * p.row_stride;
   const int64_t mask = p.mask_token_id;
-  int64_t n = 0;
   if (entry_of == nullptr) {
     c.base = b * p.length;
     c.sample = c.position;
     const int64_t* token = p.token + c.base;
-    for (int64_t l = begin; l < end; l++) {
-      c.position[n] = static_cast<int32_t>(l);
-      n += (ids[l] == mask) & (token[l] != mask) & (token[l] >= 0);
-    }
-  } else {
-    c.base = 0;
-    for (int64_t l = begin; l < end; l++) {
-      const int32_t entry = entry_of[b * p.length + l];
-      const int64_t token = p.token[entry < 0 ? 0 : entry];
-      c.position[n] = static_cast<int32_t>(l);
-      c.sample[n] = entry;
-      n += (ids[l] == mask) & (entry >= 0) & (token != mask) & (token >= 0);
-    }
+    c.count = list(begin, end, c.flags, c.position,
+                   [=](int64_t l) { return (ids[l] == mask) & (token[l] != mask) & (token[l] >= 0); });
+    return;
   }
-  c.count = n;
+  c.base = 0;
+  entry_of += b * p.length;
+  c.count = list(begin, end, c.flags, c.position, [=, token = p.token](int64_t l) {
+    const int64_t t = token[entry_of[l] < 0 ? 0 : entry_of[l]];
+    return (ids[l] == mask) & (entry_of[l] >= 0) & (t != mask) & (t >= 0);
+  });
+  for (int64_t i = 0; i < c.count; i++) c.sample[i] = entry_of[c.position[i]];
 }
 
 struct Counter {  // of the row's random numbers
@@ -138,9 +164,13 @@ Cut find_cut(const UnmaskParams& p, double number, const Candidates& c) {
     }
   }
   // One candidate, or equal keys: one after the other.
-  Cut cut{static_cast<int32_t>(high), static_cast<int32_t>(low + 1), 0};
-  for (int64_t i = 0; i < c.count; i++) {
-    if (c.key[i] < cut.from || c.key[i] > cut.above) continue;
+  const int32_t above = static_cast<int32_t>(high), from = static_cast<int32_t>(low + 1);
+  Cut cut{above, from, 0};
+  const int64_t n = list(0, c.count, c.flags, c.chosen, [=, keys = c.key](int64_t i) {
+    return (keys[i] >= from) & (keys[i] <= above);
+  });
+  for (int64_t k = 0; k < n; k++) {
+    const int32_t i = c.chosen[k];
     if (before.count > 0 && !holds(p.rule, p.order, number, c.key[i], before)) break;
     cut.end = i + 1;
     before.count++;
@@ -156,31 +186,26 @@ int64_t first_of(const Candidates& c) {
   return i;
 }
 
-// Leaves the indices of those for which take(i) in c.chosen; returns how many.
-template <class F>
-int64_t choose(const Candidates& c, const F& take) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < c.count; i++) {
-    c.chosen[n] = static_cast<int32_t>(i);
-    n += take(i);
-  }
-  return n;
-}
-
+// Leaves the indices of the committed in c.chosen; returns how many.
 int64_t apply_rule(const UnmaskParams& p, const Counter& at, double number, const Candidates& c) {
+  const int32_t *key = c.key, *position = c.position;
   int64_t n = 0;
-  if (p.rule == UnmaskRule::kThreshold) {
-    const UnmaskOrder order = p.order;
-    const double limit = is_logarithmic(order) ? log(number) : number;
-    n = choose(c, [&](int64_t i) { return compared(order, c.key[i]) >= limit; });
+  if (p.rule == UnmaskRule::kThreshold && p.order == UnmaskOrder::kRandom) {
+    n = list(0, c.count, c.flags, c.chosen, [=](int64_t i) { return value_of_word(key[i]) >= number; });
+  } else if (p.rule == UnmaskRule::kThreshold) {
+    const double limit = is_logarithmic(p.order) ? log(number) : number;
+    n = list(0, c.count, c.flags, c.chosen, [=](int64_t i) { return static_cast<double>(value_of(key[i])) >= limit; });
   } else if (p.rule == UnmaskRule::kAncestral) {
-    n = choose(c, [&](int64_t i) {
-      const uint64_t position = static_cast<uint32_t>(c.position[i]);
-      return uniform53(philox(at.seed, at.sequence, position, at.step, Draw::kAncestral)) < number;
+    n = list(0, c.count, c.flags, c.chosen, [=](int64_t i) {
+      const uint64_t l = static_cast<uint32_t>(position[i]);
+      return uniform53(philox(at.seed, at.sequence, l, at.step, Draw::kAncestral)) < number;
     });
   } else {
     const Cut cut = find_cut(p, number, c);
-    return choose(c, [&](int64_t i) { return (c.key[i] > cut.above) | ((c.key[i] >= cut.from) & (i < cut.end)); });
+    const int32_t end = static_cast<int32_t>(cut.end);
+    return list(0, c.count, c.flags, c.chosen, [=](int64_t i) {
+      return (key[i] > cut.above) | ((key[i] >= cut.from) & (static_cast<int32_t>(i) < end));
+    });
   }
   if (n > 0) return n;
   c.chosen[0] = static_cast<int32_t>(first_of(c));
