@@ -83,6 +83,7 @@ struct Block {
   volatile uint32_t barrier_generation = 0;
   unsigned barrier_arrived = 0;
   Site barrier_site;
+  int barrier_votes[2];
   char barrier_ordering[2], started;
 
   unsigned char* dynamic_shared = nullptr;
@@ -121,14 +122,20 @@ EMULATOR_INTERNAL inline void wait_until_changed(const volatile uint32_t* counte
   t.fiber.leave(g_block->system, false);
 }
 
-EMULATOR_INTERNAL inline void barrier(const Site& site) {
+// Returns whether any thread came with a vote.
+EMULATOR_INTERNAL inline int barrier(const Site& site, bool vote = false) {
   Unwatched scope;
   Block& b = *g_block;
   b.current->site = site;
   const uint32_t generation = b.barrier_generation;
   publish(&b.barrier_ordering[generation & 1]);
   if (b.alive != b.threads) fail("a barrier that some threads of the block will never reach, having exited");
-  if (b.barrier_arrived == 0) b.barrier_site = site;
+  int& votes = b.barrier_votes[generation & 1];
+  if (b.barrier_arrived == 0) {
+    b.barrier_site = site;
+    votes = 0;
+  }
+  votes |= vote;
   if (!(b.barrier_site == site)) {
     fail("divergent barrier, others wait at " + std::string(b.barrier_site.file) + ":" +
          std::to_string(b.barrier_site.line));
@@ -140,6 +147,7 @@ EMULATOR_INTERNAL inline void barrier(const Site& site) {
     wait_until_changed(&b.barrier_generation, generation);
   }
   observe(&b.barrier_ordering[generation & 1]);
+  return votes;
 }
 
 EMULATOR_INTERNAL inline Exchange& exchange_of(Warp& warp, uint32_t mask) {

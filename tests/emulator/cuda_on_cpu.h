@@ -56,20 +56,79 @@ inline int64_t max_grid() { return ::cuda_on_cpu::config().max_grid; }
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   cuda_on_cpu::barrier({"__syncthreads", file, line});
 }
+inline int __syncthreads_or(int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return cuda_on_cpu::barrier({"__syncthreads_or", file, line}, predicate != 0);
+}
 
 inline void __syncwarp(unsigned mask = ~0u, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   cuda_on_cpu::exchange(mask, nullptr, 0, {"__syncwarp", file, line}, true);
 }
 
+namespace cuda_on_cpu {
+
+// What the lane `source` gave; the caller's own value where there is no such lane.
 template <class T>
-inline T __shfl_xor_sync(unsigned mask, T value, int distance, const char* file = __builtin_FILE(),
-                         int line = __builtin_LINE()) {
-  static_assert(sizeof(T) <= cuda_on_cpu::Exchange::kBytes && std::is_trivially_copyable_v<T>);
-  const unsigned lane = cuda_on_cpu::g_block->current->lane;
-  auto* slots = cuda_on_cpu::exchange(mask, &value, sizeof(T), {"__shfl_xor_sync", file, line}, false);
-  cuda_on_cpu::Unwatched scope;
-  __builtin_memcpy(&value, slots[lane ^ static_cast<unsigned>(distance)], sizeof(T));
+inline T shuffled(unsigned mask, T value, int source, const Site& site) {
+  static_assert(sizeof(T) <= Exchange::kBytes && std::is_trivially_copyable_v<T>);
+  auto* slots = exchange(mask, &value, sizeof(T), site, false);
+  Unwatched scope;
+  if (source >= 0 && source < static_cast<int>(kWarpSize)) __builtin_memcpy(&value, slots[source], sizeof(T));
   return value;
+}
+inline int lane() { return static_cast<int>(g_block->current->lane); }
+
+}  // namespace cuda_on_cpu
+
+#define FD_SHUFFLE(name, Index, source)                                                                         \
+  template <class T>                                                                                            \
+  inline T name(unsigned mask, T value, Index index, const char* file = __builtin_FILE(),                       \
+                int line = __builtin_LINE()) {                                                                  \
+    return cuda_on_cpu::shuffled(mask, value, source, {#name, file, line});                                     \
+  }
+FD_SHUFFLE(__shfl_sync, int, index & 31)
+FD_SHUFFLE(__shfl_xor_sync, int, cuda_on_cpu::lane() ^ index)
+FD_SHUFFLE(__shfl_up_sync, unsigned, cuda_on_cpu::lane() - static_cast<int>(index))
+FD_SHUFFLE(__shfl_down_sync, unsigned, cuda_on_cpu::lane() + static_cast<int>(index))
+#undef FD_SHUFFLE
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(),
+                              int line = __builtin_LINE()) {
+  const unsigned char mine = predicate != 0;
+  auto* slots = cuda_on_cpu::exchange(mask, &mine, 1, {"__ballot_sync", file, line}, false);
+  cuda_on_cpu::Unwatched scope;
+  unsigned votes = 0;
+  for (unsigned i = 0; i < cuda_on_cpu::kWarpSize; ++i) votes |= (mask >> i & 1u) && slots[i][0] ? 1u << i : 0u;
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(),
+                      int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, file, line) != 0;
+}
+
+// Atomic, and in no order: ThreadSanitizer takes them neither for races nor for barriers. Integers only, as kernels
+// have no float atomics.
+template <class T>
+inline T atomicAdd(T* at, T value) {
+  static_assert(std::is_integral_v<T>);
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicOr(T* at, T value) {
+  static_assert(std::is_integral_v<T>);
+  return __atomic_fetch_or(at, value, __ATOMIC_RELAXED);
 }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -1,26 +1,12 @@
-// The launch functions of every .cu file, as Python calls them: 0, a cudaError_t, or -1 with fd_error().
-#include <cstdio>
-#include <exception>
+// The emulator's settings, its faults and AdaLN's launch functions, as Python calls them.
+#include "launch.h"
 
 #include "cuda_on_cpu.h"
 #include "faults.h"
 #include "kernels/adaln/adaln_cuda.h"
 
-namespace {
-
-char g_error[1024];
-
-template <class F>
-int guarded(const F& f) {
-  try {
-    return f();
-  } catch (const std::exception& e) {
-    std::snprintf(g_error, sizeof g_error, "%s", e.what());
-    return -1;
-  }
-}
-
-}  // namespace
+using cuda_on_cpu::g_error;
+using cuda_on_cpu::guarded;
 
 extern "C" {
 
