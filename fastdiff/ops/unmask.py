@@ -5,19 +5,13 @@ Fast-dLLM (Wu et al. 2025, threshold and factor), the entropy-bounded sampler (B
 MDLM (Sahoo et al. 2024, ancestral).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fastdiff.backends import select
 from fastdiff.kernels.token_sampling import reference
 from fastdiff.ops._unmask_backends import IMPLEMENTATIONS
-
-if TYPE_CHECKING:
-    from fastdiff.ops.token_sampling import TokenSample
+from fastdiff.ops.token_sampling import TokenSample
 
 # The numbers are those of UnmaskRule and UnmaskOrder in kernels/token_sampling/token_sampling.h.
 RULES = ("count", "threshold", "factor", "entropy_budget", "ancestral")
@@ -113,7 +107,7 @@ def unmask_(
             mask_token_id, seeds, seed, steps, step, _contiguous(sequence_ids))  # fmt: skip
     if backend == "reference":
         return _reference(ids, *fields, *args)
-    committed = IMPLEMENTATIONS[backend](ids, *fields, *args)
+    committed = IMPLEMENTATIONS[backend].unmask_(ids, *fields, *args)
     if not torch.compiler.is_compiling() and not token_ids.is_inference():
         torch.autograd.graph.increment_version(token_ids)  # a graph that had saved it must not use the new values
     return committed

@@ -8,6 +8,8 @@
 namespace fastdiff::cuda {
 namespace {
 
+using namespace unmasking;
+
 bool accepted(const UnmaskParams& p) {
   const int rule = static_cast<int>(p.rule), order = static_cast<int>(p.order);
   return p.batch >= 0 && p.length >= 0 && p.length <= INT32_MAX && rule >= 0 && rule <= 4 && order >= 0 && order <= 3 &&

@@ -7,7 +7,9 @@
 #include "kernels/token_sampling/token_sampling.h"
 #include "kernels/token_sampling/unmask_order.h"
 
-namespace fastdiff::cuda {
+namespace fastdiff::cuda::unmasking {
+
+using namespace fastdiff::unmasking;
 
 constexpr int kUnmaskThreads = 256;
 constexpr int64_t kSharedPlaces = 4096;  // positions a row whose places are kept in shared memory
@@ -237,4 +239,4 @@ __global__ void __launch_bounds__(kUnmaskThreads)
   }
 }
 
-}  // namespace fastdiff::cuda
+}  // namespace fastdiff::cuda::unmasking

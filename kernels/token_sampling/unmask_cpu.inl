@@ -10,6 +10,8 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
+using namespace unmasking;
+
 constexpr int64_t kGrain = 8192;  // positions a thread should have before a second one is woken
 constexpr int kLanes = 8;         // partial sums of entropies: their number is part of the result
 

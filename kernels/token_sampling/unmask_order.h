@@ -6,7 +6,7 @@
 #include "kernels/common/philox.h"
 #include "kernels/token_sampling/token_sampling.h"
 
-namespace fastdiff {
+namespace fastdiff::unmasking {
 
 constexpr int32_t kNanKey = INT32_MIN;  // after every number, minus infinity too
 
@@ -57,4 +57,4 @@ FD_HOST_DEVICE bool holds(UnmaskRule rule, UnmaskOrder order, double number, int
   return (is_logarithmic(order) ? exp(score) : score) > 1.0 - number / static_cast<double>(before.count + 2);
 }
 
-}  // namespace fastdiff
+}  // namespace fastdiff::unmasking
