@@ -3,3 +3,4 @@
 
 // 0, or 1 where a launch was refused
 int race_adaln();
+int race_token_sampling();
