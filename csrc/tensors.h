@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "kernels/common/dtype.h"
+#include "kernels/common/parallel_for.h"
 
 namespace fastdiff::torch_binding {
 
@@ -32,6 +33,12 @@ inline DType dtype_of(ScalarType type, const char* name) {
   }
 }
 inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
+
+// The threads that CPU kernels get: torch's pool.
+inline void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, cpu::ParallelFor::Body body,
+                                 const void* closure) {
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(closure, b, e); });
+}
 
 // The type of statistics and affine parameters.
 inline ScalarType compute_type(const Tensor& x) {
