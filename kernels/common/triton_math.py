@@ -1,4 +1,4 @@
-"""What Triton kernels share: Philox, accurate logarithms near one, numbers that a launch must not round or specialise on.
+"""What Triton kernels share: Philox, logarithms near one, numbers that a launch must not round or specialise on.
 
 The random numbers are those of philox.h, bit for bit. A launch passes Python floats as fp32 and specialises on integers
 (their width, 1, multiples of 16), so seeds and fp64 numbers travel as 32-bit words: see `double_words`, `word`.

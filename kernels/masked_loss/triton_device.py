@@ -1,4 +1,4 @@
-"""The masked loss's row kernel in Triton: the device code. triton_kernels.py launches it; README.md has the mathematics."""
+"""The masked loss's row kernel in Triton: the device code. triton_kernels.py launches it; README.md has the rest."""
 
 import triton
 import triton.language as tl

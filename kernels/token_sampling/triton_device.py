@@ -303,7 +303,7 @@ def _statistics(
 
 @triton.jit
 def _pick(weights, rest, index, END_INDEX: tl.constexpr):
-    """(index, sum before it) of the first weight > 0 (fp64) whose inclusive sum exceeds `rest`, else of the last > 0."""
+    """(index, sum before it) of the first weight > 0 whose inclusive sum exceeds `rest`, else of the last > 0; fp64."""
     cumulative = tl.cumsum(weights, axis=0)
     positive = weights > 0
     chosen = tl.min(tl.where(positive & (cumulative > rest), index, END_INDEX))

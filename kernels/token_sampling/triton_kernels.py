@@ -24,6 +24,8 @@ MAX_VOCAB = 1024 * BLOCK  # a row's records are combined in registers
 MIN_RECORDS = 16
 HEAD_TILE = 8192  # ids a matrix product of lm_head_sample makes: 64 thread blocks of 128 columns, 6 % of 126 464 ids
 SPAN = 4  # blocks that the search of a threshold reads at a time
+DRAW_WARPS, HEAD_WARPS = 4, 8
+MAX_REGISTERS = 255  # a thread; told so, ptxas does not spill a register or two to fit more programs of few rows
 HEAD_CHUNK = 64  # columns of hidden at a time, where a cell's logits are computed again
 
 
@@ -34,12 +36,14 @@ def _check(rows: int, vocab: int) -> int:
         raise ValueError(f"logits: {vocab} ids; the triton backend takes at most {MAX_VOCAB}: use another backend")
     if rows * blocks > MAX_PROGRAMS:
         most = MAX_PROGRAMS // blocks
-        raise ValueError(f"logits: {rows} rows; the triton backend takes at most {most} of {vocab} ids: split the batch")
+        raise ValueError(
+            f"logits: {rows} rows; the triton backend takes at most {most} of {vocab} ids: split the batch"
+        )
     return blocks
 
 
 def _kinds(vocab: int, suppress_tokens: Tensor | None, end_token_ids: Tensor | None, device: torch.device):
-    """uint8 [V]: SUPPRESSED, END or 0 for each id; None where neither is given. A suppressed end token is suppressed."""
+    """uint8 [V]: SUPPRESSED (end tokens too), END or 0 for each id; None where neither is given."""
     if suppress_tokens is None and end_token_ids is None:
         return None
     kinds = torch.zeros(vocab, dtype=torch.uint8, device=device)
@@ -110,7 +114,7 @@ def sample_tokens(
     sequence_ids: Tensor | None,  # None: the row of the batch
     positions: Tensor | None,  # None: the position in the row
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(token int64, log_prob, entropy, margin, end_log_prob fp32), each [B, L]; -1 and NaN where there is no distribution.
+    """(token int64, log_prob, entropy, margin, end_log_prob fp32), each [B, L]; -1 and NaN without a distribution.
 
     top_k 0 and top_p 1.0 are off; end_log_prob is an empty [0] tensor where end_token_ids is None.
     Raises ValueError for more than 1 048 576 ids, or 2^31 - 1 blocks in all.
@@ -150,7 +154,8 @@ def sample_tokens(
             )
         device.draw_kernel[(rows,)](
             **common, **records, **_random(seeds, seed, steps, step, sequence_ids, positions), **out.arguments(),
-            thresholds_ptr=thresholds, GREEDY=greedy, SCALED=scaled, NBLOCKS=nblocks, num_warps=4,
+            thresholds_ptr=thresholds, GREEDY=greedy, SCALED=scaled, NBLOCKS=nblocks,
+            num_warps=DRAW_WARPS, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return out.tensors()
 
@@ -160,7 +165,7 @@ def _draw_greedy_head(records, kinds, random, heat, out, rows, length, vocab, bl
     device.draw_kernel[(rows,)](
         logits_ptr=like, kinds_ptr=kinds, thresholds_ptr=None, **records, **random, **heat, **out.arguments(),
         rows=rows, length=length, batch_stride=0, row_stride=0, vocab=vocab, blocks=blocks,
-        ALIGNED=True, GREEDY=True, SCALED=True, NBLOCKS=nblocks, num_warps=4,
+        ALIGNED=True, GREEDY=True, SCALED=True, NBLOCKS=nblocks, num_warps=DRAW_WARPS, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 
@@ -222,6 +227,7 @@ def lm_head_sample(
             device.draw_head_kernel[(rows,)](
                 hidden_ptr=hidden, weight_ptr=weight, bias_ptr=bias, kinds_ptr=kinds, cells_ptr=cells, **records,
                 **random, **heat, **out.arguments(), **sizes, dim=dim, weight_stride=weight.stride(0),
-                ALIGNED=dim % 16 == 0, SCALED=scaled, NBLOCKS=nblocks, CHUNK=HEAD_CHUNK, num_warps=8,
+                ALIGNED=dim % 16 == 0, SCALED=scaled, NBLOCKS=nblocks, CHUNK=HEAD_CHUNK,
+                num_warps=HEAD_WARPS, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
     return out.tensors()

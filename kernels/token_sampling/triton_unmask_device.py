@@ -1,9 +1,9 @@
 """Unmasking in Triton: the device code. triton_unmask.py launches it; README.md has the rules.
 
-Four kernels, so that no thread reads what another of the same launch wrote: `index_kernel` (where samples are compact),
-`order_kernel` (candidates, and their order as one int64), `rank_kernel` (rules that count from the best: how many
-candidates of the row are better), `commit_kernel`. A position is committed where its `turn` is below the row's limit, or
-where it is the best. Candidates are looked for, and ranked, within [block_start, block_end) alone.
+Four kernels, so that no thread reads what another of the same launch wrote: `index_kernel` (compact samples),
+`order_kernel` (the order of the candidates, an int64), `rank_kernel` (rules that count from the best: how many
+candidates of the row are better), `commit_kernel`. A position is committed where its `turn` is below the row's limit,
+or where it is the best. Candidates are looked for, and ranked, within [block_start, block_end) alone.
 """
 
 import triton
@@ -53,7 +53,7 @@ def _value(values_ptr, value_low, value_high, b):
 
 @triton.jit
 def _order(score, position, ORDER: tl.constexpr):
-    """One int64 that is the larger the better: the score's place among all fp32 numbers (or words), then the position."""
+    """One int64, the larger the better: the score's place among all fp32 numbers (or words), then the position."""
     if ORDER == RANDOM:
         place = score.to(tl.int64) - 2147483648
     else:
