@@ -4,10 +4,6 @@
 namespace fastdiff::torch_binding {
 namespace {
 
-void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, cpu::ParallelFor::Body body, const void* closure) {
-  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(closure, b, e); });
-}
-
 struct Cpu {
   static void forward(const AdaLNForwardParams& p, const Tensor&) { cpu::adaln_forward(p, {run_on_torch_threads}); }
   static void backward(const AdaLNBackwardParams& p, const Tensor&) { cpu::adaln_backward(p, {run_on_torch_threads}); }

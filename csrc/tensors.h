@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "kernels/common/dtype.h"
+#include "kernels/common/parallel_for.h"
 
 namespace fastdiff::torch_binding {
 
@@ -33,12 +34,18 @@ inline DType dtype_of(ScalarType type, const char* name) {
 }
 inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
 
+// The threads that CPU kernels get: torch's pool.
+inline void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, cpu::ParallelFor::Body body,
+                                 const void* closure) {
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(closure, b, e); });
+}
+
 // The type of statistics and affine parameters.
 inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Set by the tests (FASTDIFF_POISON_EMPTY=1): new tensors are filled with NaN, so that forgotten outputs show.
+// Set by the tests (FASTDIFF_POISON_EMPTY=1): new tensors are filled with NaN (-2^62), so that forgotten outputs show.
 inline bool poison_empty() {
   static const bool poison = [] {
     const char* value = std::getenv("FASTDIFF_POISON_EMPTY");
@@ -63,7 +70,8 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type)
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(kDims, sizes, strides, dtype, device_type, device_index, &handle));
   Tensor result(handle);
-  if (poison_empty()) torch::stable::fill_(result, std::numeric_limits<double>::quiet_NaN());
+  if (poison_empty())
+    torch::stable::fill_(result, type == ScalarType::Long ? -0x1p62 : std::numeric_limits<double>::quiet_NaN());
   return result;
 }
 

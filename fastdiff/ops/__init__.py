@@ -1,5 +1,6 @@
 """fastdiff's operators: each one public function with a reference, CPU, CUDA and Triton backend."""
 
 from fastdiff.ops.adaln import adaln, gated_residual_adaln
+from fastdiff.ops.token_sampling import TokenSample, lm_head_sample, sample_tokens
 
-__all__ = ["adaln", "gated_residual_adaln"]
+__all__ = ["TokenSample", "adaln", "gated_residual_adaln", "lm_head_sample", "sample_tokens"]

@@ -22,25 +22,11 @@ is an empty tensor.
 """
 
 import math
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from fastdiff.backends import Backend, register
-from fastdiff.ops import _native
-
-OPERATORS = (
-    "adaln_forward",
-    "adaln_forward_stats",
-    "adaln_forward_out",
-    "adaln_backward",
-    "gated_residual_adaln_forward",
-    "gated_residual_adaln_forward_stats",
-    "gated_residual_adaln_forward_out",
-    "gated_residual_adaln_backward",
-)
-IMPLEMENTATIONS: dict[str, SimpleNamespace] = {}
+from fastdiff.ops._register import implementations, register_backends
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -123,23 +109,6 @@ def _fake_gated_backward(
     )
 
 
-_FAKES = dict(
-    zip(
-        OPERATORS,
-        (
-            _fake_forward,
-            _fake_forward_stats,
-            _fake_forward_out,
-            _fake_backward,
-            _fake_gated_forward,
-            _fake_gated_forward_stats,
-            _fake_gated_forward_out,
-            _fake_gated_backward,
-        ),
-        strict=True,
-    )
-)
-
 _FORWARD = "Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, bool rms, float eps, ScalarType? out_dtype"
 _BACKWARD = (
     "Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, bool rms, bool need_modulation, bool need_affine"
@@ -162,45 +131,17 @@ SCHEMAS = {
 }
 
 
-def _register_native() -> None:
-    if _native.cpu_missing is not None:
-        return  # without fastdiff._C the operators are not defined
-    for name in OPERATORS:
-        torch.library.register_fake(f"fastdiff::{name}", _FAKES[name])
-    native = SimpleNamespace(**{name: getattr(torch.ops.fastdiff, name).default for name in OPERATORS})
-    IMPLEMENTATIONS["cpu"] = IMPLEMENTATIONS["cuda"] = native
+_FAKES = {
+    "adaln_forward": _fake_forward,
+    "adaln_forward_stats": _fake_forward_stats,
+    "adaln_forward_out": _fake_forward_out,
+    "adaln_backward": _fake_backward,
+    "gated_residual_adaln_forward": _fake_gated_forward,
+    "gated_residual_adaln_forward_stats": _fake_gated_forward_stats,
+    "gated_residual_adaln_forward_out": _fake_gated_forward_out,
+    "gated_residual_adaln_backward": _fake_gated_backward,
+}
 
-
-# Kept alive for the life of the process: operators vanish with their Library object.
-_triton_library = torch.library.Library("fastdiff_triton", "DEF")
-
-
-def _triton_launcher(name: str):
-    def launch(*args):
-        from fastdiff.kernels.adaln import triton_kernels  # imports Triton, at the first call
-
-        return getattr(triton_kernels, name)(*args)
-
-    return launch
-
-
-def _register_triton() -> None:
-    """Opaque operators around the Triton launchers, so that torch.compile sees what it sees of the native ones."""
-    if _native.triton_missing is not None:
-        return
-    for name in OPERATORS:
-        _triton_library.define(name + SCHEMAS[name])
-        _triton_library.impl(name, _triton_launcher(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastdiff_triton::{name}", _FAKES[name], lib=_triton_library)
-    IMPLEMENTATIONS["triton"] = SimpleNamespace(
-        **{name: getattr(torch.ops.fastdiff_triton, name).default for name in OPERATORS}
-    )
-
-
-_register_native()
-_register_triton()
+IMPLEMENTATIONS = implementations(SCHEMAS, _FAKES, "fastdiff.kernels.adaln.triton_kernels")
 for _operator in ("adaln", "gated_residual_adaln"):
-    register(_operator, "reference", Backend(None, _native.refuses_nothing))
-    register(_operator, "cpu", Backend(_native.cpu_missing, _native.refuses_cpu))
-    register(_operator, "cuda", Backend(_native.cpu_missing or _native.cuda_missing, _native.refuses_cuda))
-    register(_operator, "triton", Backend(_native.triton_missing, _native.refuses_triton))
+    register_backends(_operator, cpu_takes_float64=True)

@@ -44,6 +44,11 @@ def refuses_cpu(device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return None if all(dtype == torch.float64 for dtype in dtypes) else _dtype_reason(dtypes)
 
 
+def refuses_cpu_float64(device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """The native CPU kernels of operators without a scalar kernel."""
+    return f"the tensors are on {device!r}, expected 'cpu'" if device != "cpu" else _dtype_reason(dtypes)
+
+
 def refuses_cuda(device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """The native CUDA kernels."""
     return f"the tensors are on {device!r}, expected 'cuda'" if device != "cuda" else _dtype_reason(dtypes)

@@ -6,12 +6,11 @@ Mathematics, rounding order and bytes: kernels/adaln/README.md. The operation is
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from fastdiff.backends import BackendError, requested, select
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops._adaln_backends import IMPLEMENTATIONS
+from fastdiff.ops._checks import choose_backend, distinct, wants_grad
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,7 +48,7 @@ def adaln(
     """
     batch, tokens, dim = _check_stream("x", x, norm, eps)
     backend = _check_operands("adaln", x, batch, tokens, dim, None, None, shift, scale, weight, bias)
-    grad = _wants_grad(x, shift, scale, weight, bias)
+    grad = wants_grad(x, shift, scale, weight, bias)
     out_dtype = _check_out(x, out, "out", grad, _output_dtype(x))
     x3, shift, scale = _rows(x, batch, tokens, dim), _readable(shift, x), _readable(scale, x)
     weight, bias = _compute(weight, x), _compute(bias, x)
@@ -65,7 +64,7 @@ def adaln(
         IMPLEMENTATIONS[backend].adaln_forward_out(*args, out.view(x3.shape))
         _written(out)
         return out
-    result = _AdaLN.apply(backend, *_distinct(args)) if grad else IMPLEMENTATIONS[backend].adaln_forward(*args)
+    result = _AdaLN.apply(backend, *distinct(args)) if grad else IMPLEMENTATIONS[backend].adaln_forward(*args)
     return result if x.ndim == 3 else result.view(x.shape)
 
 
@@ -113,7 +112,7 @@ def gated_residual_adaln(
         if gate_activation != "tanh":
             raise ValueError(f"gate_activation is {gate_activation!r}; expected None or 'tanh'")
         gate = torch.tanh(_compute(gate, residual))
-    grad = _wants_grad(residual, branch, gate, shift, scale, weight, bias)
+    grad = wants_grad(residual, branch, gate, shift, scale, weight, bias)
     if (out is None) != (residual_out is None):
         raise ValueError("out and residual_out go together: pass both or neither")
     out_dtype = _check_out(residual, out, "out", grad, _output_dtype(residual))
@@ -137,7 +136,7 @@ def gated_residual_adaln(
         _written(out)
         return residual_out, out
     if grad:
-        stream, normed = _GatedResidualAdaLN.apply(backend, *_distinct(args))
+        stream, normed = _GatedResidualAdaLN.apply(backend, *distinct(args))
     else:
         stream, normed = IMPLEMENTATIONS[backend].gated_residual_adaln_forward(*args)
     return (stream, normed) if residual.ndim == 3 else (stream.view(residual.shape), normed.view(residual.shape))
@@ -270,18 +269,7 @@ def _check_operands(op, x, batch, tokens, dim, branch, gate, shift, scale, weigh
             raise TypeError(
                 f"{op} got dtypes {given}; expected float32, bfloat16 or float16, or float64 for all (CPU): cast them"
             )
-    if not torch.compiler.is_compiling() and _transformed():
-        # The kernels have no rule for forward-mode AD, vmap or torch.func.grad; the reference is plain PyTorch.
-        if requested() not in ("auto", "reference"):
-            reason = "it has no rules for torch.func transforms and forward-mode AD: use 'auto' or 'reference'"
-            raise BackendError(f"fastdiff.{op}: backend {requested()!r} was asked for and cannot run: {reason}")
-        return "reference"
-    return select(op, device.type, tuple(dtypes))
-
-
-def _transformed() -> bool:
-    """Inside torch.func.grad, vmap or jvp, or with forward-mode AD on."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return choose_backend(op, device.type, tuple(dtypes))
 
 
 def _check_tensor(name: str, t: Tensor, device: torch.device, dtypes: list[torch.dtype]) -> None:
@@ -347,24 +335,6 @@ def _written(out: Tensor) -> None:
     """Tells autograd that a tensor was written, so that a graph that had saved it does not use the new values."""
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
-
-
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
-def _distinct(args: tuple) -> list:
-    """The same tensor given twice becomes two: torch.compile takes no duplicates in an autograd.Function."""
-    result = []
-    for value in args:
-        if isinstance(value, Tensor) and any(value is other for other in result):
-            value = value.view_as(value)
-        result.append(value)
-    return result
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:

@@ -103,6 +103,8 @@ struct Vec {
 
   FD_INLINE Vec first(int64_t n) const { return {_mm512_maskz_mov_ps(mask(n), v)}; }
   FD_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+  FD_INLINE float max() const { return _mm512_reduce_max_ps(v); }
+  friend FD_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN, in all sets
   friend FD_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -182,6 +184,12 @@ struct Vec {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  FD_INLINE float max() const {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+  }
+  friend FD_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -246,6 +254,11 @@ struct Vec {
     return r;
   }
   FD_INLINE float sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
+  FD_INLINE float max() const {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  }
+  friend FD_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   friend FD_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend FD_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend FD_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }

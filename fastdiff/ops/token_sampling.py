@@ -1,0 +1,370 @@
+"""Drawing tokens for a step of a masked diffusion language model: from logits, or from hidden states and the head.
+
+Mathematics, accuracy and bytes: kernels/token_sampling/README.md. The statistics are those by which LLaDA (Nie et al.
+2025), Dream, MDLM (Sahoo et al. 2024) and Fast-dLLM choose what to unmask; exact inverse-CDF sampling takes the place
+of their Gumbel noise in float64 (Zheng et al. 2024, arXiv 2409.02908, say what goes wrong with it in float32).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastdiff.backends import select
+from fastdiff.kernels.token_sampling import reference
+from fastdiff.ops._token_sampling_backends import IMPLEMENTATIONS
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LOGITS_AT_ONCE = 64 << 20  # bytes of logits that lm_head_sample makes at a time for top-k and top-p
+
+
+class TokenSample(NamedTuple):
+    """One drawn token a row, and how sure the model is; probabilities are at temperature 1, over the allowed ids.
+
+    A row without a distribution has token -1 and NaN in the rest.
+    """
+
+    token: Tensor  # int64
+    log_prob: Tensor  # log p[token], accurate near 0
+    entropy: Tensor  # nats
+    margin: Tensor  # p1 - p2 of the two likeliest tokens
+    end_log_prob: Tensor | None = None  # log P(token is one of end_token_ids), where they were given
+
+
+def sample_tokens(
+    logits: Tensor,  # [..., V]
+    *,
+    temperature: float | Tensor = 0.0,  # a number, or [...]
+    top_k: int | None = None,
+    top_p: float | None = None,
+    suppress_tokens: Sequence[int] | Tensor | None = None,
+    end_token_ids: Sequence[int] | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sequence_ids: Tensor | None = None,  # [B] or [...]
+    positions: Tensor | None = None,  # [L] or [...]
+    invalid: str = "raise",
+) -> TokenSample:  # each [...]
+    """Draws one token a row exactly, in one pass over the vocabulary, with its confidence, entropy and margin.
+
+    Args:
+        logits: `[R, V]`, `[B, L, V]` or any leading shape; the last dimension contiguous (else it is copied), other
+            strides are taken as they are. float32, bfloat16, float16 (float64 through the reference).
+        temperature: 0 takes the likeliest token (the lowest id on ties); above, a number or one a row.
+        top_k: draw among the k likeliest (all that tie with the k-th); None or 0: off. After temperature.
+        top_p: draw among the likeliest that together have at least this probability; None or 1: off. After top_k.
+        suppress_tokens: ids that leave the distribution, their logits unread (the mask token, say).
+        end_token_ids: ids whose joint probability is wanted: `end_log_prob`.
+        seed, step: of the random numbers; ints, or int64 tensors of one number on logits' device (for graph capture).
+            seed None takes one from torch's generator.
+        sequence_ids, positions: what the random numbers belong to, int64; by default row r of `[R, V]` is sequence r at
+            position 0, and row (b, l) of `[B, L, V]` sequence b at position l. The same seed, step, sequence and
+            position draw the same token from the same logits: alone, in any batch, on every backend.
+        invalid: what to do with a row that is all -inf, or has a NaN or +inf: "raise" (waits for the device), or "flag"
+            (token -1, NaN statistics; for CUDA graphs).
+
+    Returns:
+        TokenSample of int64 and float32 tensors (float64 for float64 logits) of logits' leading shape.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, value or device does not fit; the message names it.
+        ValueError: `invalid="raise"` and a row has no distribution; the message names the row (under torch.compile a
+            RuntimeError that does not).
+        BackendError: the backend that was asked for cannot run.
+    """
+    _check_floats("logits", logits, 1)
+    vocab = logits.shape[-1]
+    if vocab == 0:
+        raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one id in the last dimension")
+    call = _Call(
+        logits, vocab, temperature, suppress_tokens, end_token_ids, seed, step, sequence_ids, positions, invalid
+    )
+    top_k, top_p = _check_filters(top_k, top_p)
+    if logits.stride(-1) != 1 and vocab > 1:
+        logits = logits.contiguous()
+    rows = logits.reshape(call.batch, call.length, vocab)
+    backend = select("sample_tokens", logits.device.type, (logits.dtype,))
+    if backend == "reference":
+        return call.finish(_reference_sample(rows, call, top_k, top_p))
+    arguments = (rows, call.temperatures, call.temperature, top_k, top_p, *call.arguments())
+    return call.finish(IMPLEMENTATIONS[backend].sample_tokens(*arguments))
+
+
+def lm_head_sample(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None = None,  # [V]
+    *,
+    temperature: float | Tensor = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    suppress_tokens: Sequence[int] | Tensor | None = None,
+    end_token_ids: Sequence[int] | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sequence_ids: Tensor | None = None,
+    positions: Tensor | None = None,
+    invalid: str = "raise",
+) -> TokenSample:
+    """`sample_tokens(F.linear(hidden, weight, bias))` without the logits in memory: a tile of the vocabulary at a time.
+
+    Args:
+        hidden: `[R, D]`, `[B, L, D]` or any leading shape: the last hidden states of the rows to draw for (the masked
+            ones, gathered: other rows need no head).
+        weight, bias: the head, in hidden's dtype (under autocast all are cast as F.linear casts them).
+        others: as in `sample_tokens`. With `top_k` or `top_p` rows are taken in chunks whose logits fit in 64 MiB.
+
+    Returns:
+        TokenSample of hidden's leading shape; with `end_token_ids` also the log-probability that EoS-first length
+        prediction reads, from the same pass.
+
+    Raises:
+        as `sample_tokens`.
+    """
+    _check_floats("hidden", hidden, 1)
+    _check_head(hidden, weight, bias)
+    vocab, dim = weight.shape
+    call = _Call(
+        hidden, vocab, temperature, suppress_tokens, end_token_ids, seed, step, sequence_ids, positions, invalid
+    )
+    top_k, top_p = _check_filters(top_k, top_p)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    rows = hidden.reshape(call.batch, call.length, dim).contiguous()
+    backend = select("lm_head_sample", hidden.device.type, (hidden.dtype, weight.dtype))
+    if (top_k or top_p < 1) and not call.greedy:
+        return call.finish(_sample_in_chunks(rows, weight, bias, call, top_k, top_p, backend))
+    if backend == "reference":
+        return call.finish(_reference_sample(functional.linear(rows, weight, bias), call, 0, 1.0))
+    if weight.stride(-1) != 1 and dim > 1:
+        weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    arguments = (rows, weight, bias, call.temperatures, call.temperature, *call.arguments())
+    return call.finish(IMPLEMENTATIONS[backend].lm_head_sample(*arguments))
+
+
+class _Call:
+    """The arguments that both operators share, checked, in the form that backends take."""
+
+    def __init__(
+        self, like, vocab, temperature, suppress_tokens, end_token_ids, seed, step, sequence_ids, positions, invalid
+    ):
+        if invalid not in ("raise", "flag"):
+            raise ValueError(f"invalid is {invalid!r}; expected 'raise' or 'flag'")
+        self.device, self.lead, self.invalid = like.device, like.shape[:-1], invalid
+        self.batch = self.lead[0] if self.lead else 1
+        self.length = math.prod(self.lead[1:])
+        self.temperatures, self.temperature = _temperature(temperature, like, self.lead)
+        self.greedy = self.temperatures is None and self.temperature == 0
+        self.suppress_tokens = _token_ids("suppress_tokens", suppress_tokens, vocab, like.device)
+        if self.suppress_tokens is not None and self.suppress_tokens.numel() == vocab:
+            raise ValueError(f"suppress_tokens names all {vocab} ids of the vocabulary; leave at least one to draw")
+        self.end_token_ids = _token_ids("end_token_ids", end_token_ids, vocab, like.device)
+        if seed is None:
+            seed = 0 if self.greedy else torch.randint(2**63 - 1, (), device=like.device)
+        self.seeds, self.seed = _number("seed", seed, like.device)
+        self.steps, self.step = _number("step", step, like.device)
+        self.sequence_ids = self._of_rows("sequence_ids", sequence_ids, first=True)
+        self.positions = self._of_rows("positions", positions, first=False)
+
+    def _of_rows(self, name: str, t: Tensor | None, first: bool) -> Tensor | None:
+        """int64, one a row, flat."""
+        if t is None:
+            return None
+        _check_integers(name, t, self.device)
+        if t.shape != self.lead:
+            short = self.lead[:1] if first else self.lead[-1:]
+            if len(self.lead) < 2 or t.shape != short:
+                expected = f"{list(short)} or {list(self.lead)}" if len(self.lead) > 1 else f"{list(self.lead)}"
+                raise ValueError(f"{name} has shape {list(t.shape)}; expected {expected}")
+            t = t.reshape(-1, *[1] * (len(self.lead) - 1)) if first else t
+            t = t.expand(self.lead)
+        return t.reshape(-1).contiguous()
+
+    def arguments(self, rows: slice | None = None) -> tuple:
+        """What the operators take after temperature (and filters)."""
+        own = (self.sequence_ids, self.positions)
+        if rows is not None:
+            own = tuple(t[rows] for t in self.row_numbers())
+        return (self.suppress_tokens, self.end_token_ids, self.seeds, self.seed, self.steps, self.step, *own)
+
+    def row_numbers(self) -> tuple[Tensor, Tensor]:
+        """sequence_ids and positions of every row, flat."""
+        rows = torch.arange(self.batch * self.length, device=self.device)
+        length = max(self.length, 1)
+        sequences = rows // length if self.sequence_ids is None else self.sequence_ids
+        return sequences, rows % length if self.positions is None else self.positions
+
+    def finish(self, results: tuple[Tensor, ...]) -> TokenSample:
+        """The results in the caller's shape; raises for rows without a distribution."""
+        token, log_prob, entropy, margin, end = results
+        if self.invalid == "raise":
+            self._raise_invalid(token.reshape(-1))
+        shaped = [t.view(self.lead) for t in (token, log_prob, entropy, margin)]
+        return TokenSample(*shaped, None if self.end_token_ids is None else end.view(self.lead))
+
+    def _raise_invalid(self, token: Tensor) -> None:
+        reason = "has no distribution: its allowed logits are all -inf, or one is NaN or +inf"
+        if torch.compiler.is_compiling():
+            torch._assert_async((token >= 0).all(), f"a row {reason} (without torch.compile the error names the row)")
+        elif bool((token < 0).any()):
+            row = int((token < 0).nonzero()[0])
+            place = list(torch.unravel_index(torch.tensor(row), self.lead)) if self.lead else []
+            index = ", ".join(str(int(i)) for i in place)
+            raise ValueError(f"row [{index}] {reason}; pass invalid='flag' to get token -1 there instead")
+
+
+def _reference_sample(logits: Tensor, call: _Call, top_k: int, top_p: float) -> tuple[Tensor, ...]:
+    """logits [B, L, V]; results are flat."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    temperature = call.temperatures
+    if temperature is None:
+        temperature = torch.full((), call.temperature, dtype=torch.float64, device=call.device)
+    seed, step = (
+        torch.full((), number, device=call.device) if tensor is None else tensor.reshape(())
+        for tensor, number in ((call.seeds, call.seed), (call.steps, call.step))
+    )
+    return reference.sample_tokens(
+        rows, temperature, top_k, top_p, call.suppress_tokens, call.end_token_ids, seed, step, *call.row_numbers()
+    )
+
+
+def _sample_in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, top_k: int, top_p: float, backend: str
+) -> tuple[Tensor, ...]:
+    """With top-k or top-p a row's threshold needs all of its logits: as many rows at a time as fit; flat results."""
+    flat, vocab = hidden.flatten(0, 1), weight.shape[0]
+    if backend == "reference":
+        return _reference_sample(functional.linear(flat, weight, bias), call, top_k, top_p)
+    chunk = max(1, _LOGITS_AT_ONCE // (vocab * hidden.element_size()))
+    parts = []
+    for start in range(0, max(flat.shape[0], 1), chunk):
+        rows = slice(start, start + chunk)
+        logits = functional.linear(flat[rows], weight, bias)[:, None]
+        temperatures = None if call.temperatures is None else call.temperatures[rows]
+        arguments = (logits, temperatures, call.temperature, top_k, top_p, *call.arguments(rows))
+        parts.append(IMPLEMENTATIONS[backend].sample_tokens(*arguments))
+    return tuple(torch.cat([t.flatten() for t in column]) for column in zip(*parts, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ checks
+def _check_floats(name: str, t: Tensor, least: int) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
+    if t.dtype not in _DTYPES:
+        raise ValueError(f"{name} is {t.dtype}; expected float32, bfloat16, float16 or float64")
+    if t.ndim < least:
+        raise ValueError(f"{name} has shape {list(t.shape)}; expected at least {least} dimension(s)")
+
+
+def _check_integers(name: str, t: Tensor, device: torch.device) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected an int64 torch.Tensor")
+    if t.dtype != torch.int64:
+        raise ValueError(f"{name} is {t.dtype}; expected int64")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, the input on {device}; expected one device: move one of them")
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_floats("weight", weight, 2)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected [V, {hidden.shape[-1]}] with V > 0")
+    if bias is not None:
+        _check_floats("bias", bias, 1)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {list(bias.shape)}; expected [{weight.shape[0]}]")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.device != hidden.device:
+            raise ValueError(
+                f"{name} is on {t.device}, hidden on {hidden.device}; expected one device: move one of them"
+            )
+        if t.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(f"{name} is {t.dtype}, hidden is {hidden.dtype}; expected one dtype: cast one of them")
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    device = tensors[0].device.type
+    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
+
+
+def _check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
+        raise ValueError(f"top_k is {top_k!r}; expected an int of 1 or more, or None or 0 for off")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p!r}; expected a number in (0, 1], or None for off")
+    return top_k or 0, 1.0 if top_p is None else float(top_p)
+
+
+def _temperature(temperature: float | Tensor, like: Tensor, lead: torch.Size) -> tuple[Tensor | None, float]:
+    """One a row as flat fp32, or a number."""
+    if not isinstance(temperature, Tensor):
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature!r}; expected 0 or above")
+        return None, float(temperature)
+    if temperature.device != like.device:
+        raise ValueError(
+            f"temperature is on {temperature.device}, the input on {like.device}; expected one device: move one of them"
+        )
+    if temperature.ndim and temperature.shape != lead:
+        raise ValueError(f"temperature has shape {list(temperature.shape)}; expected a number or {list(lead)}")
+    if not torch.compiler.is_compiling() and temperature.device.type == "cpu":  # on a GPU it would wait for the device
+        low = temperature.detach().float()
+        if low.numel() and not bool(((low >= 0) & (low < math.inf)).all()):
+            raise ValueError(f"temperature has a value of {float(low.min())}; expected 0 or above, finite")
+    return temperature.detach().float().expand(lead).reshape(-1).contiguous(), 0.0
+
+
+def _number(name: str, value: int | Tensor, device: torch.device) -> tuple[Tensor | None, int]:
+    """A number in the device's memory, or an int in the range of int64."""
+    if isinstance(value, Tensor):
+        _check_integers(name, value, device)
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected one number")
+        return value.reshape(()), 0
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected an int or an int64 tensor of one number")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value}; expected a number that fits in 64 bits")
+    return None, value
+
+
+def _token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device: torch.device) -> Tensor | None:
+    """Ascending int64 ids, each once, or None where there are none."""
+    if ids is None:
+        return None
+    if isinstance(ids, Tensor):
+        _check_integers(name, ids, device)
+        if ids.ndim > 1:
+            raise ValueError(f"{name} has shape {list(ids.shape)}; expected one dimension")
+        if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return ids.reshape(-1)  # as it is: ascending, each once, below the vocabulary
+        ids = ids.reshape(-1).tolist()
+    ids = tuple(ids)
+    for i in ids:
+        if not isinstance(i, int):
+            raise TypeError(f"{name} has an element of type {type(i).__name__}; expected ints")
+        if not 0 <= i < vocab:
+            raise ValueError(f"{name} has {i}; expected ids from 0 to {vocab - 1}")
+    if not ids and name == "suppress_tokens":
+        return None
+    return _ids_on(tuple(sorted(set(ids))), device)
+
+
+def _ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(ids, dtype=torch.int64, device=device)
+    return _cached_ids(ids, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: a copy a call could not be captured in a graph."""
+    return torch.tensor(ids, dtype=torch.int64, device=device)
