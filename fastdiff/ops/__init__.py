@@ -3,6 +3,7 @@
 from fastdiff.ops.adaln import adaln, gated_residual_adaln
 from fastdiff.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
 from fastdiff.ops.token_sampling import TokenSample, lm_head_sample, sample_tokens
+from fastdiff.ops.unmask import unmask_
 
 __all__ = [
     "TokenSample",
@@ -11,4 +12,5 @@ __all__ = [
     "lm_head_sample",
     "masked_linear_cross_entropy",
     "sample_tokens",
+    "unmask_",
 ]

@@ -263,7 +263,7 @@ def _check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
 def _temperature(temperature: float | Tensor, like: Tensor, lead: torch.Size) -> tuple[Tensor | None, float]:
     """One a row as flat fp32, or a number."""
     if not isinstance(temperature, Tensor):
-        if not (math.isfinite(temperature) and temperature >= 0):
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature!r}; expected 0 or above")
         return None, float(temperature)
     if temperature.device != like.device:
