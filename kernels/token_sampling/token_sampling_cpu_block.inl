@@ -33,6 +33,7 @@ FD_INLINE Record block_record(const T* z, int64_t n, float inverse) {
     for (int64_t i = c; i < c + kSampleCell; i += 2 * kWidth) {
 #pragma GCC unroll 2
       for (int k = 0; k < 2; k++) {
+        __builtin_prefetch(z + n + i + k * kWidth);  // the next block: else memory waits while this one is computed
         const Vec x = max(floor, Vec::load(z + i + k * kWidth) - from);  // NaN stays
         const Vec w = exp_above_floor(x);
         s[k] = s[k] + w;
