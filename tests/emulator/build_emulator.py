@@ -80,5 +80,26 @@ def race(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([build("race"), *arguments], capture_output=True, text=True, env=environment)
 
 
+SANITIZER_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+
+
+def preloaded() -> dict[str, str]:
+    """The environment of a Python process whose libraries are built with the address and undefined sanitizers."""
+    names = ("libasan.so", "libubsan.so")
+    paths = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
+    return os.environ | SANITIZER_OPTIONS | {"LD_PRELOAD": " ".join(paths)}
+
+
+def sanitized_tests(file: str, chosen: list[str], library: Path) -> subprocess.CompletedProcess:
+    """Runs the tests of a file that match one of the `-k` expressions, with the library of variant `asan`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    command += ["-k", " or ".join(f"({k})" for k in chosen)]
+    environment = preloaded() | {"FASTDIFF_EMULATOR": str(library)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 if __name__ == "__main__":
     print(build(sys.argv[1] if len(sys.argv) > 1 else "plain"))

@@ -25,7 +25,7 @@ def libraries() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def shared_emulator() -> Emulator:
-    # sanitized runs of these tests, started by test_sanitizers.py, name the library built for them
+    # sanitized runs of these tests (build_emulator.sanitized_tests) name the library built for them
     return Emulator(Path(os.environ.get("FASTDIFF_EMULATOR") or build_or_skip("plain")))
 
 

@@ -1,21 +1,16 @@
 """Tests of the detectors: every seeded fault is caught by what is meant to catch it, and right kernels pass."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from build_emulator import race
+from build_emulator import preloaded, race, sanitized_tests
 
 from emulator import SCHEDULES, Emulator, EmulatorError
 
 HERE = Path(__file__).parent
-SANITIZER_OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-    "UBSAN_OPTIONS": "print_stacktrace=1",
-}
 
 
 def results(emulator: Emulator, fault: str) -> list[torch.Tensor]:
@@ -73,13 +68,6 @@ def test_shared_memory_limit_is_the_chips(emulator):
     emulator.fault("too_much_dynamic_shared", torch.arange(128.0), torch.zeros(128))
 
 
-def preloaded() -> dict[str, str]:
-    """The environment of a Python process whose libraries are built with the address and undefined sanitizers."""
-    names = ("libasan.so", "libubsan.so")
-    paths = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
-    return os.environ | SANITIZER_OPTIONS | {"LD_PRELOAD": " ".join(paths)}
-
-
 FAULT_PROGRAM = """
 import ctypes, sys
 library, fault = sys.argv[1:]
@@ -118,11 +106,7 @@ def test_sanitizers_catch(libraries, fault, report):
 def test_adaln_under_address_and_undefined_behaviour_sanitizers(libraries):
     """A selection of test_emulated_adaln.py, in a process of its own with the sanitized library."""
     chosen = ["widths and (1- or 7- or 384- or 8200-)", "BFD or BD", "misaligned", "segments", "empty"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_emulated_adaln.py")]
-    command += ["-k", " or ".join(f"({k})" for k in chosen)]
-    library = libraries("asan")
-    environment = preloaded() | {"FASTDIFF_EMULATOR": str(library)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = sanitized_tests(str(HERE / "test_emulated_adaln.py"), chosen, libraries("asan"))
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
