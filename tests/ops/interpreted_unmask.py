@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdiff.kernels.common import triton_math
 from fastdiff.kernels.token_sampling import reference
 from fastdiff.kernels.token_sampling import triton_kernels as kernels
+from ops import unmask_cases
 from ops.triton_interpreter import checked_memory, programs, shuffled
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -119,6 +120,19 @@ def test_scores_that_are_not_numbers_rank_last(rule):
     assert committed.tolist() == [1, 1] and all(token_ids[b, i] == case.token[b, i] for b, i in enumerate(first))
 
 
+@pytest.mark.parametrize("kind", ["ties", "odd values", "nothing to do"])
+@pytest.mark.parametrize("rule", RULES)
+def test_problems_of_the_other_backends(rule, kind):
+    """Sums that meet the number exactly, NaN and infinities and -0, nothing drawn: see unmask_cases.py."""
+    p = unmask_cases.problem(kind, 2, 40)
+    case = Case(p.token_ids, *p.sample[:4])
+    case.token_ids[case.token_ids == MASK], case.token[case.token == MASK] = 1, 1
+    case.token_ids[case.token_ids == unmask_cases.MASK], case.token[case.token == unmask_cases.MASK] = MASK, MASK
+    for order in ORDERS:
+        check(case, rule, order, value=unmask_cases.NUMBERS[rule])
+    check(case, rule, "confidence", value=torch.tensor([1e-9, torch.nan]))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_samples_of_some_positions(rule):
     """rows names the positions that have a sample; -1 is none, and the order is free."""
@@ -127,7 +141,7 @@ def test_samples_of_some_positions(rule):
     compact = Case(case.token_ids, *(t.flatten()[rows] for t in case[1:]))
     named = torch.arange(300) % 7 > 0
     there = torch.zeros(450, dtype=torch.bool).index_fill(0, rows[named], True).view(3, 150)
-    rows = torch.where(named, rows, -1)
+    rows = torch.where(named, rows, torch.tensor([-1, 450, -450])[rows % 3])  # none, and out of range
     truth = exact(case._replace(token=torch.where(there, case.token, -1)), rule, "entropy")
     found = run(compact, rule, "entropy", rows=rows)
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
