@@ -45,7 +45,7 @@ inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Set by the tests (FASTDIFF_POISON_EMPTY=1): new tensors are filled with NaN, so that forgotten outputs show.
+// Set by the tests (FASTDIFF_POISON_EMPTY=1): new tensors are filled with NaN (-2^62), so that forgotten outputs show.
 inline bool poison_empty() {
   static const bool poison = [] {
     const char* value = std::getenv("FASTDIFF_POISON_EMPTY");
@@ -70,7 +70,8 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type)
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(kDims, sizes, strides, dtype, device_type, device_index, &handle));
   Tensor result(handle);
-  if (poison_empty()) torch::stable::fill_(result, std::numeric_limits<double>::quiet_NaN());
+  if (poison_empty())
+    torch::stable::fill_(result, type == ScalarType::Long ? -0x1p62 : std::numeric_limits<double>::quiet_NaN());
   return result;
 }
 

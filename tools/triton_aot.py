@@ -25,10 +25,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastdiff.kernels.adaln import triton_kernels
+from fastdiff.kernels.masked_loss import triton_kernels as loss_kernels
+from fastdiff.kernels.token_sampling import triton_kernels as sampling_kernels
 
 ARCHITECTURES = (80, 87, 90, 100, 110, 120)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-POINTER = {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}
+INT64 = torch.int64
+POINTER = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", torch.float64: "*fp64"}
+POINTER |= {INT64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1"}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -116,6 +120,10 @@ def compile_variant(variant: Variant, label: str, arch: int) -> dict[str, object
 # ------------------------------------------------------------------------------------------- what is to be compiled
 
 
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 @dataclass(frozen=True)
 class Case:
     """One way of calling the operator on [2, tokens, dim], forward and backward."""
@@ -151,15 +159,11 @@ def adaln_cases() -> list[Case]:
 def adaln_variants(case: Case, tokens: int = 64) -> list[Variant]:
     """The kernels that a training step and a forward pass without gradient launch in this case."""
     stream, other, output = case.dtypes
-
-    def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     batch, dim = 2, case.dim
-    x, branch = tensor(batch, tokens, dim, dtype=stream), tensor(batch, tokens, dim, dtype=other)
-    grad_out = tensor(batch, tokens, dim, dtype=output)
-    m = tensor(batch, tokens, dim, dtype=other) if case.per_token else tensor(batch, dim, dtype=other)
-    affine = [tensor(dim, dtype=F32)] * 2 if case.affine else [None, None]
+    x, branch = meta(batch, tokens, dim, dtype=stream), meta(batch, tokens, dim, dtype=other)
+    grad_out = meta(batch, tokens, dim, dtype=output)
+    m = meta(batch, tokens, dim, dtype=other) if case.per_token else meta(batch, dim, dtype=other)
+    affine = [meta(dim, dtype=F32)] * 2 if case.affine else [None, None]
     common = (m, m, *affine, case.rms)
     with recorded_launches() as variants:
         if case.gated:
@@ -174,6 +178,94 @@ def adaln_variants(case: Case, tokens: int = 64) -> list[Variant]:
     return variants
 
 
+@dataclass(frozen=True)
+class SamplingCase:
+    """One way of calling sample_tokens and lm_head_sample on [2, length, vocab]."""
+
+    vocab: int
+    dtype: torch.dtype
+    temperature: float | None  # None: one a row
+    top: tuple[int, float] = (0, 1.0)
+    full: bool = False  # every optional operand
+
+    def __str__(self) -> str:
+        words = [f"V={self.vocab}", {F32: "f32", BF16: "bf16", F16: "f16"}[self.dtype], f"T={self.temperature}"]
+        words += [f"top_k={self.top[0]} top_p={self.top[1]}"] * (self.top != (0, 1.0)) + ["full"] * self.full
+        return " ".join(words)
+
+
+def sampling_cases() -> list[SamplingCase]:
+    """Vocabularies of one block to as many as fit, aligned rows and odd ones, every dtype and option."""
+    dtypes, top = (F32, BF16, F16), (50, 0.9)
+    cases = [SamplingCase(v, t, 0.7, top, full=True) for v in (50257, 126464) for t in dtypes]
+    cases += [SamplingCase(v, t, heat) for v in (50257, 126464) for t in dtypes for heat in (0.0, 1.0, None)]
+    cases += [SamplingCase(v, BF16, None, top, full=True) for v in (5, 32000, 262144, sampling_kernels.MAX_VOCAB)]
+    return cases + [SamplingCase(126464, BF16, 1.0, t) for t in ((50, 1.0), (0, 0.9))]
+
+
+def sampling_variants(case: SamplingCase, length: int = 64, dim: int = 4096) -> list[Variant]:
+    """The kernels that sample_tokens and lm_head_sample launch in this case."""
+    rows = 2 * length
+    ids, at, each = (meta(n, dtype=INT64) if case.full else None for n in (2, 1, rows))
+    scalar = None if at is None else at[0]
+    heat = (meta(rows, dtype=F32), 0.0) if case.temperature is None else (None, case.temperature)
+    random = (scalar, 0, scalar, 0, each, each)
+    logits, hidden = (meta(2, length, n, dtype=case.dtype) for n in (case.vocab, dim))
+    weight = meta(case.vocab, dim, dtype=case.dtype)
+    bias = meta(case.vocab, dtype=case.dtype) if case.full else None
+    with recorded_launches() as variants:
+        sampling_kernels.sample_tokens(logits, *heat, *case.top, ids, ids, *random)
+        sampling_kernels.lm_head_sample(hidden, weight, bias, *heat, ids, ids, *random)
+    return variants
+
+
+def unmask_variants(rule: int, order: int, full: bool, length: int = 1024) -> list[Variant]:
+    """The kernels that unmask_ launches; full: with every optional operand."""
+    batch = 2
+    ids = meta(batch, length, dtype=INT64)
+    shape = (100,) if full else (batch, length)
+    sample = (meta(*shape, dtype=INT64), *(meta(*shape, dtype=F32) for _ in range(3)))
+    rows, scalar = (meta(*s, dtype=INT64) if full else None for s in ((100,), ()))
+    each, active, values = (meta(batch, dtype=t) if full else None for t in (INT64, torch.bool, F32))
+    with recorded_launches() as variants:
+        sampling_kernels.unmask_(
+            ids, *sample, rows, each, each, active, rule, order, values, 1.0, 5, scalar, 0, scalar, 0, each
+        )
+    return variants
+
+
+def masked_loss_variants(vocab: int, dtype: torch.dtype, full: bool, want_grad: bool, rows: int = 64) -> list[Variant]:
+    """The kernel that cross_entropy_rows_ launches; full: weights, suppressed ids, label smoothing."""
+    weight, ids = (meta(rows, dtype=F32), meta(2, dtype=INT64)) if full else (None, None)
+    logits, targets = meta(rows, vocab, dtype=dtype), meta(rows, dtype=INT64)
+    with recorded_launches() as variants:
+        loss_kernels.cross_entropy_rows_(logits, targets, weight, ids, 0.1 if full else 0.0, want_grad)
+    return variants
+
+
+def labelled_variants() -> dict[Variant, str]:
+    """Every kernel variant of every operator that is compiled, with the label of the first case that launches it."""
+    labels: dict[Variant, str] = {}
+
+    def add(operator: str, variants: list[Variant], case: object, *names: str) -> None:
+        for variant in variants:
+            tile = "x".join(str(dict(variant.constants)[name]) for name in names if name in dict(variant.constants))
+            labels.setdefault(variant, f"{operator}.{variant.kernel}" + f"<{tile}>" * bool(tile) + f" {case}")
+
+    for case in adaln_cases():
+        add("adaln", adaln_variants(case), case, "ROWS", "BLOCK")
+    for case in sampling_cases():
+        add("token_sampling", sampling_variants(case), case, "NBLOCKS")
+    for rule, order in itertools.product(range(5), range(4)):
+        add("token_sampling", unmask_variants(rule, order, full=True), f"rule={rule} order={order} full")
+        if order == 0:
+            add("token_sampling", unmask_variants(rule, order, full=False), f"rule={rule} order={order}")
+    for vocab, dtype, full, grad in itertools.product((300, 50257, 126464), (F32, BF16, F16), (False, True), (True,)):
+        add("masked_loss", masked_loss_variants(vocab, dtype, full, grad), f"V={vocab} {dtype} full={full}", "TILE")
+    add("masked_loss", masked_loss_variants(50257, F32, True, False), "V=50257 without gradient", "TILE")
+    return labels
+
+
 def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str, object]]:
     """Compiles every variant for every target, in as many processes as there are cores.
 
@@ -182,13 +274,7 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: nothing can be compiled; unset it")
-    labels: dict[Variant, str] = {}
-    for case in adaln_cases():
-        for variant in adaln_variants(case):
-            constants = dict(variant.constants)
-            tile = f"{constants.get('ROWS', 1)}x{constants['BLOCK']}"
-            labels.setdefault(variant, f"adaln.{variant.kernel}<{tile}> {case}")
-    jobs = list(itertools.product(labels.items(), architectures))
+    jobs = list(itertools.product(labelled_variants().items(), architectures))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=context) as pool:
         return list(pool.map(_compile_job, jobs, chunksize=8))

@@ -1,10 +1,15 @@
-"""What public functions share: the choice of a backend where torch transforms a call, and autograd's small print."""
+"""What public functions share: checks of arguments, the choice of a backend in a transform, autograd's small print."""
+
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdiff.backends import BackendError, requested, select
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def choose_backend(operator: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
@@ -42,3 +47,81 @@ def distinct(args: tuple) -> list:
             value = value.view_as(value)
         result.append(value)
     return result
+
+
+def check_floats(name: str, t: Tensor, least: int) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
+    if t.dtype not in _DTYPES:
+        raise ValueError(f"{name} is {t.dtype}; expected float32, bfloat16, float16 or float64")
+    if t.ndim < least:
+        raise ValueError(f"{name} has shape {list(t.shape)}; expected at least {least} dimension(s)")
+
+
+def check_integers(name: str, t: Tensor, device: torch.device) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected an int64 torch.Tensor")
+    if t.dtype != torch.int64:
+        raise ValueError(f"{name} is {t.dtype}; expected int64")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, the input on {device}; expected one device: move one of them")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floats("weight", weight, 2)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected [V, {hidden.shape[-1]}] with V > 0")
+    if bias is not None:
+        check_floats("bias", bias, 1)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {list(bias.shape)}; expected [{weight.shape[0]}]")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.device != hidden.device:
+            raise ValueError(
+                f"{name} is on {t.device}, hidden on {hidden.device}; expected one device: move one of them"
+            )
+        if t.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(f"{name} is {t.dtype}, hidden is {hidden.dtype}; expected one dtype: cast one of them")
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    device = tensors[0].device.type
+    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
+
+
+def token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device: torch.device) -> Tensor | None:
+    """Ascending int64 ids, each once, or None where there are none."""
+    if ids is None:
+        return None
+    if isinstance(ids, Tensor):
+        check_integers(name, ids, device)
+        if ids.ndim > 1:
+            raise ValueError(f"{name} has shape {list(ids.shape)}; expected one dimension")
+        if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return ids.reshape(-1)  # as it is: ascending, each once, below the vocabulary
+        ids = ids.reshape(-1).tolist()
+    ids = tuple(ids)
+    for i in ids:
+        if not isinstance(i, int):
+            raise TypeError(f"{name} has an element of type {type(i).__name__}; expected ints")
+        if not 0 <= i < vocab:
+            raise ValueError(f"{name} has {i}; expected ids from 0 to {vocab - 1}")
+    if not ids and name == "suppress_tokens":
+        return None
+    return _ids_on(tuple(sorted(set(ids))), device)
+
+
+def _ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(ids, dtype=torch.int64, device=device)
+    return _cached_ids(ids, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: a copy a call could not be captured in a graph."""
+    return torch.tensor(ids, dtype=torch.int64, device=device)

@@ -7,7 +7,6 @@ of their Gumbel noise in float64 (Zheng et al. 2024, arXiv 2409.02908, say what 
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,9 @@ from torch.nn import functional
 
 from fastdiff.backends import select
 from fastdiff.kernels.token_sampling import reference
+from fastdiff.ops._checks import autocast, check_floats, check_head, check_integers, token_ids
 from fastdiff.ops._token_sampling_backends import IMPLEMENTATIONS
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LOGITS_AT_ONCE = 64 << 20  # bytes of logits that lm_head_sample makes at a time for top-k and top-p
 
 
@@ -76,7 +75,7 @@ def sample_tokens(
             RuntimeError that does not).
         BackendError: the backend that was asked for cannot run.
     """
-    _check_floats("logits", logits, 1)
+    check_floats("logits", logits, 1)
     vocab = logits.shape[-1]
     if vocab == 0:
         raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one id in the last dimension")
@@ -125,14 +124,14 @@ def lm_head_sample(
     Raises:
         as `sample_tokens`.
     """
-    _check_floats("hidden", hidden, 1)
-    _check_head(hidden, weight, bias)
+    check_floats("hidden", hidden, 1)
+    check_head(hidden, weight, bias)
     vocab, dim = weight.shape
     call = _Call(
         hidden, vocab, temperature, suppress_tokens, end_token_ids, seed, step, sequence_ids, positions, invalid
     )
     top_k, top_p = _check_filters(top_k, top_p)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias = autocast(hidden, weight, bias)
     rows = hidden.reshape(call.batch, call.length, dim).contiguous()
     backend = select("lm_head_sample", hidden.device.type, (hidden.dtype, weight.dtype))
     if (top_k or top_p < 1) and not call.greedy:
@@ -159,10 +158,10 @@ class _Call:
         self.length = math.prod(self.lead[1:])
         self.temperatures, self.temperature = _temperature(temperature, like, self.lead)
         self.greedy = self.temperatures is None and self.temperature == 0
-        self.suppress_tokens = _token_ids("suppress_tokens", suppress_tokens, vocab, like.device)
+        self.suppress_tokens = token_ids("suppress_tokens", suppress_tokens, vocab, like.device)
         if self.suppress_tokens is not None and self.suppress_tokens.numel() == vocab:
             raise ValueError(f"suppress_tokens names all {vocab} ids of the vocabulary; leave at least one to draw")
-        self.end_token_ids = _token_ids("end_token_ids", end_token_ids, vocab, like.device)
+        self.end_token_ids = token_ids("end_token_ids", end_token_ids, vocab, like.device)
         if seed is None:
             seed = 0 if self.greedy else torch.randint(2**63 - 1, (), device=like.device)
         self.seeds, self.seed = _number("seed", seed, like.device)
@@ -174,7 +173,7 @@ class _Call:
         """int64, one a row, flat."""
         if t is None:
             return None
-        _check_integers(name, t, self.device)
+        check_integers(name, t, self.device)
         if t.shape != self.lead:
             short = self.lead[:1] if first else self.lead[-1:]
             if len(self.lead) < 2 or t.shape != short:
@@ -251,48 +250,6 @@ def _sample_in_chunks(
 
 
 # ------------------------------------------------------------------------------------------------ checks
-def _check_floats(name: str, t: Tensor, least: int) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
-    if t.dtype not in _DTYPES:
-        raise ValueError(f"{name} is {t.dtype}; expected float32, bfloat16, float16 or float64")
-    if t.ndim < least:
-        raise ValueError(f"{name} has shape {list(t.shape)}; expected at least {least} dimension(s)")
-
-
-def _check_integers(name: str, t: Tensor, device: torch.device) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; expected an int64 torch.Tensor")
-    if t.dtype != torch.int64:
-        raise ValueError(f"{name} is {t.dtype}; expected int64")
-    if t.device != device:
-        raise ValueError(f"{name} is on {t.device}, the input on {device}; expected one device: move one of them")
-
-
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_floats("weight", weight, 2)
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}; expected [V, {hidden.shape[-1]}] with V > 0")
-    if bias is not None:
-        _check_floats("bias", bias, 1)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias has shape {list(bias.shape)}; expected [{weight.shape[0]}]")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {t.device}, hidden on {hidden.device}; expected one device: move one of them"
-            )
-        if t.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            raise ValueError(f"{name} is {t.dtype}, hidden is {hidden.dtype}; expected one dtype: cast one of them")
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
 
 def _check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
@@ -306,7 +263,7 @@ def _check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
 def _temperature(temperature: float | Tensor, like: Tensor, lead: torch.Size) -> tuple[Tensor | None, float]:
     """One a row as flat fp32, or a number."""
     if not isinstance(temperature, Tensor):
-        if not (math.isfinite(temperature) and temperature >= 0):
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature!r}; expected 0 or above")
         return None, float(temperature)
     if temperature.device != like.device:
@@ -325,7 +282,7 @@ def _temperature(temperature: float | Tensor, like: Tensor, lead: torch.Size) ->
 def _number(name: str, value: int | Tensor, device: torch.device) -> tuple[Tensor | None, int]:
     """A number in the device's memory, or an int in the range of int64."""
     if isinstance(value, Tensor):
-        _check_integers(name, value, device)
+        check_integers(name, value, device)
         if value.numel() != 1:
             raise ValueError(f"{name} has shape {list(value.shape)}; expected one number")
         return value.reshape(()), 0
@@ -334,37 +291,3 @@ def _number(name: str, value: int | Tensor, device: torch.device) -> tuple[Tenso
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} is {value}; expected a number that fits in 64 bits")
     return None, value
-
-
-def _token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device: torch.device) -> Tensor | None:
-    """Ascending int64 ids, each once, or None where there are none."""
-    if ids is None:
-        return None
-    if isinstance(ids, Tensor):
-        _check_integers(name, ids, device)
-        if ids.ndim > 1:
-            raise ValueError(f"{name} has shape {list(ids.shape)}; expected one dimension")
-        if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return ids.reshape(-1)  # as it is: ascending, each once, below the vocabulary
-        ids = ids.reshape(-1).tolist()
-    ids = tuple(ids)
-    for i in ids:
-        if not isinstance(i, int):
-            raise TypeError(f"{name} has an element of type {type(i).__name__}; expected ints")
-        if not 0 <= i < vocab:
-            raise ValueError(f"{name} has {i}; expected ids from 0 to {vocab - 1}")
-    if not ids and name == "suppress_tokens":
-        return None
-    return _ids_on(tuple(sorted(set(ids))), device)
-
-
-def _ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.tensor(ids, dtype=torch.int64, device=device)
-    return _cached_ids(ids, device)
-
-
-@lru_cache(maxsize=64)
-def _cached_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied to the device once: a copy a call could not be captured in a graph."""
-    return torch.tensor(ids, dtype=torch.int64, device=device)

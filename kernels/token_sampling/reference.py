@@ -138,33 +138,37 @@ def unmask(
     candidate = (positions >= block_start[:, None]) & (positions < block_end[:, None]) & active[:, None]
     candidate &= (token_ids == mask_token_id) & (token != mask_token_id) & (token >= 0)
 
+    if length == 0:
+        return token_ids, torch.zeros_like(block_start)
     words = philox(seed, sequence_ids[:, None], positions, step, DRAW_ORDER)
-    log_score = {
+    key = {
         "confidence": log_prob.double(),
-        "margin": margin.double().log(),
+        "margin": margin.double(),
         "entropy": -entropy.double(),
-        "random": (words[0].double() * 2.0**-32).log(),
-    }[order].nan_to_num(nan=-torch.inf)
-    ranking = margin.double() if order == "margin" else log_score
-    ranking = torch.where(candidate, ranking.nan_to_num(nan=-torch.inf, neginf=-1e300), -torch.inf)
-    best_first = ranking.argsort(dim=-1, descending=True, stable=True)
+        "random": words[0].double() * 2.0**-32,
+    }[order]
+    logarithmic = order in ("confidence", "entropy")
+    ranking = torch.where(key.isnan(), -2e300, key.clamp_min(-1e300))  # NaN after -inf, others than candidates last
+    best_first = torch.where(candidate, ranking, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(best_first).scatter_(-1, best_first, positions.expand_as(best_first))
 
     number = value.double()[:, None]
     if rule == "count":
         take = rank < number
     elif rule == "threshold":
-        take = log_score >= number.log()
+        take = key >= (number.log() if logarithmic else number)
     elif rule == "ancestral":
         take = uniform53(philox(seed, sequence_ids[:, None], positions, step, DRAW_ANCESTRAL)) < number
     else:
         if rule == "factor":
-            holds = log_score.exp() > 1 - number / (rank + 2)
+            holds = (key.exp() if logarithmic else key) > 1 - number / (rank + 2)
         else:
-            spent = torch.where(candidate, entropy.double(), 0.0).gather(-1, best_first)
-            before = torch.zeros_like(spent).scatter_(-1, best_first, spent.cumsum(-1) - spent)
+            cost = entropy.double().clamp_min(0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            spent = torch.where(candidate, cost, 0.0).gather(-1, best_first).cumsum(-1)
+            before = torch.zeros_like(spent).scatter_(-1, best_first[:, 1:], spent[:, :-1])
             holds = before <= number
         first_failure = torch.where(candidate & ~holds, rank, length).amin(-1, keepdim=True)
         take = rank < first_failure
-    take = candidate & (take | (rank == 0))
+    take &= candidate
+    take |= candidate & (rank == 0) & ~take.any(-1, keepdim=True)
     return torch.where(take, token, token_ids), take.sum(-1)

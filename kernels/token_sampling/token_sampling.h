@@ -73,7 +73,8 @@ struct UnmaskParams {
   const float* log_prob;
   const float* entropy;
   const float* margin;
-  const int64_t* rows;      // [row_count] flat positions b * length + l, no position twice, or -1; nullptr: all
+  const int64_t* rows;      // [row_count] flat positions b * length + l, no position twice, or -1; nullptr: all. What
+                            // lies outside [0, batch * length) counts as -1
   int64_t row_count;
   const int64_t* block_start;  // [batch] first position that may be committed, or nullptr: 0
   const int64_t* block_end;    // [batch] position after the last one, or nullptr: length
@@ -87,7 +88,7 @@ struct UnmaskParams {
   int64_t step;
   int64_t mask_token_id;
   int64_t* committed;  // [batch]: how many positions were written
-  void* workspace;
+  void* workspace;     // as many bytes as the backend's unmask_workspace_bytes says, aligned to 8
   UnmaskRule rule;
   UnmaskOrder order;
 };

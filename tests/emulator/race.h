@@ -3,4 +3,6 @@
 
 // 0, or 1 where a launch was refused
 int race_adaln();
+int race_masked_loss();
 int race_token_sampling();
+int race_unmask();

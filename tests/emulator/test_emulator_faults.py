@@ -110,6 +110,15 @@ def test_adaln_under_address_and_undefined_behaviour_sanitizers(libraries):
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_unmask_under_address_and_undefined_behaviour_sanitizers(libraries):
+    """A selection of test_emulated_unmask.py, in a process of its own with the sanitized library."""
+    chosen = "(every and (rows or blocks)) or lengths or shared or range or strided or no_rows"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_emulated_unmask.py")]
+    environment = preloaded() | {"FASTDIFF_EMULATOR": str(libraries("asan"))}
+    done = subprocess.run([*command, "-k", chosen], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("fault", ["cross_block_race", "removed_barrier"])
 def test_race_check_catches(libraries, fault):
     libraries("race")

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff import backends
 from fastdiff.ops import _native
 
-Inputs = dict[str, Tensor | None | float | str]
+Inputs = dict[str, Tensor | None | float | str | tuple]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,19 @@ class Case:
     cancels: bool = False
 
 
+def _one_dtype(dtypes: Dtypes, index: int, count: int) -> torch.dtype:
+    """All results have the stream's dtype, the last one autocast's where that is on."""
+    return dtypes.autocast if dtypes.autocast and index + 1 == count else dtypes.stream
+
+
+def _fewer_tokens(inputs: Inputs, tokens: int) -> Inputs:
+    return {k: v[:, :tokens].contiguous() if k in ("x", "residual", "branch") else v for k, v in inputs.items()}
+
+
+def _second_sample(inputs: Inputs) -> Inputs:
+    return {k: v[1:2] if isinstance(v, Tensor) and v.ndim == 3 else v for k, v in inputs.items()}
+
+
 @dataclass(frozen=True)
 class Operator:
     name: str
@@ -105,6 +118,19 @@ class Operator:
     # |result - exact| / |exact| in norms; the largest seen: 1.9e-7, 2.7e-3, 3.0e-4 (gradients, which are allowed twice
     # as much: 2.8e-7, 3.8e-3, 5.1e-4).
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {F32: 1e-6, BF16: 6e-3, F16: 8e-4})
+    dtypes: list[Dtypes] = field(default_factory=lambda: DTYPES)
+    result_dtype: Callable[[Dtypes, int, int], torch.dtype] = _one_dtype  # (dtypes, index of the result, how many)
+    differentiable: bool = True
+    # Where norms do not say it: (results, exact results, exact inputs, tolerance), asserts
+    compare: Callable[[tuple[Tensor, ...], tuple[Tensor, ...], Inputs, float], None] | None = None
+    many: str = "many-segments"  # the case whose rows are many: threads, torch.compile, export
+    lengths: tuple[int, ...] = (150, 100, 64)  # of `shorten`, of that case
+    shorten: Callable[[Inputs, int], Inputs] = _fewer_tokens
+    batch: str | None = "modulation-BFD:3-chunk"  # the case with several samples, of which `second` is the second
+    second: Callable[[Inputs], Inputs] = _second_sample
+
+    def case(self, name: str) -> Case:
+        return next(case for case in self.cases if case.name == name)
 
 
 def to_double(inputs: Inputs, requires_grad: bool = False) -> Inputs:
@@ -112,14 +138,17 @@ def to_double(inputs: Inputs, requires_grad: bool = False) -> Inputs:
     out: Inputs = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            value = value.detach().double().cpu().requires_grad_(requires_grad)
+            floats = value.is_floating_point()
+            value = value.detach().cpu()
+            value = value.double().requires_grad_(requires_grad) if floats else value
         out[name] = value
     return out
 
 
 def as_leaves(inputs: Inputs) -> Inputs:
     """Leaves that require gradients, with the strides and offsets of the originals."""
-    return {k: v.detach().requires_grad_(True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    floats = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return {k: v.detach().requires_grad_(True) if k in floats else v for k, v in inputs.items()}
 
 
 def call(operator: Operator, inputs: Inputs, dtypes: Dtypes) -> tuple[Tensor, ...]:
@@ -137,10 +166,13 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: Inputs, seed: int) -> dict[str, Tensor]:
-    """Gradients of a fixed random combination of all outputs with respect to every tensor among the inputs."""
+    """Gradients of a fixed random combination of all outputs with respect to every tensor that requires one."""
     generator = torch.Generator().manual_seed(seed)
+    outputs = tuple(o for o in outputs if o.requires_grad)
+    if not outputs:
+        return {}
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-    leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
     grads = torch.autograd.grad(
         outputs, list(leaves.values()), [c.to(o.device, o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
     )

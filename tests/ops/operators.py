@@ -6,6 +6,8 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.kernels.adaln import reference as adaln_reference
 from ops.harness import Case, Dtypes, Inputs, Operator
+from ops.masked_loss_cases import MASKED_LOSS
+from ops.sampling_cases import HEAD, SAMPLE
 
 
 def _randn(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> Tensor:
@@ -92,4 +94,4 @@ ADALN = Operator("adaln", lambda **kw: (ops.adaln(**kw),), _adaln_reference, _ad
 GATED = Operator(
     "gated_residual_adaln", lambda **kw: ops.gated_residual_adaln(**kw), _gated_reference, _adaln_cases(gated=True)
 )
-OPERATORS = [ADALN, GATED]
+OPERATORS = [ADALN, GATED, SAMPLE, HEAD, MASKED_LOSS]

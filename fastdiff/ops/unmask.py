@@ -1,0 +1,256 @@
+"""unmask_: commits the best of a masked diffusion LM's sampled tokens, in place, for all rows at once.
+
+Contract, rules and orders: kernels/token_sampling/README.md. The rules are those of LLaDA (Nie et al. 2025, count),
+Fast-dLLM (Wu et al. 2025, threshold and factor), the entropy-bounded sampler (Ben-Hamu et al. 2025, entropy_budget) and
+MDLM (Sahoo et al. 2024, ancestral).
+"""
+
+import torch
+from torch import Tensor
+
+from fastdiff.backends import select
+from fastdiff.kernels.token_sampling import reference
+from fastdiff.ops._unmask_backends import IMPLEMENTATIONS
+from fastdiff.ops.token_sampling import TokenSample
+
+# The numbers are those of UnmaskRule and UnmaskOrder in kernels/token_sampling/token_sampling.h.
+RULES = ("count", "threshold", "factor", "entropy_budget", "ancestral")
+ORDERS = ("confidence", "margin", "entropy", "random")
+_FLOATS = ("log_prob", "entropy", "margin")
+_NUMBER_OF = {rule: "probability" if rule == "ancestral" else rule for rule in RULES}
+_NUMBERS = {  # of each rule: whether a number will do, and which
+    "count": (lambda n: n >= 1, "an int >= 1"),
+    "threshold": (lambda n: 0 < n <= 1, "in (0, 1]"),
+    "factor": (lambda n: n > 0, "> 0"),
+    "entropy_budget": (lambda n: n >= 0, ">= 0 (nats)"),
+    "probability": (lambda n: 0 <= n <= 1, "in [0, 1]"),
+}
+_INT64 = range(-(2**63), 2**63)
+
+
+def unmask_(
+    token_ids: Tensor,  # int64 [B, L] or [L], changed in place
+    sample: TokenSample,  # token int64, log_prob, entropy, margin float32: [B, L], or [R] with rows
+    mask_token_id: int,
+    *,
+    rule: str = "count",
+    order: str = "confidence",
+    count: int | Tensor | None = None,  # [B]
+    threshold: float | Tensor | None = None,  # [B]
+    factor: float | Tensor | None = None,  # [B]
+    entropy_budget: float | Tensor | None = None,  # [B]
+    probability: float | Tensor | None = None,  # [B]
+    rows: Tensor | None = None,  # int64 [R]
+    block_start: int | Tensor | None = None,  # int64 [B]
+    block_end: int | Tensor | None = None,  # int64 [B]
+    active: Tensor | None = None,  # bool [B]
+    seed: int | Tensor | None = None,  # int64 []
+    step: int | Tensor = 0,  # int64 []
+    sequence_ids: Tensor | None = None,  # int64 [B]
+) -> Tensor:  # int64 [B]
+    """Writes the best sampled tokens over masks, and returns how many a row got.
+
+    Candidates of row b are the positions in its block that hold `mask_token_id` and whose sampled token is neither that
+    nor -1. Every active row that has candidates commits at least one, by `rule`, the best first by `order`, ties to the
+    lower position. Nothing synchronises with a GPU, so the call can be captured in a graph.
+
+    Args:
+        token_ids: int64 `[B, L]` with a contiguous last dimension, changed in place; `[L]` is one row.
+        sample: what `sample_tokens` or `lm_head_sample` returned for these positions: token (int64), log_prob, entropy
+            (nats) and margin (float32; float64 runs on the reference), `[B, L]`, or `[R]` where `rows` is given.
+        mask_token_id: the id that stands for a mask; never committed.
+        rule: "count" (the first `count`), "threshold" (each whose score is at least `threshold`), "factor" (the first r
+            while their score is above 1 - factor / (r + 2), r = 0, 1, …), "entropy_budget" (the first while the
+            entropies of those before sum to at most `entropy_budget`, in nats) or "ancestral" (each with `probability`).
+        order: "confidence" (score exp(log_prob)), "margin" (score margin), "entropy" (the lowest first, score
+            exp(-entropy)) or "random" (a random score in [0, 1)).
+        count, threshold, factor, entropy_budget, probability: the number of the chosen rule, and of no other: for all
+            rows, or a tensor `[B]`, taken in float32. The values in a tensor are not looked at (that would synchronise).
+        rows: int64 `[R]`, the flat positions b·L + l of the sample's entries in any order, none twice; -1: no position.
+        block_start, block_end: the positions that may be committed, block_start ≤ l < block_end: int, or int64 `[B]`.
+        active: bool `[B]`; rows where it is False are left alone.
+        seed: of what is random: order "random" and rule "ancestral". An int or an int64 tensor of one element; None
+            draws one from torch's generator. The same seed gives the same result on every backend, in every batch.
+        step: which denoising step it is, so that each has random numbers of its own.
+        sequence_ids: int64 `[B]`, names a row for its random numbers; b by default.
+        Under torch.compile pass what changes from step to step (numbers, seed, step) as tensors: it compiles once.
+
+    Returns:
+        int64 `[B]` (`[1]` for a single row), how many positions were committed.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value does not fit; the message names it.
+        BackendError: the backend that was asked for cannot run.
+    """
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(f"token_ids is a {type(token_ids).__name__}; expected an int64 torch.Tensor [B, L]")
+    ids = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
+    _check_token_ids(token_ids, ids)
+    batch, length = ids.shape
+    number = _check_rule(rule, order, count, threshold, factor, entropy_budget, probability)
+    if type(mask_token_id) is not int or not 0 <= mask_token_id < 2**63:
+        raise ValueError(f"mask_token_id is {mask_token_id!r}; expected an int >= 0, the id that stands for a mask")
+    fields = _check_sample(sample, token_ids, ids, rows)
+    backend = select("unmask_", ids.device.type, (fields[1].dtype,))
+    values, value = _per_row(_NUMBER_OF[rule], number, ids)
+    start, end = _bound("block_start", block_start, ids), _bound("block_end", block_end, ids)
+    for name, t, dtype in (("active", active, torch.bool), ("sequence_ids", sequence_ids, torch.int64)):
+        if t is not None:
+            _check_tensor(name, t, ids, dtype, (batch,))
+    if seed is None and (order == "random" or rule == "ancestral"):
+        seed = torch.randint(_INT64.stop - 1, (), device=ids.device)
+    seeds, seed = _counter("seed", 0 if seed is None else seed, ids)
+    steps, step = _counter("step", step, ids)
+    if ids.numel() == 0:
+        return torch.zeros(batch, dtype=torch.int64, device=ids.device)
+    args = (rows, start, end, _contiguous(active), RULES.index(rule), ORDERS.index(order), values, value,
+            mask_token_id, seeds, seed, steps, step, _contiguous(sequence_ids))  # fmt: skip
+    if backend == "reference":
+        return _reference(ids, *fields, *args)
+    committed = IMPLEMENTATIONS[backend].unmask_(ids, *fields, *args)
+    if not torch.compiler.is_compiling() and not token_ids.is_inference():
+        torch.autograd.graph.increment_version(token_ids)  # a graph that had saved it must not use the new values
+    return committed
+
+
+def _check_token_ids(token_ids: Tensor, ids: Tensor) -> None:
+    if ids.ndim != 2:
+        raise ValueError(f"token_ids has shape {list(token_ids.shape)}; expected [B, L] or [L]")
+    if ids.dtype != torch.int64 or ids.layout != torch.strided:
+        raise TypeError(f"token_ids is {ids.dtype}, {ids.layout}; expected dense int64: it is changed in place")
+    batch, length = ids.shape
+    if (length > 1 and ids.stride(1) != 1) or (batch > 1 and ids.stride(0) < length):
+        raise ValueError(
+            f"token_ids has strides {list(token_ids.stride())}; expected a contiguous last dimension and rows that do"
+            " not overlap, as it is changed in place: call contiguous() and copy back"
+        )
+
+
+def _check_rule(rule, order, count, threshold, factor, entropy_budget, probability):
+    """The number of the rule, checked where it is a Python number."""
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
+    numbers = dict(zip(_NUMBERS, (count, threshold, factor, entropy_budget, probability), strict=True))
+    wanted = _NUMBER_OF[rule]
+    for name, number in numbers.items():
+        if name != wanted and number is not None:
+            raise ValueError(f"{name} was given with rule {rule!r}; expected {wanted} alone: leave {name} out")
+    number = numbers[wanted]
+    if number is None:
+        raise ValueError(f"rule {rule!r} needs {wanted}; pass {wanted}=, a number or a tensor [B]")
+    if not isinstance(number, Tensor):
+        fits, expected = _NUMBERS[wanted]
+        types = (int,) if rule == "count" else (int, float)
+        if isinstance(number, bool) or not isinstance(number, types) or not fits(number):
+            raise ValueError(f"{wanted} is {number!r}; expected {expected}, or a tensor [B]")
+    return number
+
+
+def _check_tensor(name: str, t: Tensor, ids: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
+    if t.device != ids.device:
+        raise ValueError(f"{name} is on {t.device}, token_ids on {ids.device}; expected one device: move one of them")
+    if t.dtype != dtype:
+        raise TypeError(f"{name} is {t.dtype}; expected {dtype}")
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}; expected {list(shape)}")
+
+
+def _check_sample(sample, token_ids: Tensor, ids: Tensor, rows: Tensor | None) -> list[Tensor]:
+    """token, log_prob, entropy and margin, contiguous."""
+    try:
+        fields = [getattr(sample, name) for name in ("token", *_FLOATS)]
+    except AttributeError:
+        raise TypeError(
+            f"sample is a {type(sample).__name__}; expected a TokenSample with token, log_prob, entropy and margin"
+        ) from None
+    shape = token_ids.shape
+    if rows is not None:
+        if isinstance(rows, Tensor) and rows.ndim != 1:
+            raise ValueError(f"rows has shape {list(rows.shape)}; expected [R], one position an entry of the sample")
+        shape = rows.shape if isinstance(rows, Tensor) else shape
+        _check_tensor("rows", rows, ids, torch.int64, shape)
+        _check_positions(rows, ids)
+    log_prob = fields[1]
+    dtype = torch.float64 if isinstance(log_prob, Tensor) and log_prob.dtype == torch.float64 else torch.float32
+    for name, t in zip(("token", *_FLOATS), fields, strict=True):
+        _check_tensor(f"sample.{name}", t, ids, torch.int64 if name == "token" else dtype, shape)
+    return [t.detach().contiguous() if t.requires_grad else t.contiguous() for t in fields]
+
+
+def _check_positions(rows: Tensor, ids: Tensor) -> None:
+    """On a GPU this would synchronise, and to torch.compile it is data; kernels skip what is out of range."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.numel() == 0:
+        return
+    low, high = (int(t) for t in rows.aminmax())
+    if low < -1 or high >= ids.numel():
+        wrong = low if low < -1 else high
+        raise ValueError(f"rows holds {wrong}; expected positions b * L + l in [0, {ids.numel()}), or -1 for none")
+
+
+def _per_row(name: str, number, ids: Tensor) -> tuple[Tensor | None, float]:
+    """(the rule's numbers [B] in float32, or None; its one number)"""
+    if not isinstance(number, Tensor):
+        return None, float(number)
+    if number.dtype.is_complex or number.dtype == torch.bool:
+        raise TypeError(f"{name} is {number.dtype}; expected a tensor of numbers")
+    if name == "count" and number.dtype.is_floating_point:
+        raise TypeError(f"count is {number.dtype}; expected a tensor of integers")
+    _check_tensor(name, number, ids, number.dtype, ids.shape[:1])
+    return number.detach().to(torch.float32).contiguous(), 0.0
+
+
+def _bound(name: str, bound: int | Tensor | None, ids: Tensor) -> Tensor | None:
+    if bound is None:
+        return None
+    if isinstance(bound, Tensor):
+        _check_tensor(name, bound, ids, torch.int64, ids.shape[:1])
+        return bound.contiguous()
+    if type(bound) is not int or not 0 <= bound < _INT64.stop:
+        raise ValueError(f"{name} is {bound!r}; expected an int >= 0 or an int64 tensor [B]")
+    return torch.full((ids.shape[0],), bound, dtype=torch.int64, device=ids.device)
+
+
+def _counter(name: str, number: int | Tensor, ids: Tensor) -> tuple[Tensor | None, int]:
+    """(a tensor of one element, or None; its value where it is known on the host)"""
+    if isinstance(number, Tensor):
+        _check_tensor(name, number, ids, torch.int64, number.shape if number.numel() == 1 else ())
+        return number, 0
+    if type(number) is not int or number not in _INT64:
+        raise ValueError(f"{name} is {number!r}; expected an int of 64 bits or an int64 tensor of one element")
+    return None, number
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _reference(ids, token, log_prob, entropy, margin, rows, start, end, active, rule, order, values, value, mask,
+               seeds, seed, steps, step, sequence_ids) -> Tensor:  # fmt: skip
+    """The reference on the same arguments as the native operator."""
+    batch, length = ids.shape
+
+    def dense(t: Tensor, fill: float) -> Tensor:
+        if rows is None:
+            return t.view(ids.shape)
+        inside = (rows >= 0) & (rows < batch * length)
+        padded = t.new_full((batch * length + 1,), fill)
+        return padded.scatter(0, torch.where(inside, rows, batch * length), t)[:-1].view(ids.shape)
+
+    def filled(t: Tensor | None, number: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((batch,), number, dtype=dtype, device=ids.device) if t is None else t
+
+    def counter(t: Tensor | None, number: int) -> Tensor:
+        return torch.tensor(number, device=ids.device) if t is None else t.reshape(())
+
+    result, committed = reference.unmask(
+        ids, dense(token, -1), *(dense(t, 0.0) for t in (log_prob, entropy, margin)),
+        filled(start, 0, torch.int64), filled(end, length, torch.int64), filled(active, True, torch.bool),
+        RULES[rule], ORDERS[order], filled(values, value, torch.float64), mask, counter(seeds, seed),
+        counter(steps, step), torch.arange(batch, device=ids.device) if sequence_ids is None else sequence_ids,
+    )  # fmt: skip
+    ids.copy_(result)
+    return committed
