@@ -72,7 +72,7 @@ def test_lengths(row, length):
             assert same(run(p, rule, seed=3, device=row.device), p.expected(rule, "confidence", NUMBERS[rule], seed=3))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     batch=st.integers(1, 6),
     length=st.integers(1, 70),
