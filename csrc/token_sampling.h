@@ -140,9 +140,6 @@ inline void head_product(void* context, int64_t begin, int64_t end) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the result's reference
 }
 
-// Ids a tile. Rows x tile is all the memory that logits take; products of this size run as fast as larger ones.
-constexpr int64_t kHeadTile = 2 * kSampleBlock;
-
 template <class Backend>
 Samples lm_head_sample(Tensor hidden, Tensor weight, OptionalTensor bias, OptionalTensor temperatures,
                        double temperature, FASTDIFF_SAMPLE_ARGUMENTS) {
@@ -169,8 +166,8 @@ Samples lm_head_sample(Tensor hidden, Tensor weight, OptionalTensor bias, Option
   h.bias = bias ? bias->const_data_ptr() : nullptr;
   h.weight_stride = weight.stride(0);
   h.dim = dim;
-  h.tile_size = kHeadTile;
-  Tensor tile = empty(hidden, {rows * std::min(kHeadTile, weight.size(0))}, hidden.scalar_type());
+  h.tile_size = Backend::kHeadTile;
+  Tensor tile = empty(hidden, {rows * std::min(h.tile_size, weight.size(0))}, hidden.scalar_type());
   h.tile = tile.mutable_data_ptr();
   Tensor workspace = empty(hidden, {Backend::head_workspace_bytes(h) / 8}, ScalarType::Long);
   h.sample.workspace = workspace.mutable_data_ptr();

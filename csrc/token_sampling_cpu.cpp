@@ -5,6 +5,8 @@ namespace fastdiff::torch_binding {
 namespace {
 
 struct Cpu {
+  // Ids a tile. Rows x tile is all the memory that logits take; products of this size run as fast as larger ones.
+  static constexpr int64_t kHeadTile = 2 * kSampleBlock;
   static int64_t workspace_bytes(const TokenSampleParams&) { return 0; }
   static int64_t head_workspace_bytes(const LmHeadSampleParams&) { return 0; }
   static void sample(const TokenSampleParams& p, const Tensor&) { cpu::sample_tokens(p, {run_on_torch_threads}); }

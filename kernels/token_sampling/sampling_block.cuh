@@ -87,8 +87,10 @@ __device__ __forceinline__ void suppress(const TokenSampleParams& p, int64_t fir
   mask[lane_id()] = 0;
   __syncwarp();
   for (int64_t i = from + lane_id(); i < to; i += kWarp) {
-    const int offset = static_cast<int>(p.suppress[i] - first), in_cell = offset % static_cast<int>(kSampleCell);
-    const int bit = offset / static_cast<int>(kSampleCell) * kLaneIds + in_cell % kLaneIds;
+    const int64_t offset = p.suppress[i] - first;
+    if (offset < 0 || offset >= kN * kSampleCell) continue;  // a list that is not in order
+    const int in_cell = static_cast<int>(offset % kSampleCell);
+    const int bit = static_cast<int>(offset / kSampleCell) * kLaneIds + in_cell % kLaneIds;
     atomicOr(&mask[in_cell / kLaneIds], 1u << bit);
   }
   __syncwarp();
@@ -150,7 +152,7 @@ __device__ __forceinline__ double end_weight(const TokenSampleParams& p, const T
   const int64_t to = from + count_below(p.end_tokens + from, p.end_count - from, last);
   for (int64_t i = from + lane_id(); i < to; i += kWarp) {
     const int64_t id = p.end_tokens[i], place = count_below(p.suppress, p.suppress_count, id);
-    if (place < p.suppress_count && p.suppress[place] == id) continue;
+    if (id < first || id >= last || (place < p.suppress_count && p.suppress[place] == id)) continue;
     float z[1];
     load(tile.logits, p.dtype, row + id - tile.begin, z);
     if (id == argmax) {

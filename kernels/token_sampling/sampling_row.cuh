@@ -134,7 +134,7 @@ __device__ __forceinline__ void write_row(const TokenSampleParams& p, int64_t ro
 }
 
 // A warp for every row; the logits are there.
-__global__ __launch_bounds__(kRowWarps * kWarp) void sample_rows_kernel(const TokenSampleParams p, const Workspace w,
+__global__ __launch_bounds__(kRowWarps * kWarp, 4) void sample_rows_kernel(const TokenSampleParams p, const Workspace w,
                                                                         float common_inverse) {
   const int64_t rows = p.batch * p.length, blocks = blocks_of(p.vocab);
   const int64_t step = int64_t{gridDim.x} * kRowWarps;
@@ -215,12 +215,11 @@ __global__ __launch_bounds__(kHeadWarps * kWarp, 2) void head_rows_kernel(const 
       }
     }
     __syncthreads();
-    if (warp == 0) {
+    if (warp == 0) {  // the others wait for it at the next row's first barrier, before they write to cell_logits again
       Drawn drawn{-1, 0.0f};
       if (first >= 0) drawn = draw_id(cell, -kInfinity, inverse, [&](int64_t i) { return cell_logits[i]; });
       if (lane_id() == 0) write_row(p, row, s, drawn);
     }
-    __syncthreads();  // the next row writes to what this one read
   }
 }
 

@@ -140,7 +140,7 @@ __global__ __launch_bounds__(kThresholdThreads, 2) void sample_threshold_kernel(
       }
     }
     if (threadIdx.x == 0) task.thresholds[row] = threshold;
-    __syncthreads();  // the scratch serves the next row
+    __syncthreads();  // the next row writes to the scratch
   }
 }
 

@@ -83,7 +83,7 @@ int head_rows_of(const LmHeadSampleParams& h, const Workspace& w, Stream stream)
 using namespace sampling;
 
 int64_t sample_tokens_workspace_bytes(const TokenSampleParams& p) {
-  return records_bytes(p) + (needs_thresholds(p) ? rows_of(p) * static_cast<int64_t>(sizeof(float)) : 0);
+  return records_bytes(p) + (needs_thresholds(p) ? (rows_of(p) + 1) / 2 * 8 : 0);  // one float each
 }
 
 int64_t lm_head_sample_workspace_bytes(const LmHeadSampleParams& h) { return records_bytes(h.sample); }

@@ -14,7 +14,7 @@ int sample_tokens(const TokenSampleParams& params, CUstream_st* stream);
 // `product.run` must enqueue on the same stream.
 int lm_head_sample(const LmHeadSampleParams& params, CUstream_st* stream, const HeadProduct& product);
 
-// What params.workspace must hold, for parameters with batch, length, vocab, top_k and top_p set.
+// How many bytes params.workspace must hold, a multiple of 8, for parameters with batch, length, vocab, top_k and top_p set.
 int64_t sample_tokens_workspace_bytes(const TokenSampleParams& params);
 int64_t lm_head_sample_workspace_bytes(const LmHeadSampleParams& params);
 

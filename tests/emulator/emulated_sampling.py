@@ -75,7 +75,8 @@ class SamplingEmulator:
         self.emulator.check(self.lib.fd_sample_tokens(ctypes.byref(p)))
         if p.top_k > 0 or p.top_p < 1:
             rows = sample.token.numel()
-            sample = sample._replace(threshold=workspace[workspace.numel() - 4 * rows :].clone().view(torch.float32))
+            floats = workspace[workspace.numel() - (rows + 1) // 2 * 8 :].clone().view(torch.float32)
+            sample = sample._replace(threshold=floats[:rows])
         return sample
 
     def lm_head_sample(

@@ -19,7 +19,7 @@ struct Case {
 
 // Warps with and without a block of ids, thresholds of several digits, more rows than a CUDA block's.
 constexpr Case kCases[] = {
-    {5, 2100, 1.0, 1.0, 0, false},  {2, 2100, 0.7, 0.9, 40, false}, {3, 5, 0.0, 1.0, 0, false},
+    {5, 2100, 1.0, 1.0, 0, false},  {2, 2100, 0.7, 0.9, 40, false}, {3, 5, 0.0, 0.9, 2, false},
     {3, 1100, 0.5, 1.0, 0, true},   {2, 7, 0.0, 1.0, 0, true},
 };
 

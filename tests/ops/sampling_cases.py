@@ -207,7 +207,7 @@ _COMMON = {
     "result_dtype": _dtype,
     "differentiable": False,
     "many": "many-rows",
-    "lengths": (64, 40, 33),
+    "lengths": (60, 40, 33),
     "shorten": _shorten,
     "batch": "batch",
     "second": _second,
