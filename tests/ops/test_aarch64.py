@@ -9,29 +9,39 @@ import pytest
 import torch
 
 from fastdiff.kernels.adaln import reference
+from ops.unmask_cases import MASK, NUMBERS, ORDERS, RULES, problem
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kernels/common/dtype.h
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def build(folder: Path, kernel: str, main: str) -> Path:
+    """The program `main` with kernels/<kernel>_cpu.inl compiled for the baseline."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"NOT TESTED: no {' and '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user-static")
-    folder = tmp_path_factory.mktemp("aarch64")
-    kernel = folder / "baseline.cpp"
-    kernel.write_text(
-        '#define FASTDIFF_ISA baseline\n#define FASTDIFF_ISA_BASELINE\n#include "kernels/adaln/adaln_cpu.inl"\n'
+    baseline = folder / "baseline.cpp"
+    baseline.write_text(
+        f'#define FASTDIFF_ISA baseline\n#define FASTDIFF_ISA_BASELINE\n#include "kernels/{kernel}_cpu.inl"\n'
     )
     sources = [
-        kernel,
-        *(ROOT / s for s in ("tests/ops/aarch64_main.cpp", "kernels/adaln/adaln_cpu.cpp", "kernels/common/isa.cpp")),
+        baseline,
+        *(ROOT / s for s in (f"tests/ops/{main}", f"kernels/{kernel}_cpu.cpp", "kernels/common/isa.cpp")),
     ]
     flags = ["-std=c++20", "-O2", "-fno-math-errno", "-static", f"-I{ROOT}"]
-    subprocess.run([TOOLS[0], *flags, *map(str, sources), "-o", str(folder / "adaln")], check=True)
-    return folder / "adaln"
+    subprocess.run([TOOLS[0], *flags, *map(str, sources), "-o", str(folder / "program")], check=True)
+    return folder / "program"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("adaln"), "adaln/adaln", "aarch64_main.cpp")
+
+
+@pytest.fixture(scope="module")
+def unmask_program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("unmask"), "token_sampling/unmask", "aarch64_unmask.cpp")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,3 +60,17 @@ def test_forward_under_qemu(program, dtype, tokens, dim, rms):
     # The norm sees the rounded stream, hence from that.
     normed = reference.adaln(stream.double(), shift, scale, norm="rms" if rms else "layer")
     torch.testing.assert_close(out.double(), normed, rtol=4 * eps, atol=16 * eps)
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "odd values"])
+@pytest.mark.parametrize("rule", RULES)
+def test_unmask_under_qemu(unmask_program, rule, kind):
+    p, batch, length = problem(kind, 4, 50), 4, 50
+    values = torch.full((batch,), float(NUMBERS[rule]))
+    for order in ORDERS:
+        data = struct.pack("6q", batch, length, RULES.index(rule), ORDERS.index(order), 5, MASK)
+        data += b"".join(t.numpy().tobytes() for t in (p.token_ids, *p.sample[:4], values))
+        done = subprocess.run([TOOLS[1], str(unmask_program)], input=data, capture_output=True, check=True)
+        out = torch.frombuffer(bytearray(done.stdout), dtype=torch.int64)
+        expected, committed = p.expected(rule, order, values, seed=5)
+        assert torch.equal(out[:-batch].view(batch, length), expected) and torch.equal(out[-batch:], committed)
