@@ -86,11 +86,17 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} is {t.dtype}, hidden is {hidden.dtype}; expected one dtype: cast one of them")
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which autocast has a matrix product of t made; t's own where it is off."""
+    device = t.device.type
+    if t.dtype == torch.float64 or (device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device)):
+        return t.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+
+
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    dtype = autocast_dtype(tensors[0])
+    return [None if t is None else t if dtype == tensors[0].dtype else t.to(dtype) for t in tensors]
 
 
 def token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device: torch.device) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops._adaln_backends import IMPLEMENTATIONS
-from fastdiff.ops._checks import choose_backend, distinct, wants_grad
+from fastdiff.ops._checks import autocast_dtype, choose_backend, distinct, wants_grad
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,7 +49,7 @@ def adaln(
     batch, tokens, dim = _check_stream("x", x, norm, eps)
     backend = _check_operands("adaln", x, batch, tokens, dim, None, None, shift, scale, weight, bias)
     grad = wants_grad(x, shift, scale, weight, bias)
-    out_dtype = _check_out(x, out, "out", grad, _output_dtype(x))
+    out_dtype = _check_out(x, out, "out", grad, autocast_dtype(x))
     x3, shift, scale = _rows(x, batch, tokens, dim), _readable(shift, x), _readable(scale, x)
     weight, bias = _compute(weight, x), _compute(bias, x)
     if backend == "reference":
@@ -115,7 +115,7 @@ def gated_residual_adaln(
     grad = wants_grad(residual, branch, gate, shift, scale, weight, bias)
     if (out is None) != (residual_out is None):
         raise ValueError("out and residual_out go together: pass both or neither")
-    out_dtype = _check_out(residual, out, "out", grad, _output_dtype(residual))
+    out_dtype = _check_out(residual, out, "out", grad, autocast_dtype(residual))
     _check_out(residual, residual_out, "residual_out", grad, residual.dtype)
     x3, branch = _rows(residual, batch, tokens, dim), _rows(branch, batch, tokens, dim)
     gate, shift, scale = _readable(gate, residual), _readable(shift, residual), _readable(scale, residual)
@@ -335,15 +335,6 @@ def _written(out: Tensor) -> None:
     """Tells autograd that a tensor was written, so that a graph that had saved it does not use the new values."""
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
-
-
-def _output_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
-        return x.dtype
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _rows(x: Tensor, batch: int, tokens: int, dim: int) -> Tensor:

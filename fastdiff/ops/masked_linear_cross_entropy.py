@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdiff.kernels.masked_loss import reference
 from fastdiff.ops._checks import (
+    autocast_dtype,
     check_floats,
     check_head,
     check_integers,
@@ -66,7 +67,7 @@ def masked_linear_cross_entropy(
         BackendError: the backend that was asked for cannot run.
     """
     suppressed = _check(hidden, weight, bias, targets, mask, row_weight, suppress_tokens, label_smoothing)
-    dtype = _product_dtype(hidden)
+    dtype = autocast_dtype(hidden)
     backend = choose_backend(OPERATOR, hidden.device.type, (dtype, dtype))
     rows = hidden.to(dtype).reshape(-1, hidden.shape[-1])
     targets, mask = targets.reshape(-1), mask.reshape(-1)
@@ -133,13 +134,6 @@ def _take_gradients(ctx) -> list[Tensor]:
     tensors = ctx.saved_tensors  # raises where the graph was freed, or one of them has been written to since
     grads, ctx.grads = ctx.grads, None
     return list(_run(ctx.backend, ctx.needs, *tensors, ctx.label_smoothing)[2:]) if grads is None else grads
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return hidden.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def _check(hidden, weight, bias, targets, mask, row_weight, suppress_tokens, label_smoothing) -> Tensor | None:

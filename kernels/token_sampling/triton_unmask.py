@@ -22,7 +22,9 @@ def _index(rows: Tensor, positions: int) -> Tensor:
     count = rows.shape[0]
     if count:
         grid = (triton.cdiv(count, COMMIT_CHUNK),)
-        device.index_kernel[grid](rows_ptr=rows, index_ptr=index, count=count, CHUNK=COMMIT_CHUNK, num_warps=4)
+        device.index_kernel[grid](
+            rows_ptr=rows, index_ptr=index, count=count, positions=positions, CHUNK=COMMIT_CHUNK, num_warps=4
+        )
     return index
 
 

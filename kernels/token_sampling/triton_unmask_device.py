@@ -3,7 +3,7 @@
 Four kernels, so that no thread reads what another of the same launch wrote: `index_kernel` (compact samples),
 `order_kernel` (the order of the candidates, an int64), `rank_kernel` (rules that count from the best: how many
 candidates of the row are better), `commit_kernel`. A position is committed where its `turn` is below the row's limit,
-or where it is the best. Candidates are looked for, and ranked, within [block_start, block_end) alone.
+and the best one where there is none such. Candidates are looked for, and ranked, within [block_start, block_end) alone.
 """
 
 import triton
@@ -20,12 +20,12 @@ _SIZES = ["length", "row_stride", "count", "chunks", "value_low", "value_high", 
 _SIZES += ["seed_low", "seed_high", "step_number"]
 
 
-@triton.jit(do_not_specialize=["count"])
-def index_kernel(rows_ptr, index_ptr, count, CHUNK: tl.constexpr):
-    """index[rows[i]] = i; index holds -1 before. Grid: (cdiv(count, CHUNK),)."""
+@triton.jit(do_not_specialize=["count", "positions"])
+def index_kernel(rows_ptr, index_ptr, count, positions, CHUNK: tl.constexpr):
+    """index[rows[i]] = i where rows[i] is one of `positions`; index holds -1 before. Grid: (cdiv(count, CHUNK),)."""
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     row = tl.load(rows_ptr + i, mask=i < count, other=-1)
-    tl.store(index_ptr + row, i, mask=row >= 0)
+    tl.store(index_ptr + row, i, mask=(row >= 0) & (row < positions))
 
 
 @triton.jit
@@ -57,9 +57,9 @@ def _order(score, position, ORDER: tl.constexpr):
     if ORDER == RANDOM:
         place = score.to(tl.int64) - 2147483648
     else:
-        score = tl.where(score == score, score, float("-inf"))
         bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0 is 0
         place = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        place = tl.where(score == score, place, -2147483648)  # NaN comes after -inf
     return place * 4294967296 + (4294967295 - position.to(tl.int64))
 
 
@@ -79,7 +79,7 @@ def _reaches(log_prob, entropy, margin, word, value, ORDER: tl.constexpr):
 
 @triton.jit
 def _score(log_prob_ptr, entropy_ptr, margin_ptr, index, mask, word, ORDER: tl.constexpr):
-    """The score c in [0, 1], fp64; 0 for NaN."""
+    """The score c in [0, 1], fp64."""
     if ORDER == CONFIDENCE:
         c = tl.exp(tl.load(log_prob_ptr + index, mask=mask, other=0.0).to(tl.float64))
     elif ORDER == MARGIN:
@@ -88,7 +88,7 @@ def _score(log_prob_ptr, entropy_ptr, margin_ptr, index, mask, word, ORDER: tl.c
         c = tl.exp(-tl.load(entropy_ptr + index, mask=mask, other=0.0).to(tl.float64))
     else:
         c = word.to(tl.float64) * 2.3283064365386963e-10
-    return tl.where(c == c, c, 0.0)
+    return c
 
 
 @triton.jit
@@ -190,7 +190,8 @@ def rank_kernel(
                 there = other_order != NO_CANDIDATE
                 index = _sample_index(index_ptr, other_at, there)
                 entropy = tl.load(entropy_ptr + index, mask=there, other=0.0).to(tl.float64)
-                spent += tl.sum(tl.where(better, entropy[None, :], 0.0), axis=1)
+                cost = tl.where(entropy == entropy, tl.where(entropy > 0.0, entropy, 0.0), float("inf"))
+                spent += tl.sum(tl.where(better, cost[None, :], 0.0), axis=1)
 
         value = _value(values_ptr, value_low, value_high, b)
         index = _sample_index(index_ptr, at, candidate)
@@ -203,8 +204,7 @@ def rank_kernel(
             score = _score(log_prob_ptr, entropy_ptr, margin_ptr, index, candidate, word, ORDER)
             holds = score > 1.0 - value / (rank.to(tl.float64) + 2.0)
         else:
-            own = tl.load(entropy_ptr + index, mask=candidate, other=0.0)
-            holds = (spent <= value) & (own == own)
+            holds = spent <= value
         tl.store(turn_ptr + at, rank, mask=candidate)
         tl.store(failure_ptr + program, tl.min(tl.where(candidate & (holds == 0), rank, NEVER)))
 
@@ -214,14 +214,8 @@ def commit_kernel(
     token_ids_ptr, token_ptr, index_ptr, order_ptr, turn_ptr, failure_ptr, committed_ptr,
     length, row_stride, chunks, CHUNK: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the tokens whose turn it is, and the best one. Grid: (B,)."""
+    """Writes the tokens whose turn it is, or where there is none the best one. Grid: (B,)."""
     b = tl.program_id(0).to(tl.int64)
-    best = tl.full([CHUNK], NO_CANDIDATE, tl.int64)
-    for begin in range(0, length, CHUNK):
-        position = begin + tl.arange(0, CHUNK)
-        order = tl.load(order_ptr + b * length + position, mask=position < length, other=NO_CANDIDATE)
-        best = tl.maximum(best, order)
-    best = tl.max(best)
     limit = tl.full([], 1, tl.int32)
     if RANKED:
         failures = tl.full([CHUNK], NEVER, tl.int32)
@@ -229,6 +223,17 @@ def commit_kernel(
             chunk = begin + tl.arange(0, CHUNK)
             failures = tl.minimum(failures, tl.load(failure_ptr + b * chunks + chunk, mask=chunk < chunks, other=NEVER))
         limit = tl.min(failures)
+    best = tl.full([CHUNK], NO_CANDIDATE, tl.int64)
+    first_turn = tl.full([CHUNK], NEVER, tl.int32)
+    for begin in range(0, length, CHUNK):
+        position = begin + tl.arange(0, CHUNK)
+        at = b * length + position
+        order = tl.load(order_ptr + at, mask=position < length, other=NO_CANDIDATE)
+        turn = tl.load(turn_ptr + at, mask=order != NO_CANDIDATE, other=NEVER)
+        best = tl.maximum(best, order)
+        first_turn = tl.minimum(first_turn, turn)
+    best = tl.max(best)
+    none = tl.min(first_turn) >= limit
 
     committed = tl.zeros([CHUNK], tl.int64)
     for begin in range(0, length, CHUNK):
@@ -237,7 +242,7 @@ def commit_kernel(
         order = tl.load(order_ptr + at, mask=position < length, other=NO_CANDIDATE)
         candidate = order != NO_CANDIDATE
         turn = tl.load(turn_ptr + at, mask=candidate, other=NEVER)
-        taken = candidate & ((turn < limit) | (order == best))
+        taken = candidate & ((turn < limit) | (none & (order == best)))
         index = _sample_index(index_ptr, at, taken)
         token = tl.load(token_ptr + index, mask=taken, other=0)
         tl.store(token_ids_ptr + b * row_stride + position, token, mask=taken)

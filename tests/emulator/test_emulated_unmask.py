@@ -57,7 +57,15 @@ def test_numbers_seeds_and_steps_in_device_memory(emulator, rule):
     expected, count = p.expected(rule, "random", values, seed=2**40 + 3, step=7)
     ids = p.token_ids.clone()
     committed = unmask(
-        emulator, ids, p.sample[:4], MASK, rule, "random", values, seed=torch.tensor([2**40 + 3]), step=torch.tensor([7])
+        emulator,
+        ids,
+        p.sample[:4],
+        MASK,
+        rule,
+        "random",
+        values,
+        seed=torch.tensor([2**40 + 3]),
+        step=torch.tensor([7]),
     )
     assert torch.equal(ids, expected) and torch.equal(committed, count)
     assert count[0] < count[2]  # the numbers are each row's own

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastdiff import backends, ops
 from fastdiff.kernels.token_sampling import reference
 from fastdiff.kernels.token_sampling import triton_kernels as kernels
 from ops.triton_interpreter import checked_memory, mend_bf16_rounding, programs, shuffled
@@ -320,3 +321,22 @@ def test_a_head_row_alone_is_the_row_in_a_batch():
     assert alone[0][0, 0] == together[0][1, 2]
     for a, b in zip(alone[1:4], together[1:4], strict=True):
         torch.testing.assert_close(a[0, 0], b[1, 2], rtol=0, atol=4e-6)  # torch's product depends on the batch
+
+
+# --------------------------------------------------------------------------------------------------- under torch
+
+
+@pytest.mark.parametrize("operator", ["sample_tokens", "lm_head_sample"])
+def test_fullgraph_compile_equals_eager(operator):
+    options = {"temperature": 0.7, "seed": 3, "invalid": "flag", "end_token_ids": (1,)}
+
+    def run(x, weight):
+        if operator == "sample_tokens":
+            return ops.sample_tokens(x, **options)
+        return ops.lm_head_sample(x, weight, **options)
+
+    x, weight = randn(2, 3, 40), randn(70, 40, seed=1)
+    with backends.use_backend("triton"):
+        eager = run(x, weight)
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, weight)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdiff.kernels.common import triton_math
 from fastdiff.kernels.token_sampling import reference
 from fastdiff.kernels.token_sampling import triton_kernels as kernels
+from ops import unmask_cases
 from ops.triton_interpreter import checked_memory, programs, shuffled
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -98,11 +99,8 @@ def test_every_rule_in_every_order(rule, order):
     token_ids, committed = check(case, rule, order, **where)
     assert (committed[:3] >= 1).all() and (committed[3:] == 0).all()
     assert not ((token_ids == MASK) & (case.token_ids != MASK)).any()
-    values = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.5]) * (5 if rule == "count" else 1)
-    if rule != "threshold":
-        check(make(5, 60, seed=1, coarse=False), rule, order, value=values)
-    else:
-        check(make(5, 60, seed=1, coarse=False), rule, order, value=values + 0.1)
+    values = torch.tensor([0.0, 0.1, 0.3, 0.5, torch.nan]) * (5 if rule == "count" else 1)
+    check(make(5, 60, seed=1, coarse=False), rule, order, value=values)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -110,24 +108,43 @@ def test_scores_that_are_not_numbers_rank_last(rule):
     case = make(2, 40)
     for scores in case[2:]:
         scores[:, ::3] = float("nan")
-    case.log_prob[0, 1] = float("-inf")
-    for order in ORDERS[:3]:
+    for scores in case[2:]:
+        scores[0, 1::5], scores[0, 2::11] = float("-inf"), float("inf")
+        scores[1, 1::3] = torch.tensor([-0.0, 0.0]).repeat(7)[:13]
+    case.entropy[1, 5::6] = -0.3
+    for order in ORDERS:
         check(case, rule, order)
+        check(case, rule, order, value=torch.tensor([0.0, 3.0]))
     nothing = Case(*case[:2], *(torch.full_like(t, float("nan")) for t in case[2:]))
     token_ids, committed = run(nothing, "threshold", "confidence")
     first = ((case.token_ids == MASK) & (case.token >= 0) & (case.token != MASK)).int().argmax(-1)
     assert committed.tolist() == [1, 1] and all(token_ids[b, i] == case.token[b, i] for b, i in enumerate(first))
 
 
+@pytest.mark.parametrize("kind", unmask_cases.KINDS)
+def test_problems_of_every_backend(kind):
+    problem = unmask_cases.problem(kind, 3, 140)
+    names = ("rows", "block_start", "block_end", "active")
+    optional = [problem.optional.get(name) for name in names]
+    for rule, order in zip(unmask_cases.RULES, (*unmask_cases.ORDERS, "entropy"), strict=True):
+        value, token_ids = unmask_cases.NUMBERS[rule], problem.token_ids.clone()
+        committed = kernels.unmask_(
+            token_ids, *problem.sample[:4], *optional, unmask_cases.RULES.index(rule), unmask_cases.ORDERS.index(order),
+            None, value, unmask_cases.MASK, None, 0, None, 0, problem.optional.get("sequence_ids"),
+        )  # fmt: skip
+        truth = problem.expected(rule, order, value)
+        assert torch.equal(token_ids, truth[0]) and torch.equal(committed, truth[1]), (rule, order)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_samples_of_some_positions(rule):
-    """rows names the positions that have a sample; -1 is none, and the order is free."""
+    """rows names the positions that have a sample; what lies outside is none, and the order is free."""
     case = make(3, 150)
     rows = torch.randperm(450, generator=torch.Generator().manual_seed(3))[:300]
     compact = Case(case.token_ids, *(t.flatten()[rows] for t in case[1:]))
     named = torch.arange(300) % 7 > 0
     there = torch.zeros(450, dtype=torch.bool).index_fill(0, rows[named], True).view(3, 150)
-    rows = torch.where(named, rows, -1)
+    rows = torch.where(named, rows, torch.tensor([-1, 450, -(2**40)])[torch.arange(300) % 3])
     truth = exact(case._replace(token=torch.where(there, case.token, -1)), rule, "entropy")
     found = run(compact, rule, "entropy", rows=rows)
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))

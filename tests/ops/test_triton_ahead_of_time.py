@@ -15,12 +15,16 @@ import triton_aot as aot  # noqa: E402  (its folder must be on the path first)
 AUTOCAST = (aot.F32, aot.BF16, aot.BF16)
 
 
-def test_every_kernel_is_among_the_cases():
-    from fastdiff.kernels.adaln import triton_device
+def test_every_kernel_is_among_the_variants():
+    from fastdiff.kernels.adaln import triton_device as adaln
+    from fastdiff.kernels.masked_loss import triton_device as loss
+    from fastdiff.kernels.token_sampling import triton_device as sampling
+    from fastdiff.kernels.token_sampling import triton_unmask_device as unmask
 
-    kernels = {name for name in vars(triton_device) if name.endswith("_kernel")}
-    found = {variant.kernel for case in aot.adaln_cases() for variant in aot.adaln_variants(case)}
-    assert found == kernels and len(kernels) == 6
+    modules = (adaln, sampling, unmask, loss)
+    kernels = {(module.__name__, name) for module in modules for name in vars(module) if name.endswith("_kernel")}
+    found = {(variant.module, variant.kernel) for variant in aot.labelled_variants()}
+    assert found == kernels and len(kernels) == 16
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -30,9 +34,39 @@ def test_another_resolution_compiles_nothing_new(affine):
     assert all(set(aot.adaln_variants(case, tokens=tokens)) == first for tokens in (81, 100, 1023))
 
 
+@pytest.mark.parametrize("vocab", [50257, 126464])
+@pytest.mark.parametrize("full", [False, True])
+def test_another_batch_or_length_compiles_nothing_new(vocab, full):
+    case = aot.SamplingCase(vocab, aot.BF16, 0.7, (50, 0.9), full)
+    first = set(aot.sampling_variants(case, length=64))
+    assert all(set(aot.sampling_variants(case, length=length)) == first for length in (1, 7, 100, 1023))
+    first = set(aot.unmask_variants(2, 0, full, length=256))
+    assert all(set(aot.unmask_variants(2, 0, full, length=length)) == first for length in (1, 81, 1023, 8192))
+    first = set(aot.masked_loss_variants(vocab, aot.BF16, full, True, rows=1024))
+    assert all(set(aot.masked_loss_variants(vocab, aot.BF16, full, True, rows=rows)) == first for rows in (1, 5, 999))
+
+
+def test_another_seed_or_temperature_compiles_nothing_new():
+    def variants(temperature, top_k, seed):
+        logits = aot.meta(2, 64, 50257, dtype=aot.BF16)
+        with aot.recorded_launches() as found:
+            aot.sampling_kernels.sample_tokens(
+                logits, None, temperature, top_k, 0.9, None, None, None, seed, None, 1, None, None
+            )
+        return set(found)
+
+    assert variants(0.7, 50, 0) == variants(0.3, 1, 2**63 - 1) == variants(2.5, 16, -1)
+
+
+def some_variants() -> list[aot.Variant]:
+    sampling = aot.sampling_variants(aot.SamplingCase(126464, aot.BF16, 0.7, (50, 0.9), full=True))
+    others = aot.unmask_variants(2, 3, full=True) + aot.masked_loss_variants(50257, aot.F32, True, True)
+    return aot.adaln_variants(aot.Case(1152, AUTOCAST)) + sampling + others
+
+
 @pytest.mark.parametrize("arch", [87, 120])
 def test_kernels_compile_without_a_spill(arch):
-    for variant in aot.adaln_variants(aot.Case(1152, AUTOCAST)):
+    for variant in some_variants():
         row = aot.compile_variant(variant, variant.kernel, arch)
         assert row["spill_bytes"] == 0 and row["registers"] * row["threads"] <= 65536, row
         assert row["shared_bytes"] <= 99 * 1024

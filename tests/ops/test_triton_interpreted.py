@@ -1,4 +1,4 @@
-"""The Triton kernels on a machine without a GPU: interpreted_adaln.py and a few cases of the harness, interpreted.
+"""The Triton kernels on a machine without a GPU: interpreted_*.py and a few cases of the harness, interpreted.
 
 The interpreter has to be chosen before Triton is imported, so these tests have a process of their own.
 """
@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-HARNESS = "triton and (f32-bf16-autocast and (dim384 or unaligned) or alone or export)"
+HARNESS = (
+    "triton and (adaln and (f32-bf16-autocast and (dim384 or unaligned) or alone or export)"
+    " or test_values and f32-f32 and (sample and (unaligned or peaked or dim77) or masked and (prime or smoothing)))"
+)
 
 
 def run_interpreted(*arguments: str) -> None:
@@ -21,9 +24,10 @@ def run_interpreted(*arguments: str) -> None:
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
-def test_launch_functions():
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("interpreted_*.py")))
+def test_launch_functions(file):
     pytest.importorskip("triton")
-    run_interpreted(str(HERE / "interpreted_adaln.py"))
+    run_interpreted(str(HERE / file))
 
 
 def test_harness_row():

@@ -71,7 +71,11 @@ def problem(kind: str, batch: int, length: int, seed: int = 0) -> Problem:
     if kind == "odd values":
         for t, values in zip(
             scores,
-            ((torch.nan, -torch.inf, 0.0, -0.0, 1e-40), (torch.nan, torch.inf, -0.0, 0.0, -0.25), (torch.nan, -0.0, 1.0)),
+            (
+                (torch.nan, -torch.inf, 0.0, -0.0, 1e-40),
+                (torch.nan, torch.inf, -0.0, 0.0, -0.25),
+                (torch.nan, -0.0, 1.0),
+            ),
             strict=True,
         ):
             for value in values:

@@ -1,0 +1,507 @@
+"""unmask_ on every backend: equal to the reference, to the published rules, and unharmed by bad input."""
+
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdiff import BackendError, use_backend
+from fastdiff.ops import TokenSample, _unmask_backends, sample_tokens, unmask_
+from ops.harness import NATIVE, ROWS
+from ops.unmask_cases import KINDS, MASK, NUMBERS, ORDERS, RULES, Problem, problem
+
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
+every_rule = pytest.mark.parametrize("rule", RULES)
+CPUS = [r for r in NATIVE if r.backend == "cpu"] or ROWS[:1]
+ARGUMENT = {rule: "probability" if rule == "ancestral" else rule for rule in RULES}
+
+
+def numbers(rule: str, value) -> dict:
+    return {ARGUMENT[rule]: value}
+
+
+def run(p: Problem, rule: str, order: str = "confidence", value=None, device: str = "cpu", **keywords):
+    """(token_ids, committed), both new and on the CPU."""
+    value = NUMBERS[rule] if value is None else value
+    ids = p.token_ids.clone().to(device)
+    sample = TokenSample(*(t.to(device) for t in p.sample[:4]))
+    tensors = {k: t.to(device) for k, t in p.optional.items()}
+    value = value.to(device) if isinstance(value, Tensor) else value
+    committed = unmask_(ids, sample, MASK, rule=rule, order=order, **numbers(rule, value), **(tensors | keywords))
+    return ids.cpu(), committed.cpu()
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+@rows
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ORDERS)
+@every_rule
+def test_every_rule_and_order_equals_the_reference(row, rule, order, kind):
+    row.skip_unless_runnable("unmask_")
+    p = problem(kind, 7, 83)
+    with row.active():
+        result = run(p, rule, order, seed=5, step=2, device=row.device)
+    assert same(result, p.expected(rule, order, NUMBERS[rule], seed=5, step=2))
+
+
+@native
+@every_rule
+def test_each_row_has_its_own_number(row, rule):
+    row.skip_unless_runnable("unmask_")
+    values = {
+        "count": torch.tensor([1, 2, 50, 3]), "threshold": torch.tensor([1.0, 0.5, 0.1, 0.9], dtype=torch.float64),
+        "factor": torch.tensor([0.01, 1.5, 40.0, 2.0]), "entropy_budget": torch.tensor([0.0, 2.0, torch.inf, 0.5]),
+        "ancestral": torch.tensor([0.0, 0.5, 1.0, 0.1]),
+    }[rule]  # fmt: skip
+    p = problem("plain", 4, 50)
+    with row.active():
+        result = run(p, rule, value=values, seed=1, device=row.device)
+    assert same(result, p.expected(rule, "confidence", values.float(), seed=1))
+
+
+@native
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 1024, 4097])
+def test_lengths(row, length):
+    row.skip_unless_runnable("unmask_")
+    p = problem("plain", 2, length)
+    for rule in RULES:
+        with row.active():
+            assert same(run(p, rule, seed=3, device=row.device), p.expected(rule, "confidence", NUMBERS[rule], seed=3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 6),
+    length=st.integers(1, 70),
+    kind=st.sampled_from(KINDS),
+    rule=st.sampled_from(RULES),
+    order=st.sampled_from(ORDERS),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(-5, 2**40),
+    data=st.data(),
+    row=st.sampled_from(CPUS),
+)
+def test_any_problem(batch, length, kind, rule, order, seed, step, data, row):
+    """Equal to the reference, and what must hold of any result."""
+    p = problem(kind, batch, length, seed=seed % 1000)
+    value = data.draw({
+        "count": st.integers(1, 80), "threshold": st.floats(1e-3, 1), "factor": st.floats(1e-3, 50),
+        "entropy_budget": st.floats(0, 100), "ancestral": st.floats(0, 1),
+    }[rule])  # fmt: skip
+    with row.active():
+        ids, committed = run(p, rule, order, value, seed=seed, step=step)
+    assert same((ids, committed), p.expected(rule, order, value, seed=seed, step=step))
+    sample, before = p.dense(), p.token_ids
+    changed = ids != before
+    assert (before[changed] == MASK).all(), "only masks change"
+    assert torch.equal(ids[changed], sample.token[changed]) and (ids[changed] != MASK).all() and (ids >= 0).all()
+    assert torch.equal(changed.sum(1), committed)
+    candidate = (before == MASK) & (sample.token != MASK) & (sample.token >= 0)
+    if kind == "blocks":
+        o, at = p.optional, torch.arange(length)
+        candidate &= (at >= o["block_start"][:, None]) & (at < o["block_end"][:, None]) & o["active"][:, None]
+    assert (candidate | ~changed).all(), "only candidates are committed"
+    assert torch.equal(committed > 0, candidate.any(1)), "at least one a row that has candidates"
+    if rule == "count":
+        assert torch.equal(committed, candidate.sum(1).clamp_max(value))
+
+
+# ------------------------------------------------------------------------------------------------ published rules
+def by_confidence(seed: int, batch: int = 9, length: int = 60) -> tuple[Problem, Tensor, Tensor]:
+    """A problem without ties, every masked position a candidate; its confidences in float64; its masks."""
+    p = problem("plain", batch, length, seed)
+    p.sample.token.clamp_(0, MASK - 1)
+    return p, p.sample.log_prob.double().exp(), p.token_ids == MASK
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_count_is_lladas_loop(seed):
+    p, confidence, mask = by_confidence(seed)
+    counts = torch.randint(1, 9, (9,), generator=torch.Generator().manual_seed(seed))
+    confidence = torch.where(mask, confidence, -torch.inf)
+    transfer = torch.zeros_like(mask)
+    for j in range(len(counts)):
+        _, chosen = torch.topk(confidence[j], k=min(int(counts[j]), int(mask[j].sum())))
+        transfer[j, chosen] = True
+    ids, committed = run(p, "count", value=counts)
+    assert torch.equal(ids, torch.where(transfer, p.sample.token, p.token_ids))
+    assert torch.equal(committed, transfer.sum(1))
+
+
+@pytest.mark.parametrize("value", [0.3, 0.8, 0.999])
+def test_threshold_is_fast_dllms_rule(value):
+    p, confidence, mask = by_confidence(4)
+    ids, _ = run(p, "threshold", value=value)
+    for j, row_ids in enumerate(ids):
+        masked = [i for i in range(60) if mask[j, i]]
+        taken = [i for i in masked if confidence[j, i] >= value] or [max(masked, key=lambda i: confidence[j, i])]
+        assert [i for i in masked if row_ids[i] != MASK] == taken
+
+
+@pytest.mark.parametrize("value", [0.2, 1.0, 1.7, 6.0])
+def test_factor_is_fast_dllms_rule(value):
+    p, confidence, mask = by_confidence(5)
+    ids, _ = run(p, "factor", value=value)
+    for j, row_ids in enumerate(ids):
+        best_first = sorted((i for i in range(60) if mask[j, i]), key=lambda i: -confidence[j, i])
+        largest = 1
+        for n in range(1, len(best_first) + 1):
+            if (n + 1) * (1 - confidence[j, best_first[n - 1]]) < value:
+                largest = n
+        assert {i for i in best_first if row_ids[i] != MASK} == set(best_first[:largest])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.15, 1.0, 8.0])
+def test_entropy_budget_is_the_entropy_bounded_rule(value):
+    p, _, mask = by_confidence(6)
+    ids, _ = run(p, "entropy_budget", "entropy", value=value)
+    for j, row_ids in enumerate(ids):
+        entropies = p.sample.entropy[j].tolist()
+        taken, spent = set(), 0.0
+        for i in sorted((i for i in range(60) if mask[j, i]), key=lambda i: entropies[i]):
+            if spent > value:
+                break
+            taken.add(i)
+            spent += entropies[i]
+        assert {i for i in range(60) if mask[j, i] and row_ids[i] != MASK} == taken
+
+
+def test_ancestral_unmasks_each_position_with_its_probability():
+    p, _, mask = by_confidence(7, batch=40, length=1000)
+    for probability in (0.01, 0.3, 0.9):
+        ids, _ = run(p, "ancestral", value=probability, seed=11)
+        taken = (ids != p.token_ids).sum().item()
+        expected, deviation = probability * mask.sum(), math.sqrt(mask.sum() * probability * (1 - probability))
+        assert abs(taken - expected) < 4 * deviation
+    counts = run(p, "ancestral", value=1e-9, seed=11)[1]
+    assert (counts == 1).all(), "the best one where nothing was drawn"
+    best = torch.where(mask, p.sample.log_prob, -torch.inf).argmax(1)
+    assert (run(p, "ancestral", value=0.0, seed=11)[0].gather(1, best[:, None]) != MASK).all()
+
+
+def test_random_order_takes_every_position_alike():
+    """200 steps of 5 among 50 positions: 20 each in expectation; seen 10 ... 32."""
+    ids = torch.full((200, 50), MASK)
+    sample = TokenSample(torch.zeros_like(ids), *(torch.zeros(200, 50) for _ in range(3)))
+    unmask_(ids, sample, MASK, order="random", count=5, seed=3)
+    taken = (ids == 0).sum(0)
+    statistic = ((taken - 20).double() ** 2 / (20 * (1 - 5 / 50))).sum().item() * 49 / 50
+    assert taken.sum() == 1000 and 25 < statistic < 85  # chi-square with 49 degrees: within (0.1 %, 99.9 %)
+
+
+# ------------------------------------------------------------------------------------------------ invariance
+@native
+def test_ties_go_to_the_lower_position(row):
+    row.skip_unless_runnable("unmask_")
+    ids = torch.full((1, 40), MASK)
+    sample = TokenSample(torch.ones_like(ids), *(torch.zeros(1, 40) for _ in range(3)))
+    for order in ("confidence", "margin", "entropy"):
+        with row.active():
+            result, committed = run(Problem(ids, sample), "count", order, 7, device=row.device)
+        assert committed.item() == 7 and (result[0, :7] == 1).all() and (result[0, 7:] == MASK).all()
+
+
+@native
+@pytest.mark.parametrize("order", ["confidence", "random"])
+@every_rule
+def test_a_row_is_the_same_alone_and_in_any_batch(row, rule, order):
+    row.skip_unless_runnable("unmask_")
+    p = problem("plain", 6, 90)
+    names = torch.tensor([7, 1, 2**33, 3, 9, 4])
+    with row.active():
+        whole = run(p, rule, order, seed=2, sequence_ids=names.to(row.device), device=row.device)
+        for picked in ([3], [5, 0, 3, 1]):
+            part = Problem(p.token_ids[picked], TokenSample(*(t[picked] for t in p.sample[:4])))
+            alone = run(part, rule, order, seed=2, sequence_ids=names[picked].to(row.device), device=row.device)
+            assert same(alone, [t[picked] for t in whole])
+
+
+@native
+@every_rule
+def test_results_do_not_depend_on_threads(row, rule):
+    row.skip_unless_runnable("unmask_")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 5):
+            torch.set_num_threads(n)
+            with row.active():
+                results.append([run(problem(kind, 24, 1500), rule, "entropy", seed=4) for kind in ("plain", "rows")])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same(a, b) for r in results for a, b in zip(results[0], r, strict=True))
+
+
+def test_seed_and_step_and_sequence_change_what_is_random():
+    p = problem("plain", 3, 80)
+    first = run(p, "count", "random", seed=1)
+    assert same(first, run(p, "count", "random", seed=1))
+    assert same(first, run(p, "count", "random", seed=torch.tensor(1), step=torch.tensor([0])))
+    for other in ({"seed": 2}, {"seed": 1 + 2**40}, {"seed": 1, "step": 1}):
+        assert not same(first, run(p, "count", "random", **other))
+    assert not same(first, run(p, "count", "random", seed=1, sequence_ids=torch.tensor([2, 0, 1])))
+    torch.manual_seed(0)
+    drawn = run(p, "ancestral", value=0.5)
+    again = run(p, "ancestral", value=0.5)
+    torch.manual_seed(0)
+    assert not same(drawn, again) and same(drawn, run(p, "ancestral", value=0.5))
+
+
+# ------------------------------------------------------------------------------------------------ forms of the call
+def test_one_row_and_ints_for_blocks():
+    p = problem("plain", 1, 30)
+    flat = p.token_ids[0].clone()
+    committed = unmask_(flat, TokenSample(*(t[0] for t in p.sample[:4])), MASK, count=4, block_start=5, block_end=25)
+    p.optional = {"block_start": torch.tensor([5]), "block_end": torch.tensor([25])}
+    expected, count = p.expected("count", "confidence", 4)
+    assert torch.equal(flat, expected[0]) and torch.equal(committed, count)
+
+
+@rows
+def test_views_are_written_in_place(row):
+    row.skip_unless_runnable("unmask_")
+    p = problem("plain", 4, 30)
+    memory = torch.full((4, 50), MASK, device=row.device)
+    memory[:, 10:40] = p.token_ids.to(row.device)
+    sample = TokenSample(*(t.to(row.device).t().contiguous().t() for t in p.sample[:4]))  # copied by the call
+    with row.active():
+        unmask_(memory[:, 10:40], sample, MASK, count=3)
+    assert torch.equal(memory[:, 10:40].cpu(), p.expected("count", "confidence", 3)[0])
+    assert (memory[:, :10] == MASK).all() and (memory[:, 40:] == MASK).all()
+
+
+@rows
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_empty(row, shape):
+    row.skip_unless_runnable("unmask_")
+    ids = torch.zeros(shape, dtype=torch.int64, device=row.device)
+    sample = TokenSample(ids, *(torch.zeros(shape, device=row.device) for _ in range(3)))
+    with row.active():
+        assert unmask_(ids, sample, MASK, count=1).tolist() == [0] * shape[0]
+        none = TokenSample(ids.new_empty(0), *(torch.empty(0, device=row.device) for _ in range(3)))
+        full = torch.full((2, 3), MASK, device=row.device)
+        assert unmask_(full, none, MASK, count=1, rows=ids.new_empty(0)).tolist() == [0, 0]
+
+
+def test_float64_scores_run_on_the_reference_alone():
+    p = problem("plain", 3, 20)
+    wide = Problem(p.token_ids, TokenSample(p.sample.token, *(t.double() for t in p.sample[1:4])))
+    assert same(run(wide, "factor"), p.expected("factor", "confidence", NUMBERS["factor"]))
+    with use_backend("cpu"), pytest.raises(BackendError, match="float64"):
+        run(wide, "factor")
+
+
+def test_a_step_from_logits():
+    """sample_tokens of the masked rows, then unmask_: what generation does, until nothing is masked."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(MASK, (3, 24), generator=g)
+    ids[:, 6:] = torch.where(torch.rand(3, 18, generator=g) < 0.7, MASK, ids[:, 6:])
+    before = ids.clone()
+    for step in range(18):
+        masked = (ids == MASK).flatten().nonzero()[:, 0]
+        logits = torch.randn(len(masked), 50, generator=g)
+        sample = sample_tokens(logits, temperature=0.0, suppress_tokens=[MASK])
+        assert (unmask_(ids, sample, MASK, count=2, rows=masked, step=step) <= 2).all()
+    assert (ids != MASK).all() and torch.equal(ids[before != MASK], before[before != MASK])
+
+
+def test_writes_are_seen_by_autograd():
+    p = problem("plain", 2, 10)
+    ids, w = p.token_ids.clone(), torch.randn(50, 4, requires_grad=True)
+    loss = torch.nn.functional.embedding(ids, w).sum()
+    unmask_(ids, p.sample, MASK, count=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_scores_that_require_grad_are_taken_as_they_are():
+    p = problem("plain", 2, 10)
+    grad = Problem(p.token_ids, TokenSample(p.sample.token, *(t.clone().requires_grad_() for t in p.sample[1:4])))
+    assert same(run(grad, "count"), run(p, "count"))
+    with use_backend("reference"):
+        assert same(run(grad, "count"), run(p, "count"))
+
+
+# ------------------------------------------------------------------------------------------------ torch's machinery
+def operator_arguments(p: Problem, rule: int, order: int, **given) -> tuple:
+    o = {k: p.optional.get(k) for k in ("rows", "block_start", "block_end", "active", "sequence_ids")}
+    return (
+        p.token_ids.clone(), *p.sample[:4], o["rows"], o["block_start"], o["block_end"], o["active"], rule, order,
+        given.get("values"), given.get("value", 2.0), MASK, given.get("seeds"), 3, given.get("steps"), 1,
+        o["sequence_ids"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "rows", "blocks"])
+def test_opcheck(kind):
+    p, tensors = problem(kind, 3, 20), {"values": torch.full((3,), 2.0), "seeds": torch.tensor(3)}
+    for given in ({}, tensors):
+        torch.library.opcheck(torch.ops.fastdiff.unmask_.default, operator_arguments(p, 0, 3, **given))
+
+
+def test_schema_is_the_one_that_csrc_defines():
+    for name, schema in _unmask_backends.SCHEMAS.items():
+        parsed = torch._C.parse_schema("fastdiff::" + name + schema)
+        assert str(getattr(torch.ops.fastdiff, name).default._schema) == str(parsed)
+
+
+@rows
+@every_rule
+def test_fullgraph_compile_equals_eager_and_does_not_recompile(row, rule):
+    row.skip_unless_runnable("unmask_")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(ids, sample, value, seed, at):
+        committed = unmask_(ids, TokenSample(*sample), MASK, rule=rule, **numbers(rule, value), seed=seed, step=at)
+        return ids + 1, committed
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    with row.active():
+        for i, (batch, length) in enumerate([(4, 30), (4, 30), (3, 77)]):
+            p = problem("plain", batch, length, seed=i)
+            kind = torch.int64 if rule == "count" else torch.float32
+            value = torch.full((batch,), NUMBERS[rule], dtype=kind, device=row.device)
+            arguments = [tuple(t.to(row.device) for t in p.sample[:4]), value]
+            arguments += [torch.tensor(n, device=row.device) for n in (6, i)]
+            eager_ids, ids = (p.token_ids.clone().to(row.device) for _ in range(2))
+            assert same(step(eager_ids, *arguments), compiled(ids, *arguments)) and torch.equal(eager_ids, ids)
+            compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1] > 0, "another step, batch or length must not compile again"
+
+
+def test_inductor():
+    torch._dynamo.reset()
+    p = problem("blocks", 4, 40)
+
+    def step(ids):
+        return unmask_(ids, p.sample, MASK, rule="factor", order="random", factor=1.25, seed=3, **p.optional)
+
+    ids = p.token_ids.clone()
+    committed = torch.compile(step, fullgraph=True)(ids)
+    assert same((ids, committed), p.expected("factor", "random", 1.25, seed=3))
+
+
+def test_meta_tensors_have_shapes():
+    ids = torch.empty(3, 8, dtype=torch.int64, device="meta")
+    fields = (ids, *(torch.empty(3, 8, device="meta") for _ in range(3)))
+    arguments = (None, None, None, None, 0, 0, None, 1.0, MASK, None, 0, None, 0, None)
+    result = torch.ops.fastdiff.unmask_(ids, *fields, *arguments)
+    assert result.shape == (3,) and result.dtype == torch.int64
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+I, S = torch.full((2, 6), MASK), TokenSample(torch.zeros(2, 6, dtype=torch.int64), *(torch.zeros(2, 6) for _ in "abc"))
+FLAT = TokenSample(*(t.flatten()[:4] for t in S[:4]))
+ROWS_OF = {"count": 1, "mask_token_id": MASK}
+
+
+def bad(ids=I, sample=S, **keywords):
+    return lambda: unmask_(ids, sample, **(ROWS_OF | keywords))
+
+
+BAD = {
+    "ids-list": (TypeError, "token_ids is a list", bad([1, 2])),
+    "ids-float": (TypeError, "token_ids is torch.float32", bad(I.float())),
+    "ids-int32": (TypeError, "token_ids is torch.int32", bad(I.int())),
+    "ids-3d": (ValueError, r"token_ids has shape \[1, 2, 6\]; expected \[B, L\]", bad(I[None])),
+    "ids-sparse": (TypeError, "expected dense int64", bad(I.to_sparse())),
+    "ids-transposed": (ValueError, "contiguous last dimension", bad(torch.full((6, 2), MASK).t())),
+    "ids-expanded": (ValueError, "do not overlap", bad(I[:1].expand(2, 6))),
+    "rule": (ValueError, "rule is 'best'; expected one of count", bad(rule="best")),
+    "order": (ValueError, "order is 'entropi'; expected one of confidence", bad(order="entropi")),
+    "no-number": (ValueError, "rule 'threshold' needs threshold", bad(rule="threshold", count=None)),
+    "wrong-number": (ValueError, "count was given with rule 'factor'", bad(rule="factor", factor=1.0)),
+    "two-numbers": (ValueError, "factor was given with rule 'count'", bad(factor=1.0)),
+    "count-0": (ValueError, "count is 0; expected an int >= 1", bad(count=0)),
+    "count-float": (ValueError, "count is 2.0; expected an int", bad(count=2.0)),
+    "count-bool": (ValueError, "count is True", bad(count=True)),
+    "count-floats": (TypeError, "count is torch.float32; expected a tensor of integers", bad(count=torch.ones(2))),
+    "count-shape": (ValueError, r"count has shape \[3\]; expected \[2\]", bad(count=torch.ones(3, dtype=torch.int64))),
+    "threshold-0": (
+        ValueError,
+        r"threshold is 0; expected in \(0, 1\]",
+        bad(rule="threshold", count=None, threshold=0),
+    ),
+    "threshold-2": (ValueError, "threshold is 1.5", bad(rule="threshold", count=None, threshold=1.5)),
+    "threshold-nan": (ValueError, "threshold is nan", bad(rule="threshold", count=None, threshold=math.nan)),
+    "factor": (ValueError, "factor is 0; expected > 0", bad(rule="factor", count=None, factor=0)),
+    "budget": (ValueError, "entropy_budget is -0.1", bad(rule="entropy_budget", count=None, entropy_budget=-0.1)),
+    "probability": (ValueError, "probability is 1.1", bad(rule="ancestral", count=None, probability=1.1)),
+    "probability-low": (ValueError, "probability is -1", bad(rule="ancestral", count=None, probability=-1)),
+    "probability-str": (ValueError, "probability is 'a'", bad(rule="ancestral", count=None, probability="a")),
+    "number-bool": (TypeError, "torch.bool", bad(rule="factor", count=None, factor=torch.ones(2, dtype=torch.bool))),
+    "mask-negative": (ValueError, "mask_token_id is -1; expected an int >= 0", bad(mask_token_id=-1)),
+    "mask-float": (ValueError, "mask_token_id is 4.0", bad(mask_token_id=4.0)),
+    "sample": (TypeError, "sample is a Tensor; expected a TokenSample", bad(sample=I)),
+    "sample-shape": (ValueError, r"sample.token has shape \[4\]; expected \[2, 6\]", bad(sample=FLAT)),
+    "sample-dtype": (TypeError, "sample.token is torch.int32", bad(sample=S._replace(token=S.token.int()))),
+    "sample-half": (TypeError, "sample.log_prob is torch.float16", bad(sample=S._replace(log_prob=S.log_prob.half()))),
+    "sample-mixed": (TypeError, "sample.margin is torch.float64", bad(sample=S._replace(margin=S.margin.double()))),
+    "sample-none": (TypeError, "sample.entropy is a NoneType", bad(sample=S._replace(entropy=None))),
+    "sample-device": (ValueError, "sample.token is on meta", bad(sample=S._replace(token=S.token.to("meta")))),
+    "rows-shape": (ValueError, r"rows has shape \[2, 2\]", bad(sample=FLAT, rows=torch.zeros(2, 2, dtype=torch.int64))),
+    "rows-dtype": (TypeError, "rows is torch.int32", bad(sample=FLAT, rows=torch.zeros(4, dtype=torch.int32))),
+    "rows-list": (TypeError, "rows is a list", bad(sample=FLAT, rows=[0, 1, 2, 3])),
+    "rows-length": (
+        ValueError,
+        r"sample.token has shape \[4\]; expected \[3\]",
+        bad(sample=FLAT, rows=torch.arange(3)),
+    ),
+    "rows-high": (ValueError, "rows holds 12; expected positions", bad(sample=FLAT, rows=torch.arange(9, 13))),
+    "rows-low": (ValueError, "rows holds -2", bad(sample=FLAT, rows=torch.arange(-2, 2))),
+    "block-negative": (ValueError, "block_start is -1", bad(block_start=-1)),
+    "block-dtype": (TypeError, "block_end is torch.int32", bad(block_end=torch.ones(2, dtype=torch.int32))),
+    "block-shape": (ValueError, r"block_end has shape \[1\]; expected \[2\]", bad(block_end=torch.tensor([3]))),
+    "active": (TypeError, "active is torch.int64; expected torch.bool", bad(active=torch.ones(2, dtype=torch.int64))),
+    "sequences": (ValueError, r"sequence_ids has shape \[3\]", bad(sequence_ids=torch.arange(3))),
+    "seed-float": (ValueError, "seed is 0.5; expected an int of 64 bits", bad(seed=0.5)),
+    "seed-large": (ValueError, "seed is 9223372036854775808", bad(seed=2**63)),
+    "seed-shape": (ValueError, r"seed has shape \[2\]; expected \[\]", bad(seed=torch.arange(2))),
+    "step-dtype": (TypeError, "step is torch.float32", bad(step=torch.tensor(1.0))),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line(case):
+    error, message, call = BAD[case]
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value) and (I == MASK).all()
+
+
+def test_direct_calls_of_the_operator_do_not_touch_what_is_out_of_bounds():
+    op, p = torch.ops.fastdiff.unmask_, problem("rows", 3, 20)
+    arguments = operator_arguments(p, 0, 0)
+    for index, wrong, message in (
+        (0, torch.zeros(3, 20), "token_ids does not fit"),
+        (0, torch.zeros(1, 20, dtype=torch.int64).expand(3, 20), "do not overlap"),
+        (1, torch.zeros(3, dtype=torch.int64), "token does not fit"),
+        (2, p.sample.log_prob.double(), "log_prob does not fit"),
+        (6, torch.zeros(2, dtype=torch.int64), "block_start does not fit"),
+        (8, torch.zeros(2, dtype=torch.bool), "active does not fit"),
+        (9, 5, "rule or order is unknown"),
+        (11, torch.zeros(2), "values does not fit"),
+        (14, torch.zeros(2, dtype=torch.int64), "seeds does not fit"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments[:index], wrong, *arguments[index + 1 :])
+    rows = p.optional["rows"].clone()
+    rows[rows < 0] = torch.tensor([60, -9, 2**62]).repeat(20)[: int((rows < 0).sum())]
+    committed = op(*arguments[:5], rows, *arguments[6:])
+    assert same((arguments[0], committed), p.expected("count", "confidence", 2))
+
+
+def test_a_backend_asked_for_by_name_that_cannot_run_raises():
+    with use_backend("cuda"), pytest.raises(BackendError, match="backend 'cuda' was asked for and cannot run"):
+        unmask_(I.clone(), S, MASK, count=1)
