@@ -59,13 +59,14 @@ def unmask_(
         sample: what `sample_tokens` or `lm_head_sample` returned for these positions: token (int64), log_prob, entropy
             (nats) and margin (float32; float64 runs on the reference), `[B, L]`, or `[R]` where `rows` is given.
         mask_token_id: the id that stands for a mask; never committed.
-        rule: "count" (the first `count`), "threshold" (each whose score is at least `threshold`), "factor" (the first r
-            while their score is above 1 - factor / (r + 2), r = 0, 1, …), "entropy_budget" (the first while the
-            entropies of those before sum to at most `entropy_budget`, in nats) or "ancestral" (each with `probability`).
+        rule: "count" (the first `count`), "threshold" (each whose score is at least `threshold`), "factor" (the first
+            while the score of the r-th, r = 0, 1, …, is above 1 - factor / (r + 2)), "entropy_budget" (the first while
+            the entropies of those before sum to at most `entropy_budget`, in nats) or "ancestral" (each with
+            `probability`). Where that is none, the first one.
         order: "confidence" (score exp(log_prob)), "margin" (score margin), "entropy" (the lowest first, score
             exp(-entropy)) or "random" (a random score in [0, 1)).
         count, threshold, factor, entropy_budget, probability: the number of the chosen rule, and of no other: for all
-            rows, or a tensor `[B]`, taken in float32. The values in a tensor are not looked at (that would synchronise).
+            rows, or a tensor `[B]`, taken in float32. The values in a tensor are not checked (that would synchronise).
         rows: int64 `[R]`, the flat positions b·L + l of the sample's entries in any order, none twice; -1: no position.
         block_start, block_end: the positions that may be committed, block_start ≤ l < block_end: int, or int64 `[B]`.
         active: bool `[B]`; rows where it is False are left alone.
