@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdiff import use_backend
 from fastdiff.kernels.adaln import reference
+from fastdiff.ops import sample_tokens
 from ops.unmask_cases import MASK, NUMBERS, ORDERS, RULES, problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,9 +36,18 @@ def build(folder: Path, kernel: str, main: str) -> Path:
     return folder / "program"
 
 
+def run(program: Path, data: bytes) -> bytes:
+    return subprocess.run([TOOLS[1], str(program)], input=data, capture_output=True, check=True).stdout
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("adaln"), "adaln/adaln", "aarch64_main.cpp")
+    return build(tmp_path_factory.mktemp("adaln"), "adaln/adaln", "aarch64_adaln.cpp")
+
+
+@pytest.fixture(scope="module")
+def sampling_program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("sampling"), "token_sampling/token_sampling", "aarch64_sample_tokens.cpp")
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +57,13 @@ def unmask_program(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "dim", "rms"), [(5, 77, False), (3, 384, True), (2, 1, False), (9, 7, True)])
-def test_forward_under_qemu(program, dtype, tokens, dim, rms):
+def test_adaln_under_qemu(program, dtype, tokens, dim, rms):
     generator = torch.Generator().manual_seed(dim)
     operands = [torch.randn(s, generator=generator).to(dtype) for s in [(tokens, dim)] * 2 + [(1, dim)] * 3]
     data = struct.pack("4q", tokens, dim, DTYPES[dtype], rms)
     data += b"".join(t.view(torch.uint8).numpy().tobytes() for t in operands)
-    done = subprocess.run([TOOLS[1], str(program)], input=data, capture_output=True, check=True)
-    stream, out = torch.frombuffer(bytearray(done.stdout), dtype=dtype).view(2, 1, tokens, dim)
+    done = run(program, data)
+    stream, out = torch.frombuffer(bytearray(done), dtype=dtype).view(2, 1, tokens, dim)
     x, branch, gate, shift, scale = (t.double() for t in operands)
     exact = reference.gated_residual_adaln(x[None], branch[None], gate, shift, scale, norm="rms" if rms else "layer")
     eps = torch.finfo(dtype).eps
@@ -70,7 +81,24 @@ def test_unmask_under_qemu(unmask_program, rule, kind):
     for order in ORDERS:
         data = struct.pack("6q", batch, length, RULES.index(rule), ORDERS.index(order), 5, MASK)
         data += b"".join(t.numpy().tobytes() for t in (p.token_ids, *p.sample[:4], values))
-        done = subprocess.run([TOOLS[1], str(unmask_program)], input=data, capture_output=True, check=True)
-        out = torch.frombuffer(bytearray(done.stdout), dtype=torch.int64)
+        done = run(unmask_program, data)
+        out = torch.frombuffer(bytearray(done), dtype=torch.int64)
         expected, committed = p.expected(rule, order, values, seed=5)
         assert torch.equal(out[:-batch].view(batch, length), expected) and torch.equal(out[-batch:], committed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("vocab", "temperature", "top_k", "top_p"), [(5, 0.0, 0, 1.0), (1500, 0.8, 0, 1.0), (17000, 1.0, 500, 0.9)]
+)
+def test_sample_tokens_under_qemu(sampling_program, dtype, vocab, temperature, top_k, top_p):
+    logits = (torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).to(dtype)
+    data = struct.pack("4q2d", 3, vocab, DTYPES[dtype], top_k, temperature, top_p)
+    done = bytearray(run(sampling_program, data + logits.view(torch.uint8).numpy().tobytes()))
+    token = torch.frombuffer(done, dtype=torch.int64, count=3)
+    floats = torch.frombuffer(done, dtype=torch.float32, offset=24).view(3, 3)
+    with use_backend("reference"):
+        exact = sample_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=1)
+    assert torch.equal(token, exact.token)
+    for result, truth in zip(floats, exact[1:4], strict=True):
+        torch.testing.assert_close(result, truth, rtol=1e-6, atol=1e-8)

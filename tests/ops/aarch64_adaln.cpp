@@ -1,4 +1,4 @@
-// The CPU kernels as an aarch64 program, for tests/ops/test_aarch64.py: reads parameters and tensors from stdin, runs
+// AdaLN as an aarch64 program, for tests/ops/test_aarch64.py: reads parameters and tensors from stdin, runs
 // one forward call, writes the outputs to stdout. No torch, no Python.
 #include <cstdio>
 #include <cstdlib>
