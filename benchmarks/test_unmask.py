@@ -1,7 +1,7 @@
 """unmask_ against the public loops over rows (LLaDA, Fast-dLLM, entropy-bounded) and MDLM's ancestral step.
 
-Every call starts from the same masked ids, which all contenders copy back first. The loops get what they work on (mask,
-confidences, sampled ids) ready made. Every case first compares what is committed with the reference.
+Every call starts from the same masked ids, which all contenders copy back first. The loops get probabilities, as their
+public code has them; both find the masks themselves. Every case first compares what is committed with the reference.
 """
 
 import baselines
@@ -36,15 +36,15 @@ def inputs(masked: str) -> tuple[Tensor, TokenSample]:
 
 
 def loop(rule: str, ids: Tensor, sample: TokenSample):
-    """The public step: which positions are committed."""
-    mask, confidence = ids == MASK, sample.log_prob.exp()
+    """The public step: from the mask, which positions are committed."""
+    confidence, number = sample.log_prob.exp(), NUMBERS[rule]
     counts = torch.full((BATCH,), NUMBERS["count"], device=ids.device)
     return {
-        "count": lambda: baselines.transfer_by_count(mask, confidence, counts),
-        "threshold": lambda: baselines.transfer_by_threshold(mask, confidence, NUMBERS[rule]),
-        "factor": lambda: baselines.transfer_by_factor(mask, confidence, NUMBERS[rule]),
-        "entropy_budget": lambda: baselines.transfer_by_entropy_budget(mask, sample.entropy, NUMBERS[rule]),
-        "ancestral": lambda: baselines.transfer_ancestral(mask, NUMBERS[rule]),
+        "count": lambda mask: baselines.transfer_by_count(mask, confidence, counts),
+        "threshold": lambda mask: baselines.transfer_by_threshold(mask, confidence, number),
+        "factor": lambda mask: baselines.transfer_by_factor(mask, confidence, number),
+        "entropy_budget": lambda mask: baselines.transfer_by_entropy_budget(mask, sample.entropy, number),
+        "ancestral": lambda mask: baselines.transfer_ancestral(mask, number),
     }[rule]
 
 
@@ -76,8 +76,10 @@ def test_unmask(rule, masked, benchmark, report):
 
     def public() -> None:
         theirs.copy_(start)
-        chosen = transfer()
-        theirs[chosen] = sample.token[chosen]
+        mask = theirs == MASK
+        x0 = torch.where(mask, sample.token, theirs)
+        chosen = transfer(mask)
+        theirs[chosen] = x0[chosen]
 
     fused()
     public()
