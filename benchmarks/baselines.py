@@ -1,4 +1,4 @@
-"""What fastdiff is compared with: AdaLN and DiT in plain PyTorch, as public diffusion transformers are written.
+"""What fastdiff is compared with: its operators and DiT in plain PyTorch, as public diffusion models are written.
 
 The layout is that of Peebles and Xie (2023): LayerNorm without affine, `modulate`, six chunks of one projection,
 scaled_dot_product_attention, tanh-GELU. Nothing here is tuned, and nothing is made slower than usual.
@@ -24,6 +24,25 @@ def gated_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     stream = residual + gate.unsqueeze(1) * branch
     return stream, adaln(stream, shift, scale)
+
+
+def masked_loss_of_all_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, row_weight: Tensor
+) -> Tensor:  # [R, D], [V, D], [R], [R], [R]
+    """As LLaDA's guidelines train: logits of every position, the loss of the masked ones, weighted by 1/t."""
+    logits = F.linear(hidden, weight)
+    return (F.cross_entropy(logits[mask], targets[mask], reduction="none") * row_weight[mask]).sum()
+
+
+def loss_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor) -> Tensor:
+    return (F.cross_entropy(F.linear(hidden, weight), targets, reduction="none") * row_weight).sum()
+
+
+def masked_loss_of_gathered_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, row_weight: Tensor, loss: Callable = loss_of_rows
+) -> Tensor:
+    """The same without the rows that are not masked. `loss`: of the gathered rows."""
+    return loss(hidden[mask], weight, targets[mask], row_weight[mask])
 
 
 def compiled(function: Callable) -> Callable:
