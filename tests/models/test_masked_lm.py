@@ -9,7 +9,7 @@ from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig
 from fastdiff.nn import KeyValueCache, annealed_attention_mask
 
 ARCHITECTURES = ["mdlm", "gpt2", "llada", "dream", "llama"]
-TOLERANCE = dict(rtol=0, atol=1e-5)  # seen: 1e-6 (fp32, hidden states of size 1)
+TOLERANCE = dict(rtol=0, atol=1e-5)  # seen: 7e-7 (fp32, hidden states of size 1)
 
 
 def model(architecture="mdlm", **options):
@@ -98,16 +98,16 @@ def test_loss_is_the_weighted_cross_entropy_of_masked_tokens(architecture):
     logits[..., built.config.mask_token_id] = -torch.inf
     rows = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
     expected = (rows.view(4, 12) * masked.weight[:, None]).sum() / 48
-    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-13, atol=0)  # seen: 3e-16
     parameters = [p for p in built.parameters() if p.requires_grad]
     for ours, plain in zip(
         torch.autograd.grad(out.loss, parameters, retain_graph=True),
         torch.autograd.grad(expected, parameters),
         strict=True,
     ):
-        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-7)
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-13)  # seen: 1e-16
     mean = built(masked.input_ids, labels=labels).loss
-    torch.testing.assert_close(mean, rows.sum() / masked.mask.sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean, rows.sum() / masked.mask.sum(), rtol=1e-13, atol=0)  # seen: 3e-16
     built.train()
     assert built(masked.input_ids, labels=labels).logits is None  # never made
     assert built(masked.input_ids, labels=labels, return_logits=True).logits is not None
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         built(ids(), labels=ids()).loss.backward()
         grads.append([p.grad for p in built.parameters()])
     for plain, recomputed in zip(*grads, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-7)
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-7)  # seen: 0
 
 
 def test_annealed_attention_goes_from_causal_to_bidirectional():
@@ -225,7 +225,7 @@ def test_lora_trains_through_peft(tmp_path):
         torch.testing.assert_close(fresh(ids()).logits, expected, rtol=0, atol=0)
         assert fresh.hidden_states(ids()).shape == (3, 10, 32) and fresh.head_weight.shape == (61, 32)
         merged = fresh.merge_and_unload()
-        torch.testing.assert_close(merged(ids()).logits, expected, rtol=0, atol=2e-5)  # seen: 2e-6
+        torch.testing.assert_close(merged(ids()).logits, expected, rtol=0, atol=1e-5)  # seen: 7e-7
         assert (expected - before).abs().max() > 1e-2
 
 
