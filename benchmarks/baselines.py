@@ -1,4 +1,4 @@
-"""What fastdiff is compared with: AdaLN and DiT in plain PyTorch, as public diffusion transformers are written.
+"""What fastdiff is compared with: its operators and DiT in plain PyTorch, as public diffusion models are written.
 
 The layout is that of Peebles and Xie (2023): LayerNorm without affine, `modulate`, six chunks of one projection,
 scaled_dot_product_attention, tanh-GELU. Nothing here is tuned, and nothing is made slower than usual.
@@ -24,6 +24,25 @@ def gated_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     stream = residual + gate.unsqueeze(1) * branch
     return stream, adaln(stream, shift, scale)
+
+
+def masked_loss_of_all_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, row_weight: Tensor
+) -> Tensor:  # [R, D], [V, D], [R], [R], [R]
+    """As LLaDA's guidelines train: logits of every position, the loss of the masked ones, weighted by 1/t."""
+    logits = F.linear(hidden, weight)
+    return (F.cross_entropy(logits[mask], targets[mask], reduction="none") * row_weight[mask]).sum()
+
+
+def loss_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor) -> Tensor:
+    return (F.cross_entropy(F.linear(hidden, weight), targets, reduction="none") * row_weight).sum()
+
+
+def masked_loss_of_gathered_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, row_weight: Tensor, loss: Callable = loss_of_rows
+) -> Tensor:
+    """The same without the rows that are not masked. `loss`: of the gathered rows."""
+    return loss(hidden[mask], weight, targets[mask], row_weight[mask])
 
 
 def compiled(function: Callable) -> Callable:
@@ -109,3 +128,65 @@ class PlainDiT(nn.Module):
         grid = (height // self.patch, width // self.patch)
         x = x.reshape(batch, *grid, self.patch, self.patch, -1)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
+
+
+# ------------------------------------------------------------------------------------------------ unmasking
+# Tensors as in the public generation loops of LLaDA and Fast-dLLM: x [B, L] token ids, mask where x is masked, x0 the
+# sampled ids, confidence and entropy [B, L]. Each returns the positions to commit, and the caller writes x0 there.
+def _selected(confidence: Tensor, counts: list[int]) -> Tensor:
+    transfer = torch.zeros_like(confidence, dtype=torch.bool)
+    for j, count in enumerate(counts):
+        _, chosen = torch.topk(confidence[j], k=count)
+        transfer[j, chosen] = True
+    return transfer
+
+
+def transfer_by_count(mask: Tensor, confidence: Tensor, counts: Tensor) -> Tensor:  # counts [B]
+    """LLaDA: the most confident `counts[b]` positions of each row."""
+    confidence = torch.where(mask, confidence, -torch.inf)
+    transfer = torch.zeros_like(mask)
+    for j in range(confidence.shape[0]):
+        _, chosen = torch.topk(confidence[j], k=counts[j])
+        transfer[j, chosen] = True
+    return transfer
+
+
+def transfer_by_threshold(mask: Tensor, confidence: Tensor, threshold: float) -> Tensor:
+    """Fast-dLLM: all masked positions best first, those below the threshold but the first taken back one by one."""
+    confidence, counts = torch.where(mask, confidence, -torch.inf), mask.sum(dim=1)
+    transfer = torch.zeros_like(mask)
+    for j in range(confidence.shape[0]):
+        _, chosen = torch.topk(confidence[j], k=counts[j])
+        transfer[j, chosen] = True
+        for k in range(1, counts[j]):
+            if confidence[j, chosen[k]] < threshold:
+                transfer[j, chosen[k]] = False
+    return transfer
+
+
+def transfer_by_factor(mask: Tensor, confidence: Tensor, factor: float) -> Tensor:
+    """Fast-dLLM: best first while the confidence is above 1 - factor / (n + 1), n = 1, 2, …; at least one."""
+    confidence = torch.where(mask, confidence, -torch.inf)
+    counts = []
+    for j in range(confidence.shape[0]):
+        ordered = torch.sort(confidence[j][mask[j]], descending=True)[0]
+        n = 1
+        while n < len(ordered) and ordered[n] > 1 - factor / (n + 2):
+            n += 1
+        counts.append(min(n, len(ordered)))
+    return _selected(confidence, counts)
+
+
+def transfer_by_entropy_budget(mask: Tensor, entropy: Tensor, budget: float) -> Tensor:
+    """Entropy-bounded: the lowest entropies while those before sum to at most the budget."""
+    transfer = torch.zeros_like(mask)
+    for j in range(mask.shape[0]):
+        ordered, chosen = torch.sort(torch.where(mask[j], entropy[j], torch.inf))
+        within = torch.cumsum(ordered, dim=0) - ordered <= budget
+        transfer[j, chosen[within]] = True
+    return transfer & mask
+
+
+def transfer_ancestral(mask: Tensor, probability: float) -> Tensor:
+    """MDLM: each position on its own; no loop over rows."""
+    return mask & (torch.rand(mask.shape, device=mask.device) < probability)

@@ -80,6 +80,28 @@ def in_turns(benchmark, contenders: dict[str, Callable[[], object]], rounds: int
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that a call holds at once of what it allocates, results included: every allocation of torch's, replayed.
+
+    Exact and the same at each run. What the libraries of matrix products allocate for themselves is not seen.
+    """
+    function()  # what is allocated once and kept is not the call's
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()  # kept: frees belong to the call only where it makes them
+    del result
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
 def speed_row(case: str, seconds: dict[str, float], targets: dict[str, float]) -> Row:
     """A row in µs with the speed-ups of fastdiff over every other contender."""
     speedups = {name: value / seconds["fastdiff"] for name, value in seconds.items() if name != "fastdiff"}

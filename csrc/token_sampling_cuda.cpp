@@ -1,6 +1,5 @@
 // sample_tokens and lm_head_sample on CUDA tensors: the device guard, torch's current stream, and the launch functions.
-#include <torch/csrc/stable/accelerator.h>
-
+#include "csrc/cuda_launch.h"
 #include "csrc/token_sampling.h"
 #include "kernels/token_sampling/token_sampling_cuda.h"
 
@@ -14,22 +13,11 @@ struct Cuda {
   static int64_t workspace_bytes(const TokenSampleParams& p) { return cuda::sample_tokens_workspace_bytes(p); }
   static int64_t head_workspace_bytes(const LmHeadSampleParams& p) { return cuda::lm_head_sample_workspace_bytes(p); }
   static void sample(const TokenSampleParams& p, const Tensor& logits) {
-    const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-    check(cuda::sample_tokens(p, stream(logits)), "sample_tokens");
+    launch_on(logits, "sample_tokens", [&](CUstream_st* stream) { return cuda::sample_tokens(p, stream); });
   }
-  // The products run under the same guard, so on the same stream.
   static void head_sample(const LmHeadSampleParams& p, const Tensor& hidden, const HeadProduct& product) {
-    const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-    check(cuda::lm_head_sample(p, stream(hidden), product), "lm_head_sample");
-  }
-
- private:
-  static CUstream_st* stream(const Tensor& x) {
-    return static_cast<CUstream_st*>(
-        torch::stable::accelerator::getCurrentStream(x.get_device_index()).nativeHandle());
-  }
-  static void check(int error, const char* what) {
-    STD_TORCH_CHECK(error == 0, "fastdiff::", what, " could not be launched: CUDA error ", error);
+    launch_on(hidden, "lm_head_sample",
+              [&](CUstream_st* stream) { return cuda::lm_head_sample(p, stream, product); });
   }
 };
 

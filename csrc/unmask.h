@@ -67,8 +67,10 @@ Tensor unmask(Tensor token_ids, Tensor token, Tensor log_prob, Tensor entropy, T
   if (batch * length == 0 || entries == 0) return torch::stable::zero_(committed);
   p.token_ids = static_cast<int64_t*>(token_ids.mutable_data_ptr());
   p.committed = static_cast<int64_t*>(committed.mutable_data_ptr());
-  Tensor workspace = empty(token_ids, {(Backend::workspace_bytes(p) + 7) / 8}, ScalarType::Long);
-  p.workspace = workspace.mutable_data_ptr();
+  const int64_t words = (Backend::workspace_bytes(p) + 7) / 8;
+  std::optional<Tensor> workspace;  // an allocation costs as much as a short call
+  if (words > 0) workspace = empty(token_ids, {words}, ScalarType::Long);
+  if (words > 0) p.workspace = workspace->mutable_data_ptr();
   Backend::unmask(p, token_ids);
   return committed;
 }

@@ -46,7 +46,7 @@ class Plan:
     @staticmethod
     def of(device: str, dtype: torch.dtype) -> "Plan":
         if device == "cpu":
-            return Plan(512, 1024 if dtype == torch.float32 else 4096, 1 << 62 if dtype == torch.float32 else 4096)
+            return Plan(512, 512, 1 << 62) if dtype == torch.float32 else Plan(512, 4096, 4096)
         return Plan(1024, 1 << 62, 1 << 14)
 
 

@@ -3,10 +3,10 @@
     unmask_(token_ids, token, log_prob, entropy, margin, rows, block_start, block_end, active, rule, order, values,
         value, mask_token_id, seeds, seed, steps, step, sequence_ids) -> committed
 
-token_ids is int64 [B, L] with a contiguous last dimension, changed in place; token (int64), log_prob, entropy and margin
-(float32) are contiguous, [B, L], or [R] where rows is given; values is float32 [B], or None for `value`; rule and order
-are the numbers of UnmaskRule and UnmaskOrder in kernels/token_sampling/token_sampling.h; seeds and steps have one
-element, or are None for `seed` and `step`; the rest is int64 [B], active bool [B], or None.
+token_ids is int64 [B, L] with a contiguous last dimension, changed in place; token (int64), log_prob, entropy and
+margin (float32) are contiguous, [B, L], or [R] where rows is given; values is float32 [B], or None for `value`; rule
+and order are the numbers of UnmaskRule and UnmaskOrder in kernels/token_sampling/token_sampling.h; seeds and steps have
+one element, or are None for `seed` and `step`; the rest is int64 [B], active bool [B], or None.
 """
 
 from fastdiff.ops._register import implementations, register_backends

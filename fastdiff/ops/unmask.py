@@ -18,6 +18,7 @@ RULES = ("count", "threshold", "factor", "entropy_budget", "ancestral")
 ORDERS = ("confidence", "margin", "entropy", "random")
 _FLOATS = ("log_prob", "entropy", "margin")
 _NUMBER_OF = {rule: "probability" if rule == "ancestral" else rule for rule in RULES}
+_RULE_NUMBERS, _ORDER_NUMBERS = ({name: i for i, name in enumerate(names)} for names in (RULES, ORDERS))
 _NUMBERS = {  # of each rule: whether a number will do, and which
     "count": (lambda n: n >= 1, "an int >= 1"),
     "threshold": (lambda n: 0 < n <= 1, "in (0, 1]"),
@@ -59,13 +60,14 @@ def unmask_(
         sample: what `sample_tokens` or `lm_head_sample` returned for these positions: token (int64), log_prob, entropy
             (nats) and margin (float32; float64 runs on the reference), `[B, L]`, or `[R]` where `rows` is given.
         mask_token_id: the id that stands for a mask; never committed.
-        rule: "count" (the first `count`), "threshold" (each whose score is at least `threshold`), "factor" (the first r
-            while their score is above 1 - factor / (r + 2), r = 0, 1, …), "entropy_budget" (the first while the
-            entropies of those before sum to at most `entropy_budget`, in nats) or "ancestral" (each with `probability`).
+        rule: "count" (the first `count`), "threshold" (each whose score is at least `threshold`), "factor" (the first
+            while the score of the r-th, r = 0, 1, …, is above 1 - factor / (r + 2)), "entropy_budget" (the first while
+            the entropies of those before sum to at most `entropy_budget`, in nats) or "ancestral" (each with
+            `probability`). Where that is none, the first one.
         order: "confidence" (score exp(log_prob)), "margin" (score margin), "entropy" (the lowest first, score
             exp(-entropy)) or "random" (a random score in [0, 1)).
         count, threshold, factor, entropy_budget, probability: the number of the chosen rule, and of no other: for all
-            rows, or a tensor `[B]`, taken in float32. The values in a tensor are not looked at (that would synchronise).
+            rows, or a tensor `[B]`, taken in float32. The values in a tensor are not checked (that would synchronise).
         rows: int64 `[R]`, the flat positions b·L + l of the sample's entries in any order, none twice; -1: no position.
         block_start, block_end: the positions that may be committed, block_start ≤ l < block_end: int, or int64 `[B]`.
         active: bool `[B]`; rows where it is False are left alone.
@@ -93,18 +95,23 @@ def unmask_(
     fields = _check_sample(sample, token_ids, ids, rows)
     backend = select("unmask_", ids.device.type, (fields[1].dtype,))
     values, value = _per_row(_NUMBER_OF[rule], number, ids)
-    start, end = _bound("block_start", block_start, ids), _bound("block_end", block_end, ids)
-    for name, t, dtype in (("active", active, torch.bool), ("sequence_ids", sequence_ids, torch.int64)):
-        if t is not None:
-            _check_tensor(name, t, ids, dtype, (batch,))
-    if seed is None and (order == "random" or rule == "ancestral"):
-        seed = torch.randint(_INT64.stop - 1, (), device=ids.device)
-    seeds, seed = _counter("seed", 0 if seed is None else seed, ids)
+    start = None if block_start is None else _bound("block_start", block_start, ids)
+    end = None if block_end is None else _bound("block_end", block_end, ids)
+    if active is not None:
+        _check_tensor("active", active, ids, torch.bool, (batch,))
+        active = active.contiguous()
+    if sequence_ids is not None:
+        _check_tensor("sequence_ids", sequence_ids, ids, torch.int64, (batch,))
+        sequence_ids = sequence_ids.contiguous()
+    if seed is None:
+        drawn = order == "random" or rule == "ancestral"
+        seed = torch.randint(_INT64.stop - 1, (), device=ids.device) if drawn else 0
+    seeds, seed = _counter("seed", seed, ids)
     steps, step = _counter("step", step, ids)
-    if ids.numel() == 0:
+    if batch == 0 or length == 0:
         return torch.zeros(batch, dtype=torch.int64, device=ids.device)
-    args = (rows, start, end, _contiguous(active), RULES.index(rule), ORDERS.index(order), values, value,
-            mask_token_id, seeds, seed, steps, step, _contiguous(sequence_ids))  # fmt: skip
+    args = (rows, start, end, active, _RULE_NUMBERS[rule], _ORDER_NUMBERS[order], values, value,
+            mask_token_id, seeds, seed, steps, step, sequence_ids)  # fmt: skip
     if backend == "reference":
         return _reference(ids, *fields, *args)
     committed = IMPLEMENTATIONS[backend].unmask_(ids, *fields, *args)
@@ -132,12 +139,11 @@ def _check_rule(rule, order, count, threshold, factor, entropy_budget, probabili
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
-    numbers = dict(zip(_NUMBERS, (count, threshold, factor, entropy_budget, probability), strict=True))
-    wanted = _NUMBER_OF[rule]
-    for name, number in numbers.items():
-        if name != wanted and number is not None:
+    numbers = (count, threshold, factor, entropy_budget, probability)
+    wanted, number = _NUMBER_OF[rule], numbers[_RULE_NUMBERS[rule]]
+    for other, name in zip(numbers, _NUMBERS, strict=True):
+        if other is not None and name != wanted:
             raise ValueError(f"{name} was given with rule {rule!r}; expected {wanted} alone: leave {name} out")
-    number = numbers[wanted]
     if number is None:
         raise ValueError(f"rule {rule!r} needs {wanted}; pass {wanted}=, a number or a tensor [B]")
     if not isinstance(number, Tensor):
@@ -162,7 +168,7 @@ def _check_tensor(name: str, t: Tensor, ids: Tensor, dtype: torch.dtype, shape: 
 def _check_sample(sample, token_ids: Tensor, ids: Tensor, rows: Tensor | None) -> list[Tensor]:
     """token, log_prob, entropy and margin, contiguous."""
     try:
-        fields = [getattr(sample, name) for name in ("token", *_FLOATS)]
+        fields = [sample.token, sample.log_prob, sample.entropy, sample.margin]
     except AttributeError:
         raise TypeError(
             f"sample is a {type(sample).__name__}; expected a TokenSample with token, log_prob, entropy and margin"
@@ -174,11 +180,15 @@ def _check_sample(sample, token_ids: Tensor, ids: Tensor, rows: Tensor | None) -
         shape = rows.shape if isinstance(rows, Tensor) else shape
         _check_tensor("rows", rows, ids, torch.int64, shape)
         _check_positions(rows, ids)
-    log_prob = fields[1]
-    dtype = torch.float64 if isinstance(log_prob, Tensor) and log_prob.dtype == torch.float64 else torch.float32
-    for name, t in zip(("token", *_FLOATS), fields, strict=True):
-        _check_tensor(f"sample.{name}", t, ids, torch.int64 if name == "token" else dtype, shape)
-    return [t.detach().contiguous() if t.requires_grad else t.contiguous() for t in fields]
+    dtype = torch.float32
+    if isinstance(fields[1], Tensor) and fields[1].dtype == torch.float64:
+        dtype = torch.float64
+    for i, t in enumerate(fields):
+        wanted = dtype if i else torch.int64
+        if not (isinstance(t, Tensor) and t.dtype == wanted and t.shape == shape and t.device == ids.device):
+            _check_tensor(f"sample.{('token', *_FLOATS)[i]}", t, ids, wanted, shape)  # says which
+        fields[i] = t.detach().contiguous() if t.requires_grad else t.contiguous()
+    return fields
 
 
 def _check_positions(rows: Tensor, ids: Tensor) -> None:
@@ -222,10 +232,6 @@ def _counter(name: str, number: int | Tensor, ids: Tensor) -> tuple[Tensor | Non
     if type(number) is not int or number not in _INT64:
         raise ValueError(f"{name} is {number!r}; expected an int of 64 bits or an int64 tensor of one element")
     return None, number
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _reference(ids, token, log_prob, entropy, margin, rows, start, end, active, rule, order, values, value, mask,

@@ -22,4 +22,21 @@ struct IsaTable {
   F* chosen() const { return entry[static_cast<int>(chosen_isa())]; }
 };
 
+// In namespace fastdiff::cpu, for a function that each instruction set's namespace has:
+//   FASTDIFF_ISA_DECLARE(void name(const Params&, const ParallelFor&))      declares it in all of them
+//   FASTDIFF_ISA_TABLE(name).chosen()                                       is the one to call
+#if defined(__x86_64__)
+#define FASTDIFF_ISA_DECLARE(...)       \
+  namespace baseline { __VA_ARGS__; }    \
+  namespace avx2 { __VA_ARGS__; }        \
+  namespace avx512 { __VA_ARGS__; }      \
+  namespace avx512_bf16 { __VA_ARGS__; }
+#define FASTDIFF_ISA_TABLE(name) \
+  (IsaTable<decltype(baseline::name)>{{&baseline::name, &avx2::name, &avx512::name, &avx512_bf16::name}})
+#else
+#define FASTDIFF_ISA_DECLARE(...) \
+  namespace baseline { __VA_ARGS__; }
+#define FASTDIFF_ISA_TABLE(name) (IsaTable<decltype(baseline::name)>{{&baseline::name, nullptr, nullptr, nullptr}})
+#endif
+
 }  // namespace fastdiff::cpu

@@ -145,7 +145,7 @@ def unmask(
         "confidence": log_prob.double(),
         "margin": margin.double(),
         "entropy": -entropy.double(),
-        "random": words[0].double() * 2.0**-32,
+        "random": (words[0] >> 1).double() * 2.0**-31,
     }[order]
     logarithmic = order in ("confidence", "entropy")
     ranking = torch.where(key.isnan(), -2e300, key.clamp_min(-1e300))  # NaN after -inf, others than candidates last

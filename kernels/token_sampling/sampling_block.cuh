@@ -9,8 +9,8 @@ constexpr int kCells = static_cast<int>(kSampleBlock / kSampleCell);
 constexpr int kLaneIds = static_cast<int>(kSampleCell) / kWarp;  // neighbours that a lane has of every cell
 constexpr int kBlockWarps = 4;                                   // a CUDA block of sample_blocks_kernel
 
-// Of kN cells: z[c][k] is id kSampleCell * c + kLaneIds * lane + k, -inf where that does not exist or is suppressed. The
-// same for all dtypes and alignments, so that sums are too.
+// Of kN cells: z[c][k] is id kSampleCell * c + kLaneIds * lane + k, -inf where that does not exist or is suppressed.
+// The same for all dtypes and alignments, so that sums are too.
 template <int kN>
 using LaneLogits = float[kN][kLaneIds];
 using BlockLogits = LaneLogits<kCells>;
@@ -79,7 +79,8 @@ __device__ __forceinline__ void load_block(const T* at, int64_t ids, LaneLogits<
 
 // Suppressed ids of the cells that begin with id `first` become -inf. `mask` is the warp's own.
 template <int kN>
-__device__ __forceinline__ void suppress(const TokenSampleParams& p, int64_t first, SuppressMask& mask, LaneLogits<kN>& z) {
+__device__ __forceinline__ void suppress(const TokenSampleParams& p, int64_t first, SuppressMask& mask,
+                                         LaneLogits<kN>& z) {
   if (p.suppress_count == 0) return;
   const int64_t from = count_below(p.suppress, p.suppress_count, first);
   const int64_t to = from + count_below(p.suppress + from, p.suppress_count - from, first + kN * kSampleCell);
@@ -119,8 +120,8 @@ __device__ __forceinline__ void load_allowed(const TokenSampleParams& p, const T
   suppress(p, first, mask, z);
 }
 
-// The lane's sum for each cell becomes the cell's sum: lanes 4 c + (0 … 3) get that of cell c. At each step a lane gives
-// away the half of its cells that the other lane keeps.
+// The lane's sum for each cell becomes the cell's sum: lanes 4 c + (0 … 3) get that of cell c. At each step a lane
+// gives away the half of its cells that the other lane keeps.
 __device__ __forceinline__ double cell_sum(const float (&sums)[kCells]) {
   double kept[kCells];
 #pragma unroll

@@ -44,9 +44,9 @@ __device__ __forceinline__ RowStatistics combine(const BlockRecord* records, int
     const BlockRecord& r = records[b];
     if (r.maximum == -kInfinity) continue;
     const bool own = b == first;  // the row's argmax is in it; the argmax of another block is one of the others
-    const double x = static_cast<double>(r.maximum) - s.maximum, scale = exp(x), block_others = r.others + (own ? 0 : 1);
+    const double x = static_cast<double>(r.maximum) - s.maximum, scale = exp(x);
     second = fmaxf(second, own ? r.second : r.maximum);
-    others += block_others * scale;
+    others += (r.others + (own ? 0 : 1)) * scale;
     weighted += (r.weighted + (r.others + 1) * x) * scale;
     end += (r.end + (!own && r.argmax_is_end)) * scale;
   }
@@ -90,8 +90,8 @@ struct Drawn {
   float logit;
 };
 
-// z(i): logit of the cell's id i, -inf where it is not allowed. -1 where no id has a weight above zero, which a cell whose
-// logits were computed again may show.
+// z(i): logit of the cell's id i, -inf where it is not allowed. -1 where no id has a weight above zero, which a cell
+// whose logits were computed again may show.
 template <class Logit>
 __device__ __forceinline__ Drawn draw_id(const DrawnCell& cell, float threshold, float inverse, const Logit& z) {
   const auto weight = [&](int64_t i) -> double {
@@ -182,7 +182,10 @@ __device__ __forceinline__ void head_logits(const LmHeadSampleParams& h, const T
     const int64_t id = first + i + n;
     if (lane_id() != n) continue;
     float z = -kInfinity;
-    if (is_allowed(p, id)) z = to_float(from_float<T>(h.bias ? sum + to_float(static_cast<const T*>(h.bias)[id]) : sum));
+    if (is_allowed(p, id)) {
+      const float bias = h.bias ? to_float(static_cast<const T*>(h.bias)[id]) : 0.0f;
+      z = to_float(from_float<T>(sum + bias));
+    }
     cell_logits[i + n] = z;
   }
 }

@@ -58,8 +58,8 @@ __device__ __forceinline__ void each_logit(const TokenSampleParams& p, const Til
   }
 }
 
-// The largest logit z with sum(weight of {logits >= z}) >= wanted(sum of all), which is at most the sum of all. Logits of
-// weight 0 are not looked at.
+// The largest logit z with sum(weight of {logits >= z}) >= wanted(sum of all), which is at most the sum of all. Logits
+// of weight 0 are not looked at.
 template <class Each, class Weight, class Wanted>
 __device__ __forceinline__ float radix_select(int passes, SelectScratch& s, const Each& each, const Weight& weight,
                               const Wanted& wanted) {
@@ -101,8 +101,9 @@ __device__ __forceinline__ float radix_select(int passes, SelectScratch& s, cons
 }
 
 // A CUDA block for every row.
-__global__ __launch_bounds__(kThresholdThreads, 2) void sample_threshold_kernel(const TokenSampleParams p, const Tile tile,
-                                                                             const ThresholdTask task) {
+__global__ __launch_bounds__(kThresholdThreads, 2) void sample_threshold_kernel(const TokenSampleParams p,
+                                                                                const Tile tile,
+                                                                                const ThresholdTask task) {
   FD_SHARED(SelectScratch, scratch, [1]);
   SelectScratch& s = scratch[0];
   const int warp = threadIdx.x / kWarp;

@@ -52,8 +52,8 @@ struct Choice {
 };
 
 // The first of `count` weights (>= 0) whose inclusive sum exceeds target(sum of all), the weights added in order; the
-// last one above zero where none does. A lane has a run of neighbours, and the runs' sums are added one after the other,
-// so that the cumulative sum never decreases: a weight of zero is never chosen. weight(i) is asked for twice.
+// last one above zero where none does. A lane has a run of neighbours, and the runs' sums are added one after the
+// other, so that the cumulative sum never decreases: a weight of zero is never chosen. weight(i) is asked for twice.
 template <class Sum, class Target, class Weight>
 __device__ __forceinline__ Choice<Sum> choose(int64_t count, const Target& target, const Weight& weight) {
   const int64_t run = (count + kWarp - 1) / kWarp, first = lane_id() * run;

@@ -57,7 +57,8 @@ int launch_threshold(const TokenSampleParams& p, const Tile& tile, float* thresh
 }
 
 int launch_blocks(const TokenSampleParams& p, const Tile& tile, const Workspace& w, Stream stream) {
-  const dim3 grid = grid_of(rows_of(p) * blocks_of(tile.end - tile.begin), kBlockWarps), block(kBlockWarps * kWarp, 1, 1);
+  const dim3 grid = grid_of(rows_of(p) * blocks_of(tile.end - tile.begin), kBlockWarps);
+  const dim3 block(kBlockWarps * kWarp, 1, 1);
   FD_LAUNCH(sample_blocks_kernel, grid, block, 0, stream, p, tile, w, common_inverse(p));
   return launch_status();
 }
@@ -73,7 +74,8 @@ template <class T>
 int head_rows_of(const LmHeadSampleParams& h, const Workspace& w, Stream stream) {
   constexpr int kVec = kVectorBytes / sizeof(T);
   const auto starts_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; };
-  const bool aligned = h.dim % kVec == 0 && h.weight_stride % kVec == 0 && starts_aligned(h.hidden) && starts_aligned(h.weight);
+  const bool rows_aligned = h.dim % kVec == 0 && h.weight_stride % kVec == 0;
+  const bool aligned = rows_aligned && starts_aligned(h.hidden) && starts_aligned(h.weight);
   return aligned ? launch_head_rows<T, kVec>(h, w, stream) : launch_head_rows<T, 1>(h, w, stream);
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdiff.kernels.common.triton_math import double_words, seed_words, word
 
 from . import triton_device as device
+from . import triton_threshold_device as threshold_device
 from .triton_unmask import unmask_ as unmask_
 
 BLOCK = 1024
@@ -144,12 +145,12 @@ def sample_tokens(
         if searched:
             thresholds = torch.empty(rows, dtype=torch.float32, device=logits.device)
             low, high = double_words(top_p)
-            device.threshold_kernel[(rows,)](
+            threshold_device.threshold_kernel[(rows,)](
                 **common, records_ptr=records["records_ptr"], thresholds_ptr=thresholds, top_k=top_k, top_p_low=low,
                 top_p_high=high, SCALED=scaled, TOP_K=top_k > 0, TOP_P=top_p < 1, NBLOCKS=nblocks, SPAN=SPAN,
                 num_warps=8,
             )  # fmt: skip
-            device.kept_sum_kernel[(rows * blocks,)](
+            threshold_device.kept_sum_kernel[(rows * blocks,)](
                 **common, records_ptr=records["records_ptr"], thresholds_ptr=thresholds, SCALED=scaled, num_warps=4
             )
         device.draw_kernel[(rows,)](

@@ -55,7 +55,7 @@ def _value(values_ptr, value_low, value_high, b):
 def _order(score, position, ORDER: tl.constexpr):
     """One int64, the larger the better: the score's place among all fp32 numbers (or words), then the position."""
     if ORDER == RANDOM:
-        place = score.to(tl.int64) - 2147483648
+        place = score.to(tl.int64)
     else:
         bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0 is 0
         place = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
@@ -73,7 +73,7 @@ def _reaches(log_prob, entropy, margin, word, value, ORDER: tl.constexpr):
     elif ORDER == ENTROPY:
         reached = entropy.to(tl.float64) <= -tl.log(value)
     else:
-        reached = word.to(tl.float64) * 2.3283064365386963e-10 >= value  # 2^-32
+        reached = word.to(tl.float64) * 4.656612873077393e-10 >= value  # 2^-31
     return reached
 
 
@@ -87,7 +87,7 @@ def _score(log_prob_ptr, entropy_ptr, margin_ptr, index, mask, word, ORDER: tl.c
     elif ORDER == ENTROPY:
         c = tl.exp(-tl.load(entropy_ptr + index, mask=mask, other=0.0).to(tl.float64))
     else:
-        c = word.to(tl.float64) * 2.3283064365386963e-10
+        c = word.to(tl.float64) * 4.656612873077393e-10
     return c
 
 
@@ -111,7 +111,7 @@ def order_kernel(
 ):  # fmt: skip
     """order [B, L] of every position; turn (0: the rule takes it) where the rule looks at a position alone.
 
-    word [B, L]: the random word of each position, where a later kernel needs it. Grid: (B * chunks,).
+    word [B, L]: the 31 random bits of each position, where a later kernel needs it. Grid: (B * chunks,).
     """
     program = tl.program_id(0)
     b = (program // chunks).to(tl.int64)
@@ -134,6 +134,7 @@ def order_kernel(
     word = tl.zeros([CHUNK], tl.uint32)
     if ORDER == RANDOM:
         word, _ = philox(seed, sequence, position.to(tl.int64), step, DRAW_ORDER)
+        word = word >> 1
     if ORDER == CONFIDENCE:
         order = _order(log_prob, position, ORDER)
     elif ORDER == MARGIN:

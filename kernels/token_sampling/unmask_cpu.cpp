@@ -4,24 +4,10 @@
 
 namespace fastdiff::cpu {
 
-#define FASTDIFF_DECLARE(ISA)                               \
-  namespace ISA {                                           \
-  void unmask(const UnmaskParams&, const ParallelFor&); \
-  }
-
-FASTDIFF_DECLARE(baseline)
-#if defined(__x86_64__)
-FASTDIFF_DECLARE(avx2)
-FASTDIFF_DECLARE(avx512)
-FASTDIFF_DECLARE(avx512_bf16)
-#define FASTDIFF_TABLE(function) {{&baseline::function, &avx2::function, &avx512::function, &avx512_bf16::function}}
-#else
-#define FASTDIFF_TABLE(function) {{&baseline::function, nullptr, nullptr, nullptr}}
-#endif
+FASTDIFF_ISA_DECLARE(void unmask(const UnmaskParams&, const ParallelFor&))
 
 void unmask(const UnmaskParams& params, const ParallelFor& parallel_for) {
-  static constexpr IsaTable<decltype(baseline::unmask)> table = FASTDIFF_TABLE(unmask);
-  table.chosen()(params, parallel_for);
+  FASTDIFF_ISA_TABLE(unmask).chosen()(params, parallel_for);
 }
 
 // The sample's entry of every position, where the sample comes with positions.

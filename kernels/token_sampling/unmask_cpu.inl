@@ -1,6 +1,6 @@
 // unmask_ on the CPU, compiled once an instruction set: plain loops that the compiler makes vectors of.
-// The candidates of a row are gathered in the order of their positions, without branches (whether a position is one is
-// as good as random); then every step is a loop over arrays that fit in the L1 cache.
+// Every position of a row's block gets a key, kNoKey where it is no candidate; then every step is a loop over arrays that
+// fit in the L1 cache. Nothing branches on whether one position is a candidate or is taken.
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,149 +15,180 @@ using namespace unmasking;
 constexpr int64_t kGrain = 8192;  // positions a thread should have before a second one is woken
 constexpr int kLanes = 8;         // partial sums of entropies: their number is part of the result
 
-// The candidates of one row. `sample` is where a candidate's token and scores lie, from `base` on.
-struct Candidates {
-  int32_t *position, *sample, *key, *chosen;
+// Arrays for the positions of one row, one block a thread's chunk.
+struct Scratch {
+  int32_t *key, *chosen;
   float* cost;
   uint8_t* flags;
-  int64_t count, base;
+  explicit Scratch(int64_t length) {
+    const int64_t stride = (length + 63) / 64 * 64;
+    key = static_cast<int32_t*>(aligned_alloc(64, (stride + 64) * (3 * sizeof(int32_t) + 1)));
+    if (key == nullptr) abort();  // a few rows: as far gone as a stack overflow
+    chosen = key + stride;
+    cost = reinterpret_cast<float*>(chosen + stride);
+    flags = reinterpret_cast<uint8_t*>(cost + stride);
+  }
+  ~Scratch() { free(key); }
 };
 
-// Arrays for one row, one block a thread's chunk.
-struct Scratch {
-  int32_t* data;
-  int64_t stride;
-  explicit Scratch(int64_t length) : stride((length + 15) / 16 * 16) {
-    data = static_cast<int32_t*>(aligned_alloc(64, (stride > 0 ? stride : 16) * (5 * sizeof(int32_t) + 1) / 64 * 64 + 64));
-    if (data == nullptr) abort();  // a few rows: as far gone as a stack overflow
-  }
-  ~Scratch() { free(data); }
-  Candidates candidates() const {
-    int32_t* const cost = data + 4 * stride;
-    return {data, data + stride, data + 2 * stride, data + 3 * stride, reinterpret_cast<float*>(cost),
-            reinterpret_cast<uint8_t*>(cost + stride), 0, 0};
-  }
+// Of a row's random numbers.
+struct Counter {
+  uint64_t seed, sequence, begin, step;
+  Philox random(int64_t i, Draw draw) const { return philox(seed, sequence, begin + i, step, draw); }
+};
+
+// One row: position `begin + i` has number i, and its sample lies at entry(i).
+struct Row {
+  const UnmaskParams& p;
+  const Scratch& s;
+  int64_t* ids;
+  const int32_t* entry_of;  // -1: no sample; nullptr: entry first + i
+  int64_t first, count;
+  Counter counter;
+  double number;
+
+  int64_t entry(int64_t i) const { return entry_of ? entry_of[i] : first + i; }
 };
 
 int64_t clip(int64_t x, int64_t high) { return x < 0 ? 0 : x < high ? x : high; }
 
-// Leaves those of begin … end - 1 for which take(i) is true in `indices`, in order; returns how many. All are judged first,
-// which the compiler makes vectors of; then words of eight flags, most of them all or nothing. Nothing branches on one.
-template <class F>
-int64_t list(int64_t begin, int64_t end, uint8_t* flags, int32_t* indices, const F& take) {
-  for (int64_t i = begin; i < end; i++) flags[i - begin] = take(i);
-  int64_t n = 0, i = begin;
-  for (; i + 8 <= end; i += 8) {
-    const uint8_t* flag = flags + (i - begin);
-    uint64_t word;
-    memcpy(&word, flag, sizeof word);
-    if (word == 0) continue;
-    if (word == 0x0101010101010101u) {
-      for (int j = 0; j < 8; j++) indices[n + j] = static_cast<int32_t>(i) + j;
-      n += 8;
-      continue;
-    }
-    for (int j = 0; j < 8; j++) {
-      indices[n] = static_cast<int32_t>(i) + j;
-      n += flag[j];
-    }
-  }
-  for (; i < end; i++) {
-    indices[n] = static_cast<int32_t>(i);
-    n += flags[i - begin];
-  }
-  return n;
-}
-
-// entry_of: the sample's entry of each position of all rows, -1 where it has none; nullptr: entry b * length + l.
-void collect(const UnmaskParams& p, int64_t b, const int32_t* entry_of, Candidates& c) {
+// entry_of: the sample's entry of each position of all rows; nullptr: b * length + l.
+Row row_of(const UnmaskParams& p, const Scratch& s, const int32_t* entry_of, int64_t b) {
   const int64_t begin = p.block_start ? clip(p.block_start[b], p.length) : 0;
-  const int64_t end = p.block_end ? clip(p.block_end[b], p.length) : p.length;
-  const int64_t* ids = p.token_ids + b * p.row_stride;
-  const int64_t mask = p.mask_token_id;
-  if (entry_of == nullptr) {
-    c.base = b * p.length;
-    c.sample = c.position;
-    const int64_t* token = p.token + c.base;
-    c.count = list(begin, end, c.flags, c.position,
-                   [=](int64_t l) { return (ids[l] == mask) & (token[l] != mask) & (token[l] >= 0); });
-    return;
-  }
-  c.base = 0;
-  entry_of += b * p.length;
-  c.count = list(begin, end, c.flags, c.position, [=, token = p.token](int64_t l) {
-    const int64_t t = token[entry_of[l] < 0 ? 0 : entry_of[l]];
-    return (ids[l] == mask) & (entry_of[l] >= 0) & (t != mask) & (t >= 0);
-  });
-  for (int64_t i = 0; i < c.count; i++) c.sample[i] = entry_of[c.position[i]];
+  const int64_t end = p.active && !p.active[b] ? 0 : p.block_end ? clip(p.block_end[b], p.length) : p.length;
+  const int64_t first = b * p.length + begin;
+  return {p,
+          s,
+          p.token_ids + b * p.row_stride + begin,
+          entry_of ? entry_of + first : nullptr,
+          first,
+          end > begin ? end - begin : 0,
+          {static_cast<uint64_t>(p.seed_at ? *p.seed_at : p.seed),
+           static_cast<uint64_t>(p.sequence_ids ? p.sequence_ids[b] : b), static_cast<uint64_t>(begin),
+           static_cast<uint64_t>(p.step_at ? *p.step_at : p.step)},
+          p.values ? static_cast<double>(p.values[b]) : p.value};
 }
 
-struct Counter {  // of the row's random numbers
-  uint64_t seed, sequence, step;
+bool may_commit(int64_t token, int64_t mask) { return (token >= 0) & (token != mask); }
+
+// Where the sample of position number i lies: one after the other, or wherever `rows` put it (-1: nowhere).
+struct InOrder {
+  int64_t first;
+  bool exists(int64_t) const { return true; }
+  int64_t operator()(int64_t i) const { return first + i; }
+};
+struct Indexed {
+  const int32_t* entry_of;
+  bool exists(int64_t i) const { return entry_of[i] >= 0; }
+  int64_t operator()(int64_t i) const { return entry_of[i] < 0 ? 0 : entry_of[i]; }
 };
 
-void make_keys(const UnmaskParams& p, const Counter& at, const Candidates& c) {
+// The key of every position. Sampled tokens are read only where `check_tokens` is true: see unmask_row.
+template <class Entry>
+void make_keys(const Row& row, bool check_tokens, Entry entry) {
+  const UnmaskParams& p = row.p;
+  const int64_t *ids = row.ids, *token = p.token, mask = p.mask_token_id, count = row.count;
+  int32_t* key = row.s.key;
+  uint8_t* flags = row.s.flags;
+  for (int64_t i = 0; i < count; i++) flags[i] = (ids[i] == mask) & entry.exists(i);
+  if (check_tokens)
+    for (int64_t i = 0; i < count; i++) flags[i] &= may_commit(token[entry(i)], mask);
   if (p.order == UnmaskOrder::kRandom) {
-    for (int64_t i = 0; i < c.count; i++) {
-      const uint64_t position = static_cast<uint32_t>(c.position[i]);
-      c.key[i] = key_of_word(philox(at.seed, at.sequence, position, at.step, Draw::kOrder).word[0]);
+    const Counter at = row.counter;
+    for (int64_t i = 0; i < count; i++) {
+      const int32_t k = key_of_word(at.random(i, Draw::kOrder).word[0]);
+      key[i] = flags[i] ? k : kNoKey;
     }
   } else {
     const bool negated = p.order == UnmaskOrder::kEntropy;
     const float* score = p.order == UnmaskOrder::kConfidence ? p.log_prob : negated ? p.entropy : p.margin;
-    score += c.base;
-    for (int64_t i = 0; i < c.count; i++) c.key[i] = key_of(score[c.sample[i]], negated);
+    for (int64_t i = 0; i < count; i++) {
+      const int32_t k = key_of(score[entry(i)], negated);
+      key[i] = flags[i] ? k : kNoKey;
+    }
   }
-  if (p.rule == UnmaskRule::kEntropyBudget)
-    for (int64_t i = 0; i < c.count; i++) c.cost[i] = cost_of(p.entropy[c.base + c.sample[i]]);
+  if (p.rule == UnmaskRule::kEntropyBudget) {
+    float* cost = row.s.cost;
+    for (int64_t i = 0; i < count; i++) cost[i] = cost_of(p.entropy[entry(i)]);
+  }
 }
 
-int64_t count_above(const Candidates& c, int32_t key) {
+struct Extent {  // of the candidates' keys, and how many there are
+  int32_t low, high;
+  int64_t count;
+};
+
+Extent extent_of(const Row& row) {
+  const int32_t* key = row.s.key;
+  const int64_t size = row.count;
+  int32_t low = INT32_MAX, high = INT32_MIN, count = 0;
+  for (int64_t i = 0; i < size; i++) {
+    const int32_t below = static_cast<int32_t>(static_cast<uint32_t>(key[i]) - 1u);  // kNoKey wraps to the largest
+    low = below < low ? below : low;
+    high = key[i] > high ? key[i] : high;
+    count += key[i] > kNoKey;
+  }
+  return {count > 0 ? low + 1 : low, high, count};
+}
+
+int64_t count_above(const Row& row, int32_t limit) {
+  const int32_t* key = row.s.key;
   int32_t n = 0;
-  for (int64_t i = 0; i < c.count; i++) n += c.key[i] > key;
+  for (int64_t i = 0; i < row.count; i++) n += key[i] > limit;
   return n;
 }
 
 // Always the same lanes in the same order: sums do not depend on the instruction set.
-double cost_above(const Candidates& c, int32_t key) {
+double cost_above(const Row& row, int32_t limit) {
+  const int32_t* key = row.s.key;
+  const float* cost = row.s.cost;
   double lane[kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= c.count; i += kLanes)
-    for (int j = 0; j < kLanes; j++) lane[j] += c.key[i + j] > key ? static_cast<double>(c.cost[i + j]) : 0.0;
-  for (int j = 0; i + j < c.count; j++) lane[j] += c.key[i + j] > key ? static_cast<double>(c.cost[i + j]) : 0.0;
+  for (; i + kLanes <= row.count; i += kLanes)
+    for (int j = 0; j < kLanes; j++) lane[j] += key[i + j] > limit ? static_cast<double>(cost[i + j]) : 0.0;
+  for (int j = 0; i + j < row.count; j++) lane[j] += key[i + j] > limit ? static_cast<double>(cost[i + j]) : 0.0;
   return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
 }
 
-struct Range {
-  int32_t low, high;
-};
-
-Range range_of_keys(const Candidates& c) {
-  int32_t low = INT32_MAX, high = INT32_MIN;
-  for (int64_t i = 0; i < c.count; i++) {
-    low = c.key[i] < low ? c.key[i] : low;
-    high = c.key[i] > high ? c.key[i] : high;
+// Leaves the positions i for which take(i) is true in s.chosen, in order; returns how many. All are judged first, which
+// the compiler makes vectors of; then words of eight flags, most of them zero.
+template <class F>
+int64_t list(const Row& row, const F& take) {
+  uint8_t* flags = row.s.flags;
+  int32_t* chosen = row.s.chosen;
+  const int64_t count = row.count;
+  for (int64_t i = 0; i < count; i++) flags[i] = take(i);
+  memset(flags + count, 0, 8);
+  int64_t n = 0;
+  for (int64_t i = 0; i < count; i += 8) {
+    uint64_t word;
+    memcpy(&word, flags + i, sizeof word);
+    if (word == 0) continue;
+    for (int j = 0; j < 8; j++) {
+      chosen[n] = static_cast<int32_t>(i) + j;
+      n += flags[i + j];
+    }
   }
-  return {low, high};
+  return n;
 }
 
-// Where the committed end: keys above `above` are in, and those from `from` on at indices below `end`.
+// Where the committed end: keys above `above` are in, and those from `from` on at positions below `end`.
 struct Cut {
-  int32_t above, from;
-  int64_t end;
+  int32_t above, from, end;
 };
 
-// The last place where the rule holds. The first candidate is in, whatever the rule says of it.
-Cut find_cut(const UnmaskParams& p, double number, const Candidates& c) {
-  const Range range = range_of_keys(c);
-  int64_t low = int64_t{range.low} - 1, high = range.high;  // it holds at `high`, not at `low`
-  int64_t above_low = c.count;
+// count, factor, entropy_budget: the last place where the rule holds. The first one is in, whatever the rule says of it.
+Cut find_cut(const Row& row, const Extent& extent) {
+  const UnmaskParams& p = row.p;
+  const bool costs = p.rule == UnmaskRule::kEntropyBudget;
+  int64_t low = int64_t{extent.low} - 1, high = extent.high;  // it holds at `high`, not at `low`
+  int64_t above_low = extent.count;
   Before before{0, 0.0};  // `high`
   while (high - low > 1 && above_low - before.count > 1) {
     const int64_t middle = low + (high - low) / 2;
     const int32_t key = static_cast<int32_t>(middle);
-    const Before here{count_above(c, key), p.rule == UnmaskRule::kEntropyBudget ? cost_above(c, key) : 0.0};
-    if (holds(p.rule, p.order, number, key, here)) {
+    const Before here{count_above(row, key), costs ? cost_above(row, key) : 0.0};
+    if (holds(p.rule, p.order, row.number, key, here)) {
       high = middle;
       before = here;
     } else {
@@ -165,71 +196,69 @@ Cut find_cut(const UnmaskParams& p, double number, const Candidates& c) {
       above_low = here.count;
     }
   }
-  // One candidate, or equal keys: one after the other.
-  const int32_t above = static_cast<int32_t>(high), from = static_cast<int32_t>(low + 1);
+  const int32_t *key = row.s.key, above = static_cast<int32_t>(high), from = static_cast<int32_t>(low + 1);
+  if (above_low - before.count == 1 && p.rule != UnmaskRule::kFactor) return {above, from, INT32_MAX};
+  // Equal keys, or one candidate whose score decides: one after the other.
+  const int64_t n = list(row, [=](int64_t i) { return (key[i] >= from) & (key[i] <= above); });
   Cut cut{above, from, 0};
-  const int64_t n = list(0, c.count, c.flags, c.chosen, [=, keys = c.key](int64_t i) {
-    return (keys[i] >= from) & (keys[i] <= above);
-  });
   for (int64_t k = 0; k < n; k++) {
-    const int32_t i = c.chosen[k];
-    if (before.count > 0 && !holds(p.rule, p.order, number, c.key[i], before)) break;
+    const int32_t i = row.s.chosen[k];
+    if (before.count > 0 && !holds(p.rule, p.order, row.number, key[i], before)) break;
     cut.end = i + 1;
     before.count++;
-    if (p.rule == UnmaskRule::kEntropyBudget) before.entropy += c.cost[i];
+    if (costs) before.entropy += row.s.cost[i];
   }
   return cut;
 }
 
-int64_t first_of(const Candidates& c) {
-  const int32_t best = range_of_keys(c).high;
-  int64_t i = 0;
-  while (c.key[i] != best) i++;
-  return i;
+// Leaves the positions that the rule commits in s.chosen; returns how many.
+int64_t apply_rule(const Row& row, const Extent& extent) {
+  const UnmaskParams& p = row.p;
+  const int32_t* key = row.s.key;
+  const double number = row.number;
+  if (p.rule == UnmaskRule::kThreshold && p.order == UnmaskOrder::kRandom)
+    return list(row, [=](int64_t i) { return (key[i] != kNoKey) & (value_of_word(key[i]) >= number); });
+  if (p.rule == UnmaskRule::kThreshold) {
+    const double limit = is_logarithmic(p.order) ? log(number) : number;
+    return list(row, [=](int64_t i) { return static_cast<double>(value_of(key[i])) >= limit; });  // kNoKey is a NaN
+  }
+  if (p.rule == UnmaskRule::kAncestral)
+    return list(row, [=, at = row.counter](int64_t i) {
+      return (key[i] != kNoKey) & (uniform53(at.random(i, Draw::kAncestral)) < number);
+    });
+  const Cut cut = find_cut(row, extent);
+  return list(row, [=](int64_t i) {
+    return (key[i] > cut.above) | ((key[i] >= cut.from) & (static_cast<int32_t>(i) < cut.end));
+  });
 }
 
-// Leaves the indices of the committed in c.chosen; returns how many.
-int64_t apply_rule(const UnmaskParams& p, const Counter& at, double number, const Candidates& c) {
-  const int32_t *key = c.key, *position = c.position;
-  int64_t n = 0;
-  if (p.rule == UnmaskRule::kThreshold && p.order == UnmaskOrder::kRandom) {
-    n = list(0, c.count, c.flags, c.chosen, [=](int64_t i) { return value_of_word(key[i]) >= number; });
-  } else if (p.rule == UnmaskRule::kThreshold) {
-    const double limit = is_logarithmic(p.order) ? log(number) : number;
-    n = list(0, c.count, c.flags, c.chosen, [=](int64_t i) { return static_cast<double>(value_of(key[i])) >= limit; });
-  } else if (p.rule == UnmaskRule::kAncestral) {
-    n = list(0, c.count, c.flags, c.chosen, [=](int64_t i) {
-      const uint64_t l = static_cast<uint32_t>(position[i]);
-      return uniform53(philox(at.seed, at.sequence, l, at.step, Draw::kAncestral)) < number;
-    });
+// The positions to commit, where `check_tokens` among those whose sampled token may be committed; returns how many.
+int64_t choose(const Row& row, bool check_tokens) {
+  if (row.entry_of) {
+    make_keys(row, check_tokens, Indexed{row.entry_of});
   } else {
-    const Cut cut = find_cut(p, number, c);
-    const int32_t end = static_cast<int32_t>(cut.end);
-    return list(0, c.count, c.flags, c.chosen, [=](int64_t i) {
-      return (key[i] > cut.above) | ((key[i] >= cut.from) & (static_cast<int32_t>(i) < end));
-    });
+    make_keys(row, check_tokens, InOrder{row.first});
   }
+  const Extent extent = extent_of(row);
+  if (extent.count == 0) return 0;
+  const int64_t n = apply_rule(row, extent);
   if (n > 0) return n;
-  c.chosen[0] = static_cast<int32_t>(first_of(c));
+  int32_t i = 0;  // the first one, at least
+  while (row.s.key[i] != extent.high) i++;
+  row.s.chosen[0] = i;
   return 1;
 }
 
-void unmask_row(const UnmaskParams& p, int64_t b, const int32_t* entry_of, Candidates c) {
-  p.committed[b] = 0;
-  if (p.active && !p.active[b]) return;
-  collect(p, b, entry_of, c);
-  if (c.count == 0) return;
-  const Counter at{static_cast<uint64_t>(p.seed_at ? *p.seed_at : p.seed),
-                   static_cast<uint64_t>(p.sequence_ids ? p.sequence_ids[b] : b),
-                   static_cast<uint64_t>(p.step_at ? *p.step_at : p.step)};
-  make_keys(p, at, c);
-  const int64_t n = apply_rule(p, at, p.values ? p.values[b] : p.value, c);
-  int64_t* ids = p.token_ids + b * p.row_stride;
-  for (int64_t k = 0; k < n; k++) {
-    const int32_t i = c.chosen[k];
-    ids[c.position[i]] = p.token[c.base + c.sample[i]];
-  }
-  p.committed[b] = n;
+// Tokens are read only where they are to be committed: what a rule takes of all masked positions it also takes of those
+// whose token may be committed, as long as all that it took may be. Otherwise, which is rare, the row is done again.
+int64_t unmask_row(const Row& row) {
+  const int64_t* token = row.p.token;
+  int64_t n = choose(row, false);
+  bool fits = true;
+  for (int64_t k = 0; k < n; k++) fits &= may_commit(token[row.entry(row.s.chosen[k])], row.p.mask_token_id);
+  if (!fits) n = choose(row, true);
+  for (int64_t k = 0; k < n; k++) row.ids[row.s.chosen[k]] = token[row.entry(row.s.chosen[k])];
+  return n;
 }
 
 // The sample's entry of every position.
@@ -253,7 +282,7 @@ void unmask(const UnmaskParams& p, const ParallelFor& parallel_for) {
   const int64_t rows_a_chunk = p.length > 0 ? kGrain / p.length : p.batch;
   parallel_for(0, p.batch, rows_a_chunk, [&](int64_t begin, int64_t end) {
     const Scratch scratch(p.length);
-    for (int64_t b = begin; b < end; b++) unmask_row(p, b, entry_of, scratch.candidates());
+    for (int64_t b = begin; b < end; b++) p.committed[b] = unmask_row(row_of(p, scratch, entry_of, b));
   });
 }
 

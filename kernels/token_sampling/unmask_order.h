@@ -8,7 +8,8 @@
 
 namespace fastdiff::unmasking {
 
-constexpr int32_t kNanKey = INT32_MIN;  // after every number, minus infinity too
+constexpr int32_t kNoKey = INT32_MIN;       // no candidate
+constexpr int32_t kNanKey = INT32_MIN + 1;  // after every number, minus infinity too
 
 // A float's key, ordered as the floats are; -0 is 0. Integers throughout, so flushed subnormals change nothing.
 FD_HOST_DEVICE int32_t key_of(float x, bool negated) {
@@ -26,8 +27,8 @@ FD_HOST_DEVICE float value_of(int32_t key) {
   return x;
 }
 
-FD_HOST_DEVICE int32_t key_of_word(uint32_t word) { return static_cast<int32_t>(word ^ 0x80000000u); }
-FD_HOST_DEVICE double value_of_word(int32_t key) { return (static_cast<uint32_t>(key) ^ 0x80000000u) * 0x1p-32; }
+FD_HOST_DEVICE int32_t key_of_word(uint32_t word) { return static_cast<int32_t>(word >> 1); }
+FD_HOST_DEVICE double value_of_word(int32_t key) { return key * 0x1p-31; }
 
 // The score c in the domain in which the rule `threshold` compares: log c for confidence and entropy.
 FD_HOST_DEVICE double compared(UnmaskOrder order, int32_t key) {

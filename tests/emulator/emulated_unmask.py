@@ -55,9 +55,10 @@ def unmask(
         **{k: pointer(tensors.get(k)) for k in ("block_start", "block_end", "active", "sequence_ids")},
     )  # fmt: skip
     for name, at, number in (("value", "values", value), ("seed", "seed_at", seed), ("step", "step_at", step)):
-        setattr(
-            p, at if isinstance(number, Tensor) else name, pointer(number) if isinstance(number, Tensor) else number
-        )
+        if isinstance(number, Tensor):
+            setattr(p, at, pointer(number))
+        else:
+            setattr(p, name, number)
     workspace = torch.full((lib.fd_unmask_workspace_bytes(ctypes.byref(p)) // 4,), 0x7FFFFFFF, dtype=torch.int32)
     p.workspace = pointer(workspace) if workspace.numel() else None
     emulator.check(lib.fd_unmask(ctypes.byref(p)))

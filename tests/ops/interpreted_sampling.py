@@ -94,7 +94,7 @@ def test_vocabularies(vocab, temperature):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_dtypes(dtype):
-    check(3 * randn(2, 2, 1025).to(dtype), 0.7, top_k=30, end=torch.tensor([3, 1024]))
+    check(3 * randn(1, 2, 1025).to(dtype), 0.7, top_k=30, end=torch.tensor([3, 1024]))
 
 
 @pytest.mark.parametrize("layout", ["sliced", "transposed", "aligned"])
@@ -143,13 +143,16 @@ def test_suppressed_ids_and_end_tokens(dtype):
 
 
 @pytest.mark.parametrize("top", [(1, 1.0), (7, 1.0), (2000, 1.0), (0, 0.5), (0, 1e-9), (0, 0.999), (40, 0.8)], ids=str)
-def test_top_k_and_top_p_keep_ties(top):
-    logits = (2 * randn(1, 3, 1500)).mul(2).round() / 2  # so coarse that both cut through ties
+def test_top_k_and_top_p_keep_ties(top, monkeypatch):
+    monkeypatch.setattr(
+        kernels, "SPAN", 1 if top[0] and top[1] < 1 else 4
+    )  # 1: a loop over blocks, of which some are skipped
+    logits = (2 * randn(1, 2, 1500)).mul(2).round() / 2  # so coarse that both cut through ties
     check(logits, 0.7, *top)
 
 
 def test_top_k_of_ties_and_signed_zeros():
-    logits = torch.full((1, 4, 1030), -1.0)
+    logits = torch.full((1, 3, 1030), -1.0)
     logits[..., [3, 500, 1026]] = torch.tensor([0.0, -0.0, 0.0])
     token = check(logits, 1.0, top_k=2)[0]
     drawn = set(token.flatten().tolist())
@@ -216,7 +219,7 @@ def test_draws_follow_the_distribution():
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_draws_agree_with_fp64_but_at_boundaries(temperature):
-    logits = 2 * randn(3, 8, 2060)
+    logits = 2 * randn(3, 6, 2060)
     found, truth = call(logits, temperature)[0], exact(logits, temperature)[0]
     differences_lie_at_boundaries(found, truth, logits, temperature)
     assert (found != truth).float().mean() <= 0.01  # none seen

@@ -230,5 +230,6 @@ HEAD = Operator(
     tolerance={F32: 1e-5},
     dtypes=[Dtypes(F32, F32)],  # logits are rounded to 16-bit dtypes: compared in test_token_sampling.py
     compare=_compare_head,
-    **_COMMON,
+    # torch's product gives a row other last bits in another batch: compared in test_token_sampling.py
+    **(_COMMON | {"batch": None}),
 )

@@ -11,32 +11,48 @@ import torch
 from fastdiff import use_backend
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops import sample_tokens
+from ops.unmask_cases import MASK, NUMBERS, ORDERS, RULES, problem
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kernels/common/dtype.h
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def build(folder: Path, kernel: str, main: str) -> Path:
+    """The program `main` with kernels/<kernel>_cpu.inl compiled for the baseline."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"NOT TESTED: no {' and '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user-static")
-    folder = tmp_path_factory.mktemp("aarch64")
-    sources = [ROOT / "tests/ops/aarch64_main.cpp", ROOT / "kernels/common/isa.cpp"]
-    for op in ("adaln", "token_sampling"):
-        kernel = folder / f"{op}_baseline.cpp"
-        kernel.write_text(
-            f'#define FASTDIFF_ISA baseline\n#define FASTDIFF_ISA_BASELINE\n#include "kernels/{op}/{op}_cpu.inl"\n'
-        )
-        sources += [kernel, ROOT / f"kernels/{op}/{op}_cpu.cpp"]
+    baseline = folder / "baseline.cpp"
+    baseline.write_text(
+        f'#define FASTDIFF_ISA baseline\n#define FASTDIFF_ISA_BASELINE\n#include "kernels/{kernel}_cpu.inl"\n'
+    )
+    sources = [
+        baseline,
+        *(ROOT / s for s in (f"tests/ops/{main}", f"kernels/{kernel}_cpu.cpp", "kernels/common/isa.cpp")),
+    ]
     flags = ["-std=c++20", "-O2", "-fno-math-errno", "-static", f"-I{ROOT}"]
-    subprocess.run([TOOLS[0], *flags, *map(str, sources), "-o", str(folder / "kernels")], check=True)
-    return folder / "kernels"
+    subprocess.run([TOOLS[0], *flags, *map(str, sources), "-o", str(folder / "program")], check=True)
+    return folder / "program"
 
 
-def run(program: Path, operator: str, data: bytes) -> bytes:
-    return subprocess.run([TOOLS[1], str(program), operator], input=data, capture_output=True, check=True).stdout
+def run(program: Path, data: bytes) -> bytes:
+    return subprocess.run([TOOLS[1], str(program)], input=data, capture_output=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("adaln"), "adaln/adaln", "aarch64_adaln.cpp")
+
+
+@pytest.fixture(scope="module")
+def sampling_program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("sampling"), "token_sampling/token_sampling", "aarch64_sample_tokens.cpp")
+
+
+@pytest.fixture(scope="module")
+def unmask_program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("unmask"), "token_sampling/unmask", "aarch64_unmask.cpp")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,7 +62,7 @@ def test_adaln_under_qemu(program, dtype, tokens, dim, rms):
     operands = [torch.randn(s, generator=generator).to(dtype) for s in [(tokens, dim)] * 2 + [(1, dim)] * 3]
     data = struct.pack("4q", tokens, dim, DTYPES[dtype], rms)
     data += b"".join(t.view(torch.uint8).numpy().tobytes() for t in operands)
-    done = run(program, "adaln", data)
+    done = run(program, data)
     stream, out = torch.frombuffer(bytearray(done), dtype=dtype).view(2, 1, tokens, dim)
     x, branch, gate, shift, scale = (t.double() for t in operands)
     exact = reference.gated_residual_adaln(x[None], branch[None], gate, shift, scale, norm="rms" if rms else "layer")
@@ -57,14 +73,28 @@ def test_adaln_under_qemu(program, dtype, tokens, dim, rms):
     torch.testing.assert_close(out.double(), normed, rtol=4 * eps, atol=16 * eps)
 
 
+@pytest.mark.parametrize("kind", ["plain", "ties", "odd values"])
+@pytest.mark.parametrize("rule", RULES)
+def test_unmask_under_qemu(unmask_program, rule, kind):
+    p, batch, length = problem(kind, 4, 50), 4, 50
+    values = torch.full((batch,), float(NUMBERS[rule]))
+    for order in ORDERS:
+        data = struct.pack("6q", batch, length, RULES.index(rule), ORDERS.index(order), 5, MASK)
+        data += b"".join(t.numpy().tobytes() for t in (p.token_ids, *p.sample[:4], values))
+        done = run(unmask_program, data)
+        out = torch.frombuffer(bytearray(done), dtype=torch.int64)
+        expected, committed = p.expected(rule, order, values, seed=5)
+        assert torch.equal(out[:-batch].view(batch, length), expected) and torch.equal(out[-batch:], committed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("vocab", "temperature", "top_k", "top_p"), [(5, 0.0, 0, 1.0), (1500, 0.8, 0, 1.0), (17000, 1.0, 500, 0.9)]
 )
-def test_sample_tokens_under_qemu(program, dtype, vocab, temperature, top_k, top_p):
+def test_sample_tokens_under_qemu(sampling_program, dtype, vocab, temperature, top_k, top_p):
     logits = (torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).to(dtype)
     data = struct.pack("4q2d", 3, vocab, DTYPES[dtype], top_k, temperature, top_p)
-    done = bytearray(run(program, "sample_tokens", data + logits.view(torch.uint8).numpy().tobytes()))
+    done = bytearray(run(sampling_program, data + logits.view(torch.uint8).numpy().tobytes()))
     token = torch.frombuffer(done, dtype=torch.int64, count=3)
     floats = torch.frombuffer(done, dtype=torch.float32, offset=24).view(3, 3)
     with use_backend("reference"):

@@ -1,24 +1,17 @@
 """What is the masked loss's own: certainty, row weights, gradients made in advance, autocast, bad input."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import BackendError, use_backend
-from fastdiff.kernels.masked_loss import reference
 from fastdiff.ops import _masked_loss_backends as backends
 from fastdiff.ops import masked_linear_cross_entropy
-from ops.harness import NATIVE, ROWS
+from ops.harness import BF16, F16, F32, NATIVE, ROWS
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def randn(*shape, dtype=F32, seed=0):
@@ -71,7 +64,7 @@ def test_equals_plain_pytorch_in_float64(row, count, vocab, label_smoothing):
         grads = torch.autograd.grad(loss, leaves(o))
     d = doubled(o)
     truth = plain(d, row_weight.double(), label_smoothing=label_smoothing)
-    # seen: 5e-8 (loss), 3e-7 (gradients; the products' own rounding)
+    # seen: 6.4e-8 (loss), 3.3e-7 (gradients; the products' own rounding)
     assert relative(loss, truth) <= 1e-6
     for grad, exact in zip(grads, torch.autograd.grad(truth, leaves(d)), strict=True):
         assert relative(grad, exact) <= 1e-6
@@ -99,104 +92,6 @@ def test_suppressed_ids_are_as_if_the_vocabulary_had_not_got_them(row):
         ids = torch.tensor([4, 52, 3, 3], device=row.device)
         same, _ = masked_linear_cross_entropy(**o, suppress_tokens=ids, label_smoothing=0.2)
         assert torch.equal(same, a[0]), "a tensor of ids does as well as a tuple"
-
-
-def rows_kernel(
-    logits, targets, row_weight=None, suppress=None, smoothing=0.0, want_grad=True
-) -> tuple[Tensor, Tensor]:
-    grad = logits.clone()
-    loss = torch.ops.fastdiff.cross_entropy_rows_(grad, targets, row_weight, suppress, smoothing, want_grad)
-    return loss, grad
-
-
-native_cpu = pytest.mark.parametrize("row", [r for r in NATIVE if r.backend == "cpu"], ids=lambda r: r.name)
-
-
-@native_cpu
-@pytest.mark.parametrize("vocab", [2, 17, 1500, 262144])
-def test_near_certainty_is_accurate(row, vocab):
-    at = torch.tensor([0, vocab // 3, vocab // 2, vocab - 1])
-    logits = randn(4, vocab).scatter_(1, at[:, None], torch.tensor([[20.0], [25.0], [40.0], [60.0]]))
-    with row.active():
-        loss, grad = rows_kernel(logits, at)
-    others = logits.double().scatter(1, at[:, None], -torch.inf)
-    truth = torch.log1p((others - logits.double().amax(1, keepdim=True)).exp().sum(1))
-    # seen: 1.5e-7, and 6.1e-7 of two ids alone: z − maximum = -38.6 is rounded to fp32, by up to 2e-6
-    torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=0)
-    torch.testing.assert_close(grad.gather(1, at[:, None])[:, 0].double(), torch.expm1(-truth), rtol=2e-6, atol=0)
-
-
-@native_cpu
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_a_row_is_the_same_alone_and_among_others(row, dtype):
-    logits, targets = 3 * randn(7, 1031, dtype=dtype), torch.arange(7)
-    suppress, weight = torch.tensor([9, 500]), torch.rand(7)
-    with row.active():
-        loss, grad = rows_kernel(logits, targets, weight, suppress, 0.1)
-        for i in range(7):
-            alone = rows_kernel(logits[i : i + 1], targets[i : i + 1], weight[i : i + 1], suppress, 0.1)
-            assert torch.equal(alone[0], loss[i : i + 1]) and torch.equal(alone[1], grad[i : i + 1])
-
-
-@native_cpu
-@settings(max_examples=60, deadline=None)
-@given(
-    vocab=st.integers(2, 2200),
-    suppressed=st.sets(st.integers(0, 2199), max_size=6),
-    smoothing=st.sampled_from([0.0, 0.3]),
-    spread=st.floats(0.1, 30),
-    offset=st.floats(-300, 300),
-    seed=st.integers(0, 99),
-)
-def test_any_row_equals_the_reference(row, vocab, suppressed, smoothing, spread, offset, seed):
-    logits = spread * randn(3, vocab, seed=seed) + offset
-    ids = sorted(i for i in suppressed if i < vocab)[: vocab - 1]
-    allowed = torch.tensor([i for i in range(vocab) if i not in ids])
-    targets = allowed[torch.randint(len(allowed), (3,), generator=torch.Generator().manual_seed(seed))]
-    suppress = torch.tensor(ids) if ids else None
-    weight = torch.tensor([1.0, 0.5, 3.0])
-    with row.active():
-        loss, grad = rows_kernel(logits, targets, weight, suppress, smoothing)
-    z = logits.double().requires_grad_()
-    truth = reference.row_losses(z, targets, suppress, smoothing)
-    torch.testing.assert_close(loss.double(), truth.detach(), rtol=2e-6, atol=1e-6)
-    exact = torch.autograd.grad((truth * weight).sum(), z)[0]
-    torch.testing.assert_close(grad.double(), exact, rtol=3e-6, atol=1e-7)
-
-
-@native_cpu
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_rows_without_a_distribution_give_nan(row, value):
-    logits = randn(3, 1100)
-    logits[1] = value
-    for smoothing in (0.0, 0.1):
-        with row.active():
-            loss, grad = rows_kernel(logits, torch.tensor([1, 2, 3]), None, None, smoothing)
-        assert loss[1].isnan() and grad[1].isnan().all() and loss[[0, 2]].isfinite().all()
-        assert grad[[0, 2]].isfinite().all()
-
-
-@native_cpu
-@pytest.mark.parametrize("target", [-100, 1100, 2**40, 7])
-def test_a_target_that_is_no_allowed_id_gives_nan_in_the_kernel(row, target):
-    logits = randn(3, 1100)
-    with row.active():
-        loss, grad = rows_kernel(logits, torch.tensor([1, target, 3]), None, torch.tensor([7]))
-    assert loss.isnan().tolist() == [False, True, False] and grad[1].isnan().sum() == 1099
-    assert grad[[0, 2]].isfinite().all()
-
-
-@native_cpu
-def test_rows_beyond_two_to_the_31_elements(row):
-    """8 GiB of which two rows are filled: untouched pages cost nothing."""
-    memory = torch.from_numpy(np.zeros(2**32 + 70, np.uint16)).view(BF16)
-    logits = memory.as_strided((3, 67), (2**31, 1))
-    logits.copy_(randn(3, 67))
-    targets = torch.tensor([1, 2, 3])
-    with row.active():
-        loss, grad = rows_kernel(logits.contiguous(), targets)
-        far = torch.ops.fastdiff.cross_entropy_rows_(logits, targets, None, None, 0.0, True)
-    assert torch.equal(loss, far) and torch.equal(grad, logits)
 
 
 @native
@@ -253,7 +148,7 @@ def test_float16_gradients_keep_their_digits_at_any_row_weight(row, weight):
     if weight >= 1:
         grads = torch.autograd.grad(loss * scale, leaves(o))
         for grad, exact in zip(grads, truth, strict=True):
-            assert relative(grad, exact) <= 1.5e-3, "seen: 3.5e-4"
+            assert relative(grad, exact) <= 8e-4  # seen: 3.8e-4
     else:  # the gradients themselves are below fp16's range, those of the logits were not
         assert torch.autograd.grad(loss, o["hidden"])[0].isfinite().all()
 
@@ -269,7 +164,7 @@ def test_sixteen_bit_sums_over_many_chunks_are_kept_in_float32(row, monkeypatch)
         with row.active():
             loss, _ = masked_linear_cross_entropy(**o)
             errors[most] = relative(torch.autograd.grad(loss, o["weight"])[0], exact)
-    # seen: 2.2e-3, and 9e-3 where 63 chunks are added up in bf16
+    # seen: 1.9e-3, and 8.2e-3 where 63 chunks are added up in bf16
     assert errors[4] <= 4e-3 < errors[10**9]
 
 
@@ -366,7 +261,7 @@ def test_autocast_is_that_of_a_linear_layer(row):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for grad, usual in zip(grads, torch.autograd.grad(expected, leaves(o)), strict=True):
         assert grad.dtype == F32
-        assert relative(grad, usual.double()) <= 4e-3  # seen: 8e-4
+        assert relative(grad, usual.double()) <= 4e-3  # seen: 1.6e-3, of two results that are both rounded
 
 
 @native
@@ -434,11 +329,6 @@ def test_opcheck(row):
     inputs = (o["hidden"].detach(), o["weight"].detach(), o["bias"].detach(), o["targets"], o["mask"])
     torch.library.opcheck(whole, (*inputs, weight, None, 0.1, True, True, True, BF16))
     torch.library.opcheck(whole, (*inputs, None, None, 0.0, True, False, False, F32))
-
-
-def test_schemas_in_python_and_cpp_are_the_same():
-    written = str(torch.ops.fastdiff.cross_entropy_rows_.default._schema).removeprefix("fastdiff::")
-    assert written == str(torch._C.parse_schema("cross_entropy_rows_" + backends.ROWS_SCHEMA))
 
 
 @native
@@ -535,20 +425,3 @@ def test_bad_input_says_what_was_given_and_expected_in_one_line(name):
     with pytest.raises(error, match=match) as caught:
         bad()
     assert "\n" not in str(caught.value)
-
-
-def test_direct_calls_of_the_operator_are_checked():
-    logits, targets = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
-    operator = torch.ops.fastdiff.cross_entropy_rows_
-    for bad, match in (
-        ((logits.t(), targets, None, None, 0.0, True), "logits does not fit"),
-        ((logits.double(), targets, None, None, 0.0, True), "float64"),
-        ((logits, targets[:1], None, None, 0.0, True), "targets does not fit"),
-        ((logits, targets, torch.ones(3), None, 0.0, True), "row_weight does not fit"),
-        ((logits, targets, None, torch.tensor([3, 1]), 0.0, True), "suppress_tokens does not fit"),
-        ((logits, targets, None, torch.tensor([5]), 0.0, True), "suppress_tokens does not fit"),
-        ((logits, targets, None, torch.arange(5), 0.0, True), "suppress_tokens does not fit"),
-        ((logits, targets, None, None, 1.0, True), "label_smoothing is 1"),
-    ):
-        with pytest.raises(RuntimeError, match=match):
-            operator(*bad)

@@ -300,6 +300,19 @@ def test_the_head_draws_what_its_logits_would(settings, dtype, row):
             torch.testing.assert_close(getattr(head, name), getattr(plain, name), rtol=tolerance, atol=tolerance)
 
 
+@native
+def test_a_hidden_state_alone_draws_what_it_draws_in_a_batch(row):
+    """To the last bits of torch's product, whose order of sums depends on the number of rows."""
+    row.skip_unless_runnable("lm_head_sample")
+    hidden, weight, settings = randn(6, 5, 32, seed=1), randn(3000, 32, seed=2), {"temperature": 0.8, "seed": 2}
+    with row.active():
+        whole = lm_head_sample(hidden, weight, **settings)
+        alone = lm_head_sample(hidden[3:4], weight, sequence_ids=torch.tensor([3]), **settings)
+    assert torch.equal(whole.token[3:4], alone.token)
+    for a, b in zip(whole[1:4], alone[1:4], strict=True):
+        torch.testing.assert_close(a[3:4], b, rtol=1e-5, atol=1e-5)
+
+
 @every
 def test_end_log_prob_keeps_its_digits_where_the_end_is_certain(row):
     row.skip_unless_runnable("sample_tokens")

@@ -19,9 +19,10 @@ def test_every_kernel_is_among_the_variants():
     from fastdiff.kernels.adaln import triton_device as adaln
     from fastdiff.kernels.masked_loss import triton_device as loss
     from fastdiff.kernels.token_sampling import triton_device as sampling
+    from fastdiff.kernels.token_sampling import triton_threshold_device as threshold
     from fastdiff.kernels.token_sampling import triton_unmask_device as unmask
 
-    modules = (adaln, sampling, unmask, loss)
+    modules = (adaln, sampling, threshold, unmask, loss)
     kernels = {(module.__name__, name) for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(variant.module, variant.kernel) for variant in aot.labelled_variants()}
     assert found == kernels and len(kernels) == 16

@@ -16,6 +16,11 @@ NUMBERS = {"count": 3, "threshold": 0.5, "factor": 1.25, "entropy_budget": 1.5, 
 KINDS = ("plain", "ties", "blocks", "rows", "odd values", "nothing to do")
 
 
+def numbers(rule: str, value: float | Tensor) -> dict[str, float | Tensor]:
+    """The rule's number as the keyword that unmask_ takes."""
+    return {"probability" if rule == "ancestral" else rule: value}
+
+
 @dataclass
 class Problem:
     token_ids: Tensor  # int64 [B, L]
@@ -69,16 +74,9 @@ def problem(kind: str, batch: int, length: int, seed: int = 0) -> Problem:
         for t in scores:
             t[0] = t[0, 0]  # a row whose scores are all equal
     if kind == "odd values":
-        for t, values in zip(
-            scores,
-            (
-                (torch.nan, -torch.inf, 0.0, -0.0, 1e-40),
-                (torch.nan, torch.inf, -0.0, 0.0, -0.25),
-                (torch.nan, -0.0, 1.0),
-            ),
-            strict=True,
-        ):
-            for value in values:
+        odd = ((-torch.inf, 0.0, -0.0, 1e-40), (torch.inf, -0.0, 0.0, -0.25), (-0.0, 1.0))  # log_prob, entropy, margin
+        for t, values in zip(scores, odd, strict=True):
+            for value in (torch.nan, *values):
                 t[rand(batch, length) < 0.12] = value
         if batch > 1:
             for t in scores:
