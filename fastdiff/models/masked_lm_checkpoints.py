@@ -170,8 +170,13 @@ def _read_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _folder(path: Any, kwargs: dict[str, Any]) -> Path:
     if os.path.isdir(path):
         return Path(path)
-    patterns = ["*.json", "*.safetensors"]
-    return Path(_from_hub(path, kwargs, lambda hub: snapshot_download(str(path), allow_patterns=patterns, **hub)))
+    folder = Path()
+    for weights in ("*.safetensors", "pytorch_model*.bin"):  # the second only of repositories without the first
+        wanted = {"allow_patterns": ["*.json", weights]}
+        folder = Path(_from_hub(path, kwargs, lambda hub, wanted=wanted: snapshot_download(str(path), **wanted, **hub)))
+        if list(folder.glob(weights)):
+            break
+    return folder
 
 
 def _from_hub(path: Any, kwargs: dict[str, Any], download: Callable[[dict], str]) -> str:

@@ -167,6 +167,27 @@ def test_dream_layout(tmp_path, tied):
         torch.testing.assert_close(model(tokens()).logits[:, 1:], expected[:, :-1], **TOLERANCE)
 
 
+@pytest.mark.parametrize("weights", ["*.safetensors", "pytorch_model*.bin"])
+def test_a_hub_repository_gives_safetensors_or_else_pickles(tmp_path, monkeypatch, weights):
+    """The hub itself is out of reach: two functions of huggingface_hub are replaced by a folder."""
+    theirs, asked = llama(), []
+    theirs.save_pretrained(tmp_path)
+    if weights.endswith("bin"):
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+
+    def snapshot_download(repository, allow_patterns, **options):
+        asked.append((repository, allow_patterns[-1], options))
+        return str(tmp_path)
+
+    checkpoints = "fastdiff.models.masked_lm_checkpoints."
+    monkeypatch.setattr(checkpoints + "hf_hub_download", lambda repository, name, **options: str(tmp_path / name))
+    monkeypatch.setattr(checkpoints + "snapshot_download", snapshot_download)
+    model = MaskedDiffusionLM.from_pretrained("a/b", mask_token_id=3, revision="v1")
+    assert asked[-1] == ("a/b", weights, {"revision": "v1"}) and len(asked) == 1 + weights.endswith("bin")
+    torch.testing.assert_close(ours(model, tokens()), theirs_bidirectional(theirs, tokens()), **TOLERANCE)
+
+
 def test_qwen2_becomes_a_dream_with_a_new_mask_token(tmp_path):
     theirs = qwen2()
     theirs.save_pretrained(tmp_path)
@@ -289,10 +310,12 @@ def test_a_foreign_checkpoint_that_does_not_fit_is_named(tmp_path, changes, mess
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_files_that_are_missing_or_damaged_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_files_that_are_missing_or_damaged_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder, and not to be had from the Hugging Face hub"):
         MaskedDiffusionLM.from_pretrained(str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="^nobody/nothing: no such folder, and not to be had") as caught:
+        MaskedDiffusionLM.from_pretrained("nobody/nothing", local_files_only=True)
+    assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="no config.json in it"):
         MaskedDiffusionLM.from_pretrained(tmp_path)
     llada_checkpoint(tmp_path)
