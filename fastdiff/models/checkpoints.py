@@ -105,13 +105,13 @@ def _read_folder(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{path}: no {CONFIG_NAME} in it; expected a folder written by save_pretrained")
     _check_overrides(overrides, _FREE_FIELDS)
-    config = _read_json(path / CONFIG_NAME)
+    config = read_json(path / CONFIG_NAME)
     kind = config.get("_class_name")
     if kind == "DiTTransformer2DModel":
         try:
             config, state = from_diffusers(config, _read_diffusers_weights(path))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a DiTTransformer2DModel that can be loaded: {_one_line(error)}") from error
+            raise ValueError(f"{path}: not a DiTTransformer2DModel that can be loaded: {one_line(error)}") from error
         return dataclasses.replace(config, **overrides), state
     if kind != "DiT":
         raise ValueError(
@@ -122,7 +122,7 @@ def _read_folder(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict
     try:
         config = DiTConfig(**{**fields, **overrides})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / CONFIG_NAME}: not a DiT's configuration: {_one_line(error)}") from error
+        raise ValueError(f"{path / CONFIG_NAME}: not a DiT's configuration: {one_line(error)}") from error
     return config, _read_safetensors(path / WEIGHTS_NAME)
 
 
@@ -135,7 +135,7 @@ def _read_facebook(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, di
     try:
         return from_facebook(state, trained_as.get("num_heads"), overrides)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a facebookresearch/DiT checkpoint: {_one_line(error)}") from error
+        raise ValueError(f"{path}: not a facebookresearch/DiT checkpoint: {one_line(error)}") from error
 
 
 def _read_diffusers_weights(path: Path) -> dict[str, Tensor]:
@@ -144,17 +144,17 @@ def _read_diffusers_weights(path: Path) -> dict[str, Tensor]:
     pickled = path / f"{_DIFFUSERS_WEIGHTS}.bin"
     if index.is_file() and not whole.is_file():
         state: dict[str, Tensor] = {}
-        for shard in sorted(set(_read_json(index)["weight_map"].values())):
+        for shard in sorted(set(read_json(index)["weight_map"].values())):
             state.update(_read_safetensors(path / shard))
         return state
     return _read_pickle(pickled) if pickled.is_file() and not whole.is_file() else _read_safetensors(whole)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {_one_line(error)}") from error
+        raise ValueError(f"{path}: not a JSON file: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a JSON {type(content).__name__}; expected an object")
     return content
@@ -166,7 +166,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: cut short, damaged or no safetensors file: {_one_line(error)}") from error
+        raise ValueError(f"{path}: cut short, damaged or no safetensors file: {one_line(error)}") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: cut short, damaged, or more than tensors in it; expected a PyTorch checkpoint of a DiT: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a state dict of a DiT")
@@ -190,7 +190,7 @@ def _check_overrides(overrides: dict[str, Any], allowed: tuple[str, ...]) -> Non
             raise TypeError(f"{name}: cannot be changed when loading a checkpoint; only {', '.join(allowed)} can")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     line = text.splitlines()[0][:200]
     return f"{line} is missing" if isinstance(error, KeyError) else line

@@ -4,15 +4,19 @@ from fastdiff.nn.attention import SelfAttention
 from fastdiff.nn.embeddings import LabelEmbedding, PatchEmbed, TimestepEmbedding, sincos_2d
 from fastdiff.nn.mlp import ACTIVATIONS, Mlp
 from fastdiff.nn.norm import AdaLayerNorm, GatedResidualAdaLayerNorm
+from fastdiff.nn.transformer import KeyValueCache, TransformerBlock, annealed_attention_mask
 
 __all__ = [
     "ACTIVATIONS",
     "AdaLayerNorm",
     "GatedResidualAdaLayerNorm",
+    "KeyValueCache",
     "LabelEmbedding",
     "Mlp",
     "PatchEmbed",
     "SelfAttention",
     "TimestepEmbedding",
+    "TransformerBlock",
+    "annealed_attention_mask",
     "sincos_2d",
 ]

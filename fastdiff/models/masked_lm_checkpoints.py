@@ -1,0 +1,214 @@
+"""Reading masked diffusion language models: finding the files, telling the format, checking names and shapes."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastdiff.models.checkpoints import CONFIG_NAME, check_state, one_line, read_json
+from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
+from fastdiff.models.masked_lm_layouts import (
+    ADAPTABLE,
+    EMBEDDING,
+    HEAD,
+    KNOWN,
+    LAYOUTS,
+    MODEL_TYPES,
+    grow_vocabulary,
+)
+
+GPT2_MASK_TOKEN_ID = 10541  # of system 004 and DiffuGPT: a token that text hardly ever has
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_FIELDS = {field.name for field in dataclasses.fields(MaskedDiffusionLMConfig)}
+
+
+def load_masked_lm(cls: type, path: Any, args: tuple, kwargs: dict[str, Any], native: Callable) -> Any:
+    """See `MaskedDiffusionLM.from_pretrained`; `native` is that of transformers."""
+    if kwargs.get("config") is not None or kwargs.get("state_dict") is not None:
+        return native(path, *args, **kwargs)
+    config = _read_config(path, kwargs)
+    if _model_type(config) != cls.config_class.model_type:
+        folder = _folder(path, kwargs)
+        return _load_foreign(cls, folder, config, _read_weights(folder), {**kwargs})
+    return _load_native(path, args, kwargs, native)
+
+
+def load_gpt2(cls: type, source: Any, mask_token_id: int | None, pad_token_id: int | None, kwargs: dict) -> Any:
+    """See `MaskedDiffusionLM.from_gpt2`."""
+    tokens = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id}
+    kwargs = {**kwargs, **{name: token for name, token in tokens.items() if token is not None}}
+    if isinstance(source, torch.nn.Module):
+        state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+        folder, config = None, source.config.to_dict()
+    else:
+        folder = _folder(source, kwargs)
+        config, state = _read_config(folder, kwargs), _read_weights(folder)
+    if _model_type(config) != "gpt2":
+        raise ValueError(f"from_gpt2: got a model of type {_model_type(config)!r}; expected gpt2: use from_pretrained")
+    return _load_foreign(cls, folder, config, state, kwargs)
+
+
+def _load_native(path: Any, args: tuple, kwargs: dict[str, Any], native: Callable) -> Any:
+    wants_report = kwargs.pop("output_loading_info", False)
+    try:
+        model, report = native(path, *args, output_loading_info=True, **kwargs)
+    except (SafetensorError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"{path}: weights missing, cut short or damaged: {one_line(error)}") from error
+    lacking = [str(name) for key in ("missing_keys", "mismatched_keys") for name in sorted(report[key])]
+    if lacking and not kwargs.get("ignore_mismatched_sizes"):  # transformers would go on with random weights
+        raise ValueError(f"{path}: the weights are not those of its configuration: {', '.join(lacking[:3])} missing")
+    return (model, report) if wants_report else model
+
+
+def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str, Tensor], kwargs: dict) -> Any:
+    where, kind = folder or "model", _model_type(config)
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+    overrides = {name: value for name, value in kwargs.items() if name not in _HUB}
+    for name in overrides:
+        if name not in _FIELDS:
+            raise TypeError(
+                f"{name}: not an option for a checkpoint of type {kind!r}; expected dtype, {', '.join(_HUB)} or a "
+                "field of MaskedDiffusionLMConfig"
+            )
+    if config.get("quantization_config"):
+        raise ValueError(f"{where}: its weights are quantised; expected float32, bfloat16 or float16")
+    try:
+        fields, state = LAYOUTS[kind](config, state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not a {kind} checkpoint that can be loaded: {one_line(error)}") from error
+    fields |= _special_tokens(folder, kind, config, overrides, fields["vocab_size"])
+    fields |= overrides
+    if kind in ADAPTABLE:
+        wanted = [fields[name] for name in ("mask_token_id", "pad_token_id") if fields[name] is not None]
+        fields["vocab_size"] = max(fields["vocab_size"], *(token + 1 for token in wanted))
+        if fields["vocab_size"] > len(state[EMBEDDING]) + len(wanted):
+            raise ValueError(f"{where}: special tokens {wanted} are beyond its {len(state[EMBEDDING])} ids")
+        grow_vocabulary(state, fields["vocab_size"])
+    return _build(cls, cls.config_class(**fields), state, dtype, where)
+
+
+def _build(cls: type, config: MaskedDiffusionLMConfig, state: dict[str, Tensor], dtype: Any, where: Any) -> Any:
+    dtype = state[EMBEDDING].dtype if dtype in (None, "auto") else dtype
+    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        model = cls(config)
+    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop(HEAD)
+    check_state(state, expected, where, "its configuration")
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def _special_tokens(folder: Path | None, kind: str, config: dict, overrides: dict, vocab_size: int) -> dict[str, Any]:
+    """mask, pad, bos and eos ids: those of config.json, else the tokenizer's, else the layout's."""
+    tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
+    for name in ("mask_token", "pad_token"):
+        token = config.get(f"{name}_id")
+        tokens[f"{name}_id"] = _tokenizer_id(folder, name) if token is None and folder is not None else token
+    if kind == "gpt2" and tokens["mask_token_id"] is None and vocab_size > GPT2_MASK_TOKEN_ID:
+        tokens["mask_token_id"] = GPT2_MASK_TOKEN_ID
+    if kind == "gpt2" and tokens["pad_token_id"] is None:
+        tokens["pad_token_id"] = vocab_size
+    if tokens["mask_token_id"] is None and "mask_token_id" not in overrides:
+        raise ValueError(
+            f"{folder or 'model'}: neither configuration nor tokenizer has a mask token: pass mask_token_id="
+        )
+    return tokens
+
+
+def _tokenizer_id(folder: Path, name: str) -> int | None:
+    """The id of a tokenizer's special token, from its files; None where it has none."""
+    files = {}
+    for file in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "vocab.json"):
+        files[file] = read_json(folder / file) if (folder / file).is_file() else {}
+    token = files["tokenizer_config.json"].get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return None
+    for index, entry in files["tokenizer_config.json"].get("added_tokens_decoder", {}).items():
+        if entry.get("content") == token:
+            return int(index)
+    for entry in files["tokenizer.json"].get("added_tokens", []):
+        if entry.get("content") == token:
+            return int(entry["id"])
+    return files["added_tokens.json"].get(token, files["vocab.json"].get(token))
+
+
+def _model_type(config: dict[str, Any]) -> str:
+    kind = str(config.get("model_type") or "").lower()
+    return kind or MODEL_TYPES.get(str((config.get("architectures") or [""])[0]).lower(), "")
+
+
+def _read_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if os.path.isdir(path):
+        file = Path(path) / CONFIG_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: no {CONFIG_NAME} in it; expected the folder of a language model")
+    else:
+        file = Path(_from_hub(path, kwargs, lambda hub: hf_hub_download(str(path), CONFIG_NAME, **hub)))
+    config = read_json(file)
+    kind = _model_type(config)
+    if kind != MaskedDiffusionLMConfig.model_type and kind not in LAYOUTS:
+        given = config.get("model_type") or config.get("architectures")
+        raise ValueError(f"{file}: a model of type {given!r}; expected one of {KNOWN}")
+    return config
+
+
+def _folder(path: Any, kwargs: dict[str, Any]) -> Path:
+    if os.path.isdir(path):
+        return Path(path)
+    folder = Path()
+    for weights in ("*.safetensors", "pytorch_model*.bin"):  # the second only of repositories without the first
+        wanted = {"allow_patterns": ["*.json", weights]}
+        folder = Path(_from_hub(path, kwargs, lambda hub, wanted=wanted: snapshot_download(str(path), **wanted, **hub)))
+        if list(folder.glob(weights)):
+            break
+    return folder
+
+
+def _from_hub(path: Any, kwargs: dict[str, Any], download: Callable[[dict], str]) -> str:
+    if os.path.isfile(path):
+        raise ValueError(f"{path}: a file; expected the folder that holds it and {CONFIG_NAME}")
+    try:
+        return download({name: kwargs[name] for name in _HUB if name in kwargs})
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{path}: no such folder, and not to be had from the Hugging Face hub: {one_line(error)}"
+        ) from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return _read_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            state: dict[str, Tensor] = {}
+            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+                state.update(_read_file(folder / shard))
+            return state
+    raise FileNotFoundError(f"{folder}: no weights in it; expected {' or '.join(_WEIGHTS)}, or their shards")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the index beside it names it")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and pickle raise what they like on damaged files
+        raise ValueError(f"{path}: cut short, damaged or not a file of tensors: {one_line(error)}") from error

@@ -1,0 +1,204 @@
+"""Bidirectional transformer blocks of language models: attention over token masks, rotary positions, caches.
+
+One block serves GPT-2 (LayerNorm, GELU), Llama, Qwen2 and LLaDA (RMSNorm, SwiGLU, rotary positions, grouped keys) and
+encoder-decoders (cross-attention). Parameter names are those of transformers' Llama.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.nn.mlp import ACTIVATIONS
+from fastdiff.nn.norm import AdaLayerNorm
+
+
+def annealed_attention_mask(
+    length: int,
+    bidirectional: float,
+    *,
+    batch_size: int = 1,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:  # bool [batch_size, length, length], True = attend
+    """Causal attention in which each later token is visible with probability `bidirectional` (Gong et al. 2025).
+
+    Adapting an autoregressive model raises it from 0 (causal) to 1 (all attend to all) over the first steps. Drawn on
+    the generator's device (the CPU's without one). Raises ValueError for a probability outside [0, 1].
+    """
+    if not 0 <= bidirectional <= 1:
+        raise ValueError(f"bidirectional: got {bidirectional}; expected a probability in [0, 1]")
+    draw = {"generator": generator, "device": "cpu" if generator is None else generator.device}
+    seen = torch.rand(batch_size, length, length, **draw).to(device) < bidirectional
+    return seen | torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def rotary_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position · theta^(-2i / head_dim): `[B, L]` → two of `[B, 1, L, head_dim / 2]`, float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[:, None, :, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:  # [B, H, L, d] -> the same
+    """Rotary positions (Su et al. 2021) with a head's first half paired with its second, as in Llama; in float32."""
+    cos, sin = table
+    first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of every layer at all positions of a batch of sequences, for inference.
+
+    A call over whole sequences fills it; a later call over a few columns writes theirs in place and attends to all.
+    The other columns are as old as their last writing, so that its results approximate those of a whole call.
+    """
+
+    def __init__(self) -> None:
+        self.columns: Tensor | None = None  # [l] or [B, l] of the call under way; None is a whole call
+        self._layers: list[tuple[Tensor, Tensor]] = []  # [B, H, L, d] each
+
+    @property
+    def length(self) -> int:
+        """Columns held: 0 before the first call."""
+        return self._layers[0][0].shape[2] if self._layers else 0
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new keys and values and returns all of that layer's."""
+        if self.columns is None:
+            del self._layers[layer:]
+            self._layers.append((key.detach(), value.detach()))
+            return key, value
+        stored = self._layers[layer]
+        for whole, part in zip(stored, (key, value), strict=True):
+            if self.columns.ndim == 1:
+                whole.index_copy_(2, self.columns, part.detach())
+            else:
+                whole.scatter_(2, self.columns[:, None, :, None].expand_as(part), part.detach())
+        return stored
+
+
+class Attention(nn.Module):
+    """Multi-head attention through torch's scaled_dot_product_attention, with grouped keys and values.
+
+    `context_dim` is the width of the states attended to in cross-attention; None is self-attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        output_bias: bool = True,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads or num_heads
+        self.head_dim, self.dropout = head_dim or dim // num_heads, dropout
+        self.q_proj = nn.Linear(dim, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(context_dim or dim, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(context_dim or dim, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, dim, bias=output_bias)
+        self.o_proj.branch = "residual" if context_dim is None else "cross"  # read where weights are initialised
+
+    def forward(
+        self,
+        x: Tensor,  # [B, L, D]
+        mask: Tensor | None = None,  # bool, broadcasts to [B, H, L, keys], True = attend
+        rotary: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,  # [B, M, context_dim]
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:  # [B, L, D]
+        query, key, value = (
+            projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, states in (
+                (self.q_proj, x),
+                (self.k_proj, x if context is None else context),
+                (self.v_proj, x if context is None else context),
+            )
+        )
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        if cache is not None:
+            key, value = cache.update(layer, key, value)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.num_heads != self.num_key_value_heads,
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear → activation → Linear, or with `gated` activation(gate) · up → Linear (SwiGLU where that is "silu")."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, activation: str, gated: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias) if gated else None
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+        self.down_proj.branch = "residual"
+        self.act = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention, optional cross-attention, feed-forward, each added to the residual stream.
+
+    `attention`, `feed_forward` and `norm` are the keyword arguments of `Attention`, `FeedForward` and `AdaLayerNorm`;
+    `context_dim` adds the cross-attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        *,
+        attention: dict,
+        feed_forward: dict,
+        norm: dict,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = AdaLayerNorm(dim, elementwise_affine=True, **norm)
+        self.self_attn = Attention(dim, num_heads, dropout=dropout, **attention)
+        self.cross_attention_layernorm, self.cross_attn = None, None
+        if context_dim is not None:
+            self.cross_attention_layernorm = AdaLayerNorm(dim, elementwise_affine=True, **norm)
+            self.cross_attn = Attention(dim, num_heads, dropout=dropout, context_dim=context_dim, **attention)
+        self.post_attention_layernorm = AdaLayerNorm(dim, elementwise_affine=True, **norm)
+        self.mlp = FeedForward(dim, hidden_dim, **feed_forward)
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x: Tensor,  # [B, L, D]
+        mask: Tensor | None = None,  # bool, broadcasts to [B, H, L, keys], True = attend
+        rotary: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,  # [B, M, context_dim]
+        context_mask: Tensor | None = None,  # bool [B, 1, 1, M]
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:  # [B, L, D]
+        normed = self.input_layernorm(x, None, None)
+        x = x + self._drop(self.self_attn(normed, mask, rotary, cache=cache, layer=layer))
+        if self.cross_attn is not None and context is not None:
+            normed = self.cross_attention_layernorm(x, None, None)
+            x = x + self._drop(self.cross_attn(normed, context_mask, context=context))
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x, None, None)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
