@@ -126,7 +126,7 @@ class Operator:
     many: str = "many-segments"  # the case whose rows are many: threads, torch.compile, export
     lengths: tuple[int, ...] = (150, 100, 64)  # of `shorten`, of that case
     shorten: Callable[[Inputs, int], Inputs] = _fewer_tokens
-    # the case with several samples, of which `second` is the second; None: not bit for bit the same alone, or one result
+    # the case with several samples, `second` the second of them; None: one result, or not bit for bit the same alone
     batch: str | None = "modulation-BFD:3-chunk"
     second: Callable[[Inputs], Inputs] = _second_sample
 
