@@ -116,29 +116,11 @@ Samples sample_tokens(Tensor logits, OptionalTensor temperatures, double tempera
   return result;
 }
 
-// torch's matrix product as the kernel calls it: a tile of the head, into the tile buffer.
-struct HeadTile {
-  const Tensor &hidden, &weight;  // [rows, D], [V, D]
-  const OptionalTensor& bias;
-  const Tensor& tile;  // flat
+// The operands of the head's product, for the backend that makes it.
+struct Head {
+  const Tensor &hidden, &weight;  // [rows, D] contiguous, [V, D]
+  const OptionalTensor& bias;     // [V] contiguous
 };
-
-inline void head_product(void* context, int64_t begin, int64_t end) {
-  const HeadTile& h = *static_cast<const HeadTile*>(context);
-  const int64_t rows = h.hidden.size(0), n = end - begin;
-  Tensor w = h.weight, flat = h.tile;
-  w = torch::stable::narrow(w, 0, begin, n);
-  Tensor out = torch::stable::view(torch::stable::narrow(flat, 0, 0, rows * n), {rows, n});
-  OptionalTensor b;
-  if (h.bias) {
-    Tensor whole = *h.bias;
-    b = torch::stable::narrow(whole, 0, begin, n);
-  }
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(h.hidden), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(b), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the result's reference
-}
 
 template <class Backend>
 Samples lm_head_sample(Tensor hidden, Tensor weight, OptionalTensor bias, OptionalTensor temperatures,
@@ -167,13 +149,14 @@ Samples lm_head_sample(Tensor hidden, Tensor weight, OptionalTensor bias, Option
   h.weight_stride = weight.stride(0);
   h.dim = dim;
   h.tile_size = Backend::kHeadTile;
-  Tensor tile = empty(hidden, {rows * std::min(h.tile_size, weight.size(0))}, hidden.scalar_type());
+  const int64_t tile_elements = Backend::kKernelHasTiles ? 0 : rows * std::min(h.tile_size, weight.size(0));
+  Tensor tile = empty(hidden, {tile_elements}, hidden.scalar_type());
   h.tile = tile.mutable_data_ptr();
   Tensor workspace = empty(hidden, {Backend::head_workspace_bytes(h) / 8}, ScalarType::Long);
   h.sample.workspace = workspace.mutable_data_ptr();
   Tensor flat_hidden = torch::stable::view(hidden, {rows, dim});
-  HeadTile context{flat_hidden, weight, bias, tile};
-  Backend::head_sample(h, hidden, {head_product, &context});
+  Head head{flat_hidden, weight, bias};
+  Backend::head_sample(h, hidden, {Backend::head_product, &head});
   return result;
 }
 

@@ -1,6 +1,6 @@
 """What public functions share: checks of arguments, the choice of a backend in a transform, autograd's small print."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -54,6 +54,8 @@ def check_floats(name: str, t: Tensor, least: int) -> None:
         raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
     if t.dtype not in _DTYPES:
         raise ValueError(f"{name} is {t.dtype}; expected float32, bfloat16, float16 or float64")
+    if t.layout != torch.strided or t.device.type == "meta":
+        raise ValueError(f"{name} is {t.layout} on {t.device}; expected a dense tensor with data")
     if t.ndim < least:
         raise ValueError(f"{name} has shape {list(t.shape)}; expected at least {least} dimension(s)")
 
@@ -99,6 +101,25 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t if dtype == tensors[0].dtype else t.to(dtype) for t in tensors]
 
 
+def counter(name: str, value: int | Tensor, device: torch.device, words: int = 2) -> tuple[Tensor | None, int]:
+    """(int64 tensor of one number, 0), or (None, an int): part of a key or counter of Philox.
+
+    `words` is how many 32-bit words of it count: 2 for a seed; 1 for a step, of which an int must then be in [0, 2^32).
+    """
+    if isinstance(value, Tensor):
+        check_integers(name, value, device)
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected one number")
+        return value.reshape(()), 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; expected an int or an int64 tensor of one number")
+    if words == 2 and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value}; expected an int of 64 bits")
+    if words == 1 and not 0 <= value < 2**32:
+        raise ValueError(f"{name} is {value}; expected an int from 0 to 2**32 - 1")
+    return None, value
+
+
 def token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device: torch.device) -> Tensor | None:
     """Ascending int64 ids, each once, or None where there are none."""
     if ids is None:
@@ -110,9 +131,13 @@ def token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device:
         if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return ids.reshape(-1)  # as it is: ascending, each once, below the vocabulary
         ids = ids.reshape(-1).tolist()
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()  # NumPy's
+    if not isinstance(ids, Iterable) or isinstance(ids, str):
+        raise TypeError(f"{name} is {ids!r}; expected a list of ints or an int64 tensor")
     ids = tuple(ids)
     for i in ids:
-        if not isinstance(i, int):
+        if isinstance(i, bool) or not isinstance(i, int):
             raise TypeError(f"{name} has an element of type {type(i).__name__}; expected ints")
         if not 0 <= i < vocab:
             raise ValueError(f"{name} has {i}; expected ids from 0 to {vocab - 1}")

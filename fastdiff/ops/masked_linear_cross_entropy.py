@@ -139,6 +139,8 @@ def _take_gradients(ctx) -> list[Tensor]:
 def _check(hidden, weight, bias, targets, mask, row_weight, suppress_tokens, label_smoothing) -> Tensor | None:
     """Raises for whatever does not fit; returns the suppressed ids as a tensor."""
     check_floats("hidden", hidden, 1)
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden has shape {list(hidden.shape)}; expected at least one number in the last dimension")
     check_head(hidden, weight, bias)
     vocab, lead = weight.shape[0], hidden.shape[:-1]
     check_integers("targets", targets, hidden.device)
@@ -175,7 +177,7 @@ def _check_targets(targets: Tensor, mask: Tensor, vocab: int, suppressed: Tensor
     wrong = (targets < 0) | (targets >= vocab)
     reason = f"expected an id from 0 to {vocab - 1}"
     if suppressed is not None and not bool((wrong & mask).any()):
-        wrong, reason = torch.isin(targets, suppressed), "which suppress_tokens names: it has probability 0"
+        wrong, reason = torch.isin(targets, suppressed), "an id that suppress_tokens names (probability 0)"
     wrong = (wrong & mask).nonzero()
     if wrong.shape[0]:
         row = tuple(wrong[0].tolist())

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fastdiff.backends import select
 from fastdiff.kernels.token_sampling import reference
-from fastdiff.ops._checks import autocast, check_floats, check_head, check_integers, token_ids
+from fastdiff.ops._checks import autocast, check_floats, check_head, check_integers, counter, token_ids
 from fastdiff.ops._token_sampling_backends import IMPLEMENTATIONS
 
 _LOGITS_AT_ONCE = 64 << 20  # bytes of logits that lm_head_sample makes at a time for top-k and top-p
@@ -53,21 +53,25 @@ def sample_tokens(
     Args:
         logits: `[R, V]`, `[B, L, V]` or any leading shape; the last dimension contiguous (else it is copied), other
             strides are taken as they are. float32, bfloat16, float16 (float64 through the reference).
-        temperature: 0 takes the likeliest token (the lowest id on ties); above, a number or one a row.
+        temperature: 0 takes the likeliest token (the lowest id on ties); a number, or a tensor of logits' leading shape
+            (or one that broadcasts to it: `[B, 1]`).
         top_k: draw among the k likeliest (all that tie with the k-th); None or 0: off. After temperature.
         top_p: draw among the likeliest that together have at least this probability; None or 1: off. After top_k.
         suppress_tokens: ids that leave the distribution, their logits unread (the mask token, say).
-        end_token_ids: ids whose joint probability is wanted: `end_log_prob`.
+        end_token_ids: ids whose joint probability is wanted: `end_log_prob` (-inf for an empty list).
         seed, step: of the random numbers; ints, or int64 tensors of one number on logits' device (for graph capture).
             seed None takes one from torch's generator.
-        sequence_ids, positions: what the random numbers belong to, int64; by default row r of `[R, V]` is sequence r at
-            position 0, and row (b, l) of `[B, L, V]` sequence b at position l. The same seed, step, sequence and
-            position draw the same token from the same logits: alone, in any batch, on every backend.
+        sequence_ids, positions: what the random numbers belong to, int64 of logits' leading shape, or `[B]` and `[L]`;
+            by default row r of `[R, V]` is sequence r at position 0, row (b, l) of `[B, L, V]` sequence b, position l.
+            The same seed, step, sequence and position draw the same token from the same logits, alone and in any
+            batch; on another backend up to 5 draws in 10 000 fall on the other side of a rounding boundary. The low 32
+            bits of step, sequence and position count, all 64 of seed.
         invalid: what to do with a row that is all -inf, or has a NaN or +inf: "raise" (waits for the device), or "flag"
             (token -1, NaN statistics; for CUDA graphs).
 
     Returns:
-        TokenSample of int64 and float32 tensors (float64 for float64 logits) of logits' leading shape.
+        TokenSample of int64 and float32 tensors (float64 for float64 logits) of logits' leading shape. No gradient
+        flows through any of them.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, value or device does not fit; the message names it.
@@ -83,6 +87,7 @@ def sample_tokens(
         logits, vocab, temperature, suppress_tokens, end_token_ids, seed, step, sequence_ids, positions, invalid
     )
     top_k, top_p = _check_filters(top_k, top_p)
+    logits = logits.detach()  # a draw and its statistics have no gradient
     if logits.stride(-1) != 1 and vocab > 1:
         logits = logits.contiguous()
     rows = logits.reshape(call.batch, call.length, vocab)
@@ -131,7 +136,7 @@ def lm_head_sample(
         hidden, vocab, temperature, suppress_tokens, end_token_ids, seed, step, sequence_ids, positions, invalid
     )
     top_k, top_p = _check_filters(top_k, top_p)
-    hidden, weight, bias = autocast(hidden, weight, bias)
+    hidden, weight, bias = (None if t is None else t.detach() for t in autocast(hidden, weight, bias))
     rows = hidden.reshape(call.batch, call.length, dim).contiguous()
     backend = select("lm_head_sample", hidden.device.type, (hidden.dtype, weight.dtype))
     if (top_k or top_p < 1) and not call.greedy:
@@ -164,8 +169,8 @@ class _Call:
         self.end_token_ids = token_ids("end_token_ids", end_token_ids, vocab, like.device)
         if seed is None:
             seed = 0 if self.greedy else torch.randint(2**63 - 1, (), device=like.device)
-        self.seeds, self.seed = _number("seed", seed, like.device)
-        self.steps, self.step = _number("step", step, like.device)
+        self.seeds, self.seed = counter("seed", seed, like.device)
+        self.steps, self.step = counter("step", step, like.device, words=1)
         self.sequence_ids = self._of_rows("sequence_ids", sequence_ids, first=True)
         self.positions = self._of_rows("positions", positions, first=False)
 
@@ -253,41 +258,33 @@ def _sample_in_chunks(
 
 
 def _check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
         raise ValueError(f"top_k is {top_k!r}; expected an int of 1 or more, or None or 0 for off")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p is {top_p!r}; expected a number in (0, 1], or None for off")
     return top_k or 0, 1.0 if top_p is None else float(top_p)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _temperature(temperature: float | Tensor, like: Tensor, lead: torch.Size) -> tuple[Tensor | None, float]:
     """One a row as flat fp32, or a number."""
+    expected = f"expected a finite number of 0 or above, or a tensor of shape {list(lead)}"
     if not isinstance(temperature, Tensor):
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature!r}; expected 0 or above")
+        if not (_is_number(temperature) and 0 <= temperature < math.inf):
+            raise ValueError(f"temperature is {temperature!r}; {expected}")
         return None, float(temperature)
     if temperature.device != like.device:
         raise ValueError(
             f"temperature is on {temperature.device}, the input on {like.device}; expected one device: move one of them"
         )
-    if temperature.ndim and temperature.shape != lead:
-        raise ValueError(f"temperature has shape {list(temperature.shape)}; expected a number or {list(lead)}")
+    fits = all(size in (1, of) for size, of in zip(temperature.shape, lead, strict=False))
+    if temperature.ndim and (temperature.ndim != len(lead) or not fits):
+        raise ValueError(f"temperature has shape {list(temperature.shape)}; {expected}")
     if not torch.compiler.is_compiling() and temperature.device.type == "cpu":  # on a GPU it would wait for the device
         low = temperature.detach().float()
         if low.numel() and not bool(((low >= 0) & (low < math.inf)).all()):
-            raise ValueError(f"temperature has a value of {float(low.min())}; expected 0 or above, finite")
+            raise ValueError(f"temperature has a value of {float(low.min())}; {expected}")
     return temperature.detach().float().expand(lead).reshape(-1).contiguous(), 0.0
-
-
-def _number(name: str, value: int | Tensor, device: torch.device) -> tuple[Tensor | None, int]:
-    """A number in the device's memory, or an int in the range of int64."""
-    if isinstance(value, Tensor):
-        check_integers(name, value, device)
-        if value.numel() != 1:
-            raise ValueError(f"{name} has shape {list(value.shape)}; expected one number")
-        return value.reshape(()), 0
-    if not isinstance(value, int):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected an int or an int64 tensor of one number")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} is {value}; expected a number that fits in 64 bits")
-    return None, value

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff.backends import select
 from fastdiff.kernels.token_sampling import reference
+from fastdiff.ops._checks import counter
 from fastdiff.ops._unmask_backends import IMPLEMENTATIONS
 from fastdiff.ops.token_sampling import TokenSample
 
@@ -26,7 +27,6 @@ _NUMBERS = {  # of each rule: whether a number will do, and which
     "entropy_budget": (lambda n: n >= 0, ">= 0 (nats)"),
     "probability": (lambda n: 0 <= n <= 1, "in [0, 1]"),
 }
-_INT64 = range(-(2**63), 2**63)
 
 
 def unmask_(
@@ -59,7 +59,8 @@ def unmask_(
         token_ids: int64 `[B, L]` with a contiguous last dimension, changed in place; `[L]` is one row.
         sample: what `sample_tokens` or `lm_head_sample` returned for these positions: token (int64), log_prob, entropy
             (nats) and margin (float32; float64 runs on the reference), `[B, L]`, or `[R]` where `rows` is given.
-        mask_token_id: the id that stands for a mask; never committed.
+        mask_token_id: the id that stands for a mask; never committed. Put it in the sampler's `suppress_tokens` (which
+            also checks it against the vocabulary), or a row whose model prefers it commits nothing, step after step.
         rule: "count" (the first `count`), "threshold" (each whose score is at least `threshold`), "factor" (the first
             while the score of the r-th, r = 0, 1, …, is above 1 - factor / (r + 2)), "entropy_budget" (the first while
             the entropies of those before sum to at most `entropy_budget`, in nats) or "ancestral" (each with
@@ -67,13 +68,18 @@ def unmask_(
         order: "confidence" (score exp(log_prob)), "margin" (score margin), "entropy" (the lowest first, score
             exp(-entropy)) or "random" (a random score in [0, 1)).
         count, threshold, factor, entropy_budget, probability: the number of the chosen rule, and of no other: for all
-            rows, or a tensor `[B]`, taken in float32. The values in a tensor are not checked (that would synchronise).
-        rows: int64 `[R]`, the flat positions b·L + l of the sample's entries in any order, none twice; -1: no position.
+            rows, or a tensor `[B]` or of one number (count: of integers), taken in float32. The values in a tensor are
+            not checked (that would synchronise): where one asks for none, as a 0 of LLaDA's schedule, the row still
+            commits its best; `active` leaves a row out.
+        rows: int64 `[R]`, the flat positions b·L + l of the sample's entries in any order; -1: no position. None twice
+            (unchecked: one of the two is taken). For the draws of the whole batch, the sampler of compact rows is to be
+            given `sequence_ids=rows // L, positions=rows % L`.
         block_start, block_end: the positions that may be committed, block_start ≤ l < block_end: int, or int64 `[B]`.
         active: bool `[B]`; rows where it is False are left alone.
         seed: of what is random: order "random" and rule "ancestral". An int or an int64 tensor of one element; None
-            draws one from torch's generator. The same seed gives the same result on every backend, in every batch.
-        step: which denoising step it is, so that each has random numbers of its own.
+            draws one from torch's generator. The same seed gives the same result on every backend, in every batch; it
+            may be the sampler's, whose draws are others.
+        step: which denoising step it is, so that each has random numbers of its own: an int below 2^32, or a tensor.
         sequence_ids: int64 `[B]`, names a row for its random numbers; b by default.
         Under torch.compile pass what changes from step to step (numbers, seed, step) as tensors: it compiles once.
 
@@ -90,7 +96,7 @@ def unmask_(
     _check_token_ids(token_ids, ids)
     batch, length = ids.shape
     number = _check_rule(rule, order, count, threshold, factor, entropy_budget, probability)
-    if type(mask_token_id) is not int or not 0 <= mask_token_id < 2**63:
+    if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or not 0 <= mask_token_id < 2**63:
         raise ValueError(f"mask_token_id is {mask_token_id!r}; expected an int >= 0, the id that stands for a mask")
     fields = _check_sample(sample, token_ids, ids, rows)
     backend = select("unmask_", ids.device.type, (fields[1].dtype,))
@@ -105,9 +111,9 @@ def unmask_(
         sequence_ids = sequence_ids.contiguous()
     if seed is None:
         drawn = order == "random" or rule == "ancestral"
-        seed = torch.randint(_INT64.stop - 1, (), device=ids.device) if drawn else 0
-    seeds, seed = _counter("seed", seed, ids)
-    steps, step = _counter("step", step, ids)
+        seed = torch.randint(2**63 - 1, (), device=ids.device) if drawn else 0
+    seeds, seed = counter("seed", seed, ids.device)
+    steps, step = counter("step", step, ids.device, words=1)
     if batch == 0 or length == 0:
         return torch.zeros(batch, dtype=torch.int64, device=ids.device)
     args = (rows, start, end, active, _RULE_NUMBERS[rule], _ORDER_NUMBERS[order], values, value,
@@ -209,6 +215,8 @@ def _per_row(name: str, number, ids: Tensor) -> tuple[Tensor | None, float]:
         raise TypeError(f"{name} is {number.dtype}; expected a tensor of numbers")
     if name == "count" and number.dtype.is_floating_point:
         raise TypeError(f"count is {number.dtype}; expected a tensor of integers")
+    if number.ndim == 0:
+        number = number.expand(ids.shape[:1])
     _check_tensor(name, number, ids, number.dtype, ids.shape[:1])
     return number.detach().to(torch.float32).contiguous(), 0.0
 
@@ -219,19 +227,9 @@ def _bound(name: str, bound: int | Tensor | None, ids: Tensor) -> Tensor | None:
     if isinstance(bound, Tensor):
         _check_tensor(name, bound, ids, torch.int64, ids.shape[:1])
         return bound.contiguous()
-    if type(bound) is not int or not 0 <= bound < _INT64.stop:
+    if isinstance(bound, bool) or not isinstance(bound, int) or not 0 <= bound < 2**63:
         raise ValueError(f"{name} is {bound!r}; expected an int >= 0 or an int64 tensor [B]")
     return torch.full((ids.shape[0],), bound, dtype=torch.int64, device=ids.device)
-
-
-def _counter(name: str, number: int | Tensor, ids: Tensor) -> tuple[Tensor | None, int]:
-    """(a tensor of one element, or None; its value where it is known on the host)"""
-    if isinstance(number, Tensor):
-        _check_tensor(name, number, ids, torch.int64, number.shape if number.numel() == 1 else ())
-        return number, 0
-    if type(number) is not int or number not in _INT64:
-        raise ValueError(f"{name} is {number!r}; expected an int of 64 bits or an int64 tensor of one element")
-    return None, number
 
 
 def _reference(ids, token, log_prob, entropy, margin, rows, start, end, active, rule, order, values, value, mask,
@@ -249,14 +247,14 @@ def _reference(ids, token, log_prob, entropy, margin, rows, start, end, active, 
     def filled(t: Tensor | None, number: float, dtype: torch.dtype) -> Tensor:
         return torch.full((batch,), number, dtype=dtype, device=ids.device) if t is None else t
 
-    def counter(t: Tensor | None, number: int) -> Tensor:
+    def scalar(t: Tensor | None, number: int) -> Tensor:
         return torch.tensor(number, device=ids.device) if t is None else t.reshape(())
 
     result, committed = reference.unmask(
         ids, dense(token, -1), *(dense(t, 0.0) for t in (log_prob, entropy, margin)),
         filled(start, 0, torch.int64), filled(end, length, torch.int64), filled(active, True, torch.bool),
-        RULES[rule], ORDERS[order], filled(values, value, torch.float64), mask, counter(seeds, seed),
-        counter(steps, step), torch.arange(batch, device=ids.device) if sequence_ids is None else sequence_ids,
+        RULES[rule], ORDERS[order], filled(values, value, torch.float64), mask, scalar(seeds, seed),
+        scalar(steps, step), torch.arange(batch, device=ids.device) if sequence_ids is None else sequence_ids,
     )  # fmt: skip
     ids.copy_(result)
     return committed

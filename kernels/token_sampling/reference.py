@@ -90,7 +90,7 @@ def sample_tokens(
     weighted = (weights * x.clamp_min(-1e4)).sum(-1)  # 0 · −inf is 0 here
     second = x.scatter(-1, argmax, -torch.inf).amax(-1)
     entropy = log_normaliser - weighted / (1 + sum_of_others)
-    margin = -torch.expm1(second) / (1 + sum_of_others)
+    margin = (0.0 - torch.expm1(second)) / (1 + sum_of_others)
 
     temperature = temperature.double().expand(valid.shape)[:, None]
     scaled = (x / torch.where(temperature > 0, temperature, 1.0)).exp()

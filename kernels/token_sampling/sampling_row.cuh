@@ -129,7 +129,7 @@ __device__ __forceinline__ void write_row(const TokenSampleParams& p, int64_t ro
   p.log_prob[row] = s.valid ? static_cast<float>(above - log_normaliser) : nan;
   p.entropy[row] = s.valid ? static_cast<float>(log_normaliser - s.weighted / (1.0 + s.others)) : nan;
   const double gap = static_cast<double>(s.second) - s.maximum;
-  p.margin[row] = s.valid ? static_cast<float>(-expm1(gap) / (1.0 + s.others)) : nan;
+  p.margin[row] = s.valid ? static_cast<float>((0.0 - expm1(gap)) / (1.0 + s.others)) : nan;
   if (p.end_log_prob) p.end_log_prob[row] = s.valid ? static_cast<float>(log_end - log_normaliser) : nan;
 }
 

@@ -114,7 +114,7 @@ int lm_head_sample(const LmHeadSampleParams& h, Stream stream, const HeadProduct
   const Workspace w = workspace_of(p);
   for (int64_t begin = 0; begin < p.vocab; begin += h.tile_size) {
     const int64_t end = begin + h.tile_size < p.vocab ? begin + h.tile_size : p.vocab;
-    product.run(product.context, begin, end);
+    product.run(product.context, {0, p.batch * p.length, begin, end, h.tile});
     const Tile tile{h.tile, p.length * (end - begin), end - begin, begin, end};
     const int status = launch_blocks(p, tile, w, stream);
     if (status) return status;

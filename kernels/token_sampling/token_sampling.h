@@ -47,16 +47,25 @@ struct LmHeadSampleParams {
   const void* hidden;     // [batch * length, dim] contiguous
   const void* weight;     // [vocab, dim], last dimension contiguous
   const void* bias;       // [vocab], or nullptr
-  void* tile;             // [batch * length, tile_size] of sample.dtype: where a tile of logits lies
+  void* tile;             // CUDA only: [batch * length, tile_size] of sample.dtype, where a tile of logits lies
   int64_t weight_stride;  // elements from one id's row to the next
   int64_t dim;
   int64_t tile_size;      // a multiple of kSampleBlock
 };
 
-// Lent by the caller, who has a fast matrix product: leaves logits[r, id - begin] for begin <= id < end in
-// params.tile, rows contiguous with stride (end - begin).
+// Some rows' logits of some ids: [rows, end - begin] of sample.dtype, contiguous.
+struct HeadTile {
+  int64_t first_row;
+  int64_t rows;
+  int64_t begin;
+  int64_t end;
+  void* logits;
+};
+
+// Lent by the caller, who has a fast matrix product: fills a tile. The CPU kernel calls it from several threads at once,
+// each for a tile of its own.
 struct HeadProduct {
-  void (*run)(void* context, int64_t begin, int64_t end);
+  void (*run)(void* context, const HeadTile& tile);
   void* context;
 };
 

@@ -69,7 +69,7 @@ Statistics combine(const Record* records, int64_t blocks, int64_t top, const Pea
     second = r.max > second ? r.max : second;
   }
   const double log_normaliser = log1p(others);
-  return {true, top, m, log_normaliser, log_normaliser - weighted / (1 + others), -expm1(second - m) / (1 + others)};
+  return {true, top, m, log_normaliser, log_normaliser - weighted / (1 + others), (0.0 - expm1(second - m)) / (1 + others)};
 }
 
 struct Choice {
@@ -198,16 +198,18 @@ void sample(const TokenSampleParams& p, const ParallelFor& parallel_for) {
 
 // ------------------------------------------------------------------------------------------------ lm_head_sample
 struct RowState {
-  float top_max;  // of the blocks seen so far, and what is known of that block
+  float top_max;  // of a tile's blocks, and what is known of that block
   int64_t top;
   Peak peak;
 };
 
+constexpr int64_t kHeadRows = 256;  // rows whose logits a tile holds: they stay in the core's cache
+
 template <class T>
-void see_tile(const LmHeadSampleParams& h, int64_t r, int64_t begin, int64_t end, Record* records, RowState* state,
-              float* end_logits, float* pad) {
-  const TokenSampleParams& p = h.sample;
-  const T* row = static_cast<const T*>(h.tile) + r * (end - begin);
+void see_row(const TokenSampleParams& p, const HeadTile& tile, int64_t r, Record* records, RowState* state,
+             float* end_logits, float* pad) {
+  const int64_t begin = tile.begin, end = tile.end;
+  const T* row = static_cast<const T*>(tile.logits) + (r - tile.first_row) * (end - begin);
   const Blocks<T> block{row, begin, end, p.suppress, p.suppress_count, pad};
   const RowTemperature t = row_temperature(p, r);
   for (int64_t b = begin / kSampleBlock; b * kSampleBlock < end; b++) {
@@ -275,30 +277,42 @@ void finish_row(const LmHeadSampleParams& h, int64_t r, const Record* records, i
   store_row(p, r, s, argmax, token, logit, [&](int64_t i) { return end_logits[i]; });
 }
 
+// A thread makes a tile of logits and looks at it while it is in its cache, then the next: threads wait for one another
+// once. States are a thread's own (its part of the tiles), and put together afterwards.
 void head_sample(const LmHeadSampleParams& h, const ParallelFor& parallel_for, const HeadProduct& product) {
   const TokenSampleParams& p = h.sample;
   const int64_t rows = p.batch * p.length, blocks = divide_up(p.vocab, kSampleBlock);
+  const int64_t tiles = divide_up(p.vocab, h.tile_size), at_once = rows < kHeadRows ? rows : kHeadRows;
   const Array<Record> records(rows * blocks);
-  const Array<RowState> states(rows);
+  const Array<RowState> states(rows * tiles);
   const Array<float> end_logits(rows * p.end_count);
-  for (int64_t r = 0; r < rows; r++) states.data[r] = {-INFINITY, 0, {0, -INFINITY, 0}};
   with_type<Vec>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    for (int64_t begin = 0; begin < p.vocab; begin += h.tile_size) {
-      const int64_t end = begin + h.tile_size < p.vocab ? begin + h.tile_size : p.vocab;
-      product.run(product.context, begin, end);
-      parallel_for(0, rows, divide_up(16384, end - begin), [&](int64_t from, int64_t to) {
-        const Array<float> pad(2 * kSampleBlock);
-        for (int64_t r = from; r < to; r++)
-          see_tile<T>(h, r, begin, end, records.data + r * blocks, states.data + r, end_logits.data + r * p.end_count,
-                      pad.data);
-      });
-    }
+    parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
+      const Array<float> pad(2 * kSampleBlock);
+      const Array<T> logits(at_once * h.tile_size);
+      for (int64_t k = from; k < to; k++) {
+        const int64_t begin = k * h.tile_size, last = begin + h.tile_size, end = last < p.vocab ? last : p.vocab;
+        for (int64_t first = 0; first < rows; first += at_once) {
+          const int64_t count = first + at_once < rows ? at_once : rows - first;
+          const HeadTile tile{first, count, begin, end, logits.data};
+          product.run(product.context, tile);
+          for (int64_t r = first; r < first + count; r++) {
+            RowState* state = states.data + r * tiles + k;
+            *state = {-INFINITY, 0, {0, -INFINITY, 0}};
+            see_row<T>(p, tile, r, records.data + r * blocks, state, end_logits.data + r * p.end_count, pad.data);
+          }
+        }
+      }
+    });
     parallel_for(0, rows, 1, [&](int64_t from, int64_t to) {
       const Array<float> pad(2 * kSampleBlock);
-      for (int64_t r = from; r < to; r++)
-        finish_row<T>(h, r, records.data + r * blocks, blocks, states.data[r], end_logits.data + r * p.end_count,
-                      pad.data);
+      for (int64_t r = from; r < to; r++) {
+        const RowState* top = states.data + r * tiles;
+        for (int64_t k = 1; k < tiles; k++)  // the first of equals
+          if (states.data[r * tiles + k].top_max > top->top_max) top = states.data + r * tiles + k;
+        finish_row<T>(h, r, records.data + r * blocks, blocks, *top, end_logits.data + r * p.end_count, pad.data);
+      }
     });
   });
 }

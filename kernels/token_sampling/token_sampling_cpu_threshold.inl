@@ -102,6 +102,7 @@ Span pack(const RowView<T>& row, float low, float high, const Work& work) {
         Vec s[2] = {Vec::set(0), Vec::set(0)};
 #pragma GCC unroll 4
         for (int64_t i = 0; i < kSampleCell / Vec::kWidth; i++) {
+          __builtin_prefetch(z + n + c + i * Vec::kWidth);
           const Vec v = Vec::load(z + c + i * Vec::kWidth);
           s[i % 2] = s[i % 2] + keep_at_least(v, h, kAbove == Above::kMass ? row.weight(v) : one);
           span.packed += pack_between(v, l, h, v, work.values + span.packed);

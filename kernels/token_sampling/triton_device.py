@@ -181,7 +181,7 @@ def _statistics(
     all_weighted = tl.sum(scale * (weighted + distance * (others + 1.0)))
     log_normaliser = log1p(all_others)
     entropy = log_normaliser - all_weighted / (1.0 + all_others)
-    margin = -expm1(second) / (1.0 + all_others)
+    margin = (0.0 - expm1(second)) / (1.0 + all_others)
     tl.store(entropy_ptr + row, tl.where(valid, entropy, float("nan")).to(tl.float32))
     tl.store(margin_ptr + row, tl.where(valid, margin, float("nan")).to(tl.float32))
     if end_log_prob_ptr is not None:

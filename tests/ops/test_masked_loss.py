@@ -388,7 +388,7 @@ BAD = {
     "target-below": (ValueError, r"targets\[0, 0\] of a masked row is -100", lambda: call(targets=T - 100)),
     "target-suppressed": (
         ValueError,
-        r"targets\[0, 2\] of a masked row is 2; which suppress_tokens names",
+        r"targets\[0, 2\] of a masked row is 2; an id that suppress_tokens names",
         lambda: call(targets=ONE_WRONG.clamp_max(4), suppress_tokens=(2,)),
     ),
     "mask-dtype": (TypeError, "mask is torch.float32; expected a bool", lambda: call(mask=M.float())),

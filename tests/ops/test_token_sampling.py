@@ -229,6 +229,25 @@ def test_peaked_rows_rank_as_in_float64(dtype, row):
     torch.testing.assert_close(sample.entropy.double(), entropy, rtol=2e-6, atol=0)
 
 
+@native
+def test_draws_have_no_gradient(row):
+    row.skip_unless_runnable("sample_tokens")
+    head = torch.nn.Linear(8, 20)
+    hidden = randn(2, 3, 8).requires_grad_()
+    with row.active():
+        for sample in (sample_tokens(head(hidden)), lm_head_sample(hidden, head.weight, head.bias)):
+            assert not any(t.requires_grad for t in sample[:4])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not lm_head_sample(hidden, head.weight, head.bias).log_prob.requires_grad
+
+
+@every
+def test_the_margin_of_a_tie_is_zero(row):
+    row.skip_unless_runnable("sample_tokens")
+    with row.active():
+        assert str(sample_tokens(torch.zeros(1, 4)).margin.item()) == "0.0"
+
+
 # ------------------------------------------------------------------------------------------------ invalid rows
 @every
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}], ids=str)
@@ -380,10 +399,16 @@ def test_offsets_beyond_two_to_the_31_elements():
 # ------------------------------------------------------------------------------------------------ bad input
 Z, H, W = torch.zeros(2, 3, 10), torch.zeros(2, 3, 4), torch.zeros(10, 4)
 BAD = [
-    ({"temperature": -0.1}, "temperature is -0.1; expected 0 or above"),
-    ({"temperature": math.nan}, "temperature is nan; expected 0 or above"),
-    ({"temperature": torch.tensor([1.0, -1.0])}, r"temperature has shape \[2\]; expected a number or \[2, 3\]"),
-    ({"temperature": torch.full((2, 3), -1.0)}, "temperature has a value of -1.0; expected 0 or above"),
+    ({"temperature": -0.1}, "temperature is -0.1; expected a finite number of 0 or above"),
+    ({"temperature": math.nan}, "temperature is nan; expected a finite number of 0 or above"),
+    (
+        {"temperature": torch.tensor([1.0, -1.0])},
+        r"temperature has shape \[2\]; expected a finite number .* of shape \[2, 3\]",
+    ),
+    (
+        {"temperature": torch.full((2, 3), -1.0)},
+        "temperature has a value of -1.0; expected a finite number of 0 or above",
+    ),
     ({"top_p": 0.0}, r"top_p is 0.0; expected a number in \(0, 1\]"),
     ({"top_p": 1.1}, r"top_p is 1.1; expected a number in \(0, 1\]"),
     ({"top_k": -1}, "top_k is -1; expected an int of 1 or more"),
@@ -391,8 +416,14 @@ BAD = [
     ({"suppress_tokens": torch.tensor([-1])}, "suppress_tokens has -1; expected ids from 0 to 9"),
     ({"suppress_tokens": range(10)}, "suppress_tokens names all 10 ids of the vocabulary; leave at least one"),
     ({"end_token_ids": [3, 99]}, "end_token_ids has 99; expected ids from 0 to 9"),
-    ({"seed": 2**63}, "seed is 9223372036854775808; expected a number that fits in 64 bits"),
-    ({"seed": 1.5}, "seed is a float; expected an int"),
+    ({"seed": 2**63}, "seed is 9223372036854775808; expected an int of 64 bits"),
+    ({"seed": 1.5}, "seed is 1.5; expected an int"),
+    ({"step": 2**32}, r"step is 4294967296; expected an int from 0 to 2\*\*32 - 1"),
+    ({"temperature": "a"}, "temperature is 'a'; expected a finite number"),
+    ({"temperature": math.inf}, "temperature is inf; expected a finite number"),
+    ({"top_p": "x"}, "top_p is 'x'; expected a number"),
+    ({"top_k": True}, "top_k is True; expected an int"),
+    ({"suppress_tokens": 3}, "suppress_tokens is 3; expected a list of ints or an int64 tensor"),
     ({"seed": torch.zeros(2, dtype=torch.int64)}, r"seed has shape \[2\]; expected one number"),
     ({"step": torch.zeros(())}, "step is torch.float32; expected int64"),
     ({"sequence_ids": torch.arange(3)}, r"sequence_ids has shape \[3\]; expected \[2\] or \[2, 3\]"),
