@@ -35,7 +35,8 @@ lint: venv
 	$(RUN) -m ruff format --check .
 
 bench: venv                      ## benchmarks against eager PyTorch, torch.compile and the machine's bandwidth
-	$(RUN) -m pytest benchmarks -q
+	$(RUN) -m pytest benchmarks -q --ignore benchmarks/test_token_sampling.py
+	FASTDIFF_BENCH_ALLOCATOR=default $(RUN) -m pytest benchmarks/test_token_sampling.py -q
 
 kernels: venv                    ## compile every GPU kernel for every target: registers, spills, shared memory
 	$(RUN) tools/kernels.py

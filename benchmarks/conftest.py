@@ -1,9 +1,11 @@
 """Settings of the benchmarks: threads, the machine in the JSON, one table at the end.
 
-FASTDIFF_BENCH_DEVICE=cuda runs them on a GPU; FASTDIFF_BENCH_THREADS (2) sets the CPU threads.
+FASTDIFF_BENCH_DEVICE=cuda runs them on a GPU; FASTDIFF_BENCH_THREADS (2) sets the CPU threads;
+FASTDIFF_BENCH_ALLOCATOR=default leaves the C library's settings alone, kept (the default) keeps freed memory.
 """
 
 import datetime
+import os
 import platform
 from pathlib import Path
 
@@ -46,9 +48,13 @@ def machine_info() -> dict[str, object]:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(measure.THREADS)
+    allocator = os.environ.get("FASTDIFF_BENCH_ALLOCATOR", "kept")
+    if allocator not in ("kept", "default"):
+        raise pytest.UsageError(f"FASTDIFF_BENCH_ALLOCATOR is {allocator!r}; expected kept or default")
     if measure.DEVICE == "cpu":
         # as fastdiff's trainer does, for all contenders: else page faults of fresh outputs hide the arithmetic
-        _allocator.append("glibc, freed memory kept" if keep_freed_memory() else "the C library's default")
+        kept = allocator == "kept" and keep_freed_memory()
+        _allocator.append("glibc, freed memory kept" if kept else "the C library's default")
     if measure.DEVICE not in ("cpu", "cuda"):
         raise pytest.UsageError(f"FASTDIFF_BENCH_DEVICE is {measure.DEVICE!r}; expected cpu or cuda")
     if measure.DEVICE == "cuda" and not torch.cuda.is_available():
