@@ -120,7 +120,7 @@ class _Decoder:
         self.end_tokens = _end_tokens(model, config)
         self.forward_passes = 0
         batch, device = len(input_ids), input_ids.device
-        self.on_cpu = device.type == "cpu"
+        self.on_cpu = _on_cpu(device)
         self.block = torch.full((batch,), -1, device=device)  # where the current block begins
         self.step_in_block = torch.zeros_like(self.block)
         self.masks_in_block = torch.zeros_like(self.block)
@@ -263,6 +263,11 @@ class _Decoder:
         ended = ends.any(1) & ~(inside & masked).any(1)
         token = canvas.ids.gather(1, ends.to(torch.int8).argmax(1, keepdim=True))
         canvas.ids.copy_(torch.where(masked & ended[:, None], token, canvas.ids))
+
+
+def _on_cpu(device: torch.device) -> bool:
+    """Whether asking for a number costs nothing: then rows are packed, and errors raised where they arise."""
+    return device.type == "cpu"
 
 
 def _planned_widths(infilled: list[int], config: MaskedDiffusionGenerationConfig) -> list[int]:

@@ -24,7 +24,7 @@ def scaled(models, seed):
     return randomise(models[seed % 3], seed, head_scale=(0.3, 1.0, 3.0, 6.0)[seed // 3 % 4])
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize(("block_length", "steps"), [(6, 4), (3, 4), (2, 6)])
 def test_tokens_are_those_of_the_published_loop(models, block_length, steps, scale):
     """200 seeds: prompts of two lengths in one padded batch; 6 tokens in 4 steps or 3 in 2 are uneven counts."""
