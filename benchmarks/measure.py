@@ -1,5 +1,6 @@
 """How benchmarks are timed and reported: contenders in turns, medians, one table and one small JSON a file."""
 
+import ctypes
 import json
 import os
 import statistics
@@ -9,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+
+from fastdiff.training.setup import keep_freed_memory
 
 DEVICE = os.environ.get("FASTDIFF_BENCH_DEVICE", "cpu")
 THREADS = int(os.environ.get("FASTDIFF_BENCH_THREADS", "2"))
@@ -42,6 +45,26 @@ class Row:
             if not reached:
                 return False
         return True
+
+
+def with_default_allocator(function: Callable[[], object]) -> Callable[[], object]:
+    """The function under glibc's own settings (large blocks go back to the kernel, so each call maps their pages anew),
+    as whoever runs it without fastdiff's trainer has them; the benchmark's own settings hold again after it."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return function
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+
+    def call() -> object:
+        mallopt(m_mmap_threshold, 128 << 10)
+        mallopt(m_trim_threshold, 128 << 10)
+        try:
+            return function()
+        finally:
+            keep_freed_memory()
+
+    return call
 
 
 def synchronize() -> None:

@@ -45,7 +45,8 @@ def test_sample_tokens(temperature, dtype, benchmark, report):
     check(ops.sample_tokens(logits, **settings), logits, **settings)
     contenders = {
         "fastdiff": lambda: ops.sample_tokens(logits, **settings),
-        "llada": lambda: public.llada_sample(logits, temperature),
+        "llada": measure.with_default_allocator(lambda: public.llada_sample(logits, temperature)),
+        "llada, memory kept": lambda: public.llada_sample(logits, temperature),
         "reading": lambda: logits.sum(),
     }
     if temperature == 0:

@@ -1,6 +1,6 @@
 """The masked loss between its matrix products: chunks of rows, logits and their gradient in one buffer.
 
-torch makes the products, a backend the rows (`cross_entropy_rows_`, in place):
+torch makes the products (on the CPU two of them by tiles: csrc/tiled_product_cpu.cpp), a backend the rows, in place:
 
     cross_entropy_rows_(logits [C, V], targets, row_weight, suppress_tokens, label_smoothing, want_grad) -> row_loss [C]
 
@@ -40,14 +40,12 @@ class Plan:
     """How the work is cut. Fixed numbers: results must not depend on the machine's load or threads."""
 
     rows: int  # of logits at a time
-    logits_tile: int  # ids a product; what was found to be fastest is in kernels/masked_loss/README.md
-    weight_tile: int
+    tile: int  # ids that one thread multiplies at a time (CPU); what was found is in kernels/masked_loss/README.md
+    part: int  # ids of the weight's gradient that are made at a time where they are added up in another dtype
 
     @staticmethod
-    def of(device: str, dtype: torch.dtype) -> "Plan":
-        if device == "cpu":
-            return Plan(512, 512, 1 << 62) if dtype == torch.float32 else Plan(512, 4096, 4096)
-        return Plan(1024, 1 << 62, 1 << 14)
+    def of(device: str) -> "Plan":
+        return Plan(rows=512 if device == "cpu" else 1024, tile=512, part=1 << 13)
 
 
 # So many chunks may add to a 16-bit gradient in its own dtype; beyond that the sum is kept in fp32. See README.md.
@@ -61,9 +59,21 @@ def _parts(size: int, at_most: int) -> Iterator[tuple[int, int]]:
         yield size * k // count, size * (k + 1) // count
 
 
-def _tiles(size: int, tile: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, size, tile):
-        yield begin, min(begin + tile, size)
+def _add_product_(
+    out: Tensor,  # [M, N]
+    a: Tensor,  # [M, K]
+    b: Tensor,  # [K, N], N large
+    *,
+    tile: int,
+    plus: Tensor | None = None,  # [N] instead of out
+    beta: float = 0.0,
+    alpha: float = 1.0,
+) -> None:
+    """out = beta · out + alpha · a · b; on the CPU by tiles of columns, each the product of one thread."""
+    if out.device.type == "cpu" and _native.cpu_missing is None:
+        torch.ops.fastdiff.tiled_addmm_(out, plus, a, b, beta, alpha, tile)
+    else:
+        torch.addmm(out if plus is None else plus, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def _fp16_scale(weights: Tensor) -> float:
@@ -80,37 +90,30 @@ def _fp16_scale(weights: Tensor) -> float:
 class _WeightGradient:
     """Σ over chunks of Gᵀ · hidden, rounded once to the gradient's dtype where there are many."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int, tile: int):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int, plan: Plan):
         vocab, dim = weight.shape
         own = dtype if dtype == weight.dtype and chunks <= MAX_ADDITIONS else torch.float32
         self.sum = weight.new_empty(vocab, dim, dtype=own)
-        self.part = weight.new_empty(0 if own == weight.dtype else min(tile, vocab), dim)
-        self.dtype, self.tile, self.first = dtype, tile, True
+        self.part = weight.new_empty(0 if own == weight.dtype else min(plan.part, vocab), dim)
+        self.dtype, self.plan, self.first = dtype, plan, True
 
     def add(self, grad: Tensor, hidden: Tensor, alpha: float) -> None:  # [C, V], [C, D]
-        beta = 0.0 if self.first else 1.0
-        for a, b in _tiles(grad.shape[1], self.tile):
-            if self.part.shape[0] == 0:
-                self.sum[a:b].addmm_(grad[:, a:b].t(), hidden, beta=beta, alpha=alpha)
-                continue
-            part = self.part[: b - a].addmm_(grad[:, a:b].t(), hidden, beta=0.0, alpha=alpha)
-            if self.first:
-                self.sum[a:b] = part
-            else:
-                self.sum[a:b] += part
+        options = {"tile": self.plan.tile, "alpha": alpha}
+        if self.part.shape[0] == 0:
+            _add_product_(self.sum.t(), hidden.t(), grad, beta=0.0 if self.first else 1.0, **options)
+        else:
+            for a in range(0, grad.shape[1], self.part.shape[0]):
+                columns, total = grad[:, a : a + self.part.shape[0]], self.sum[a : a + self.part.shape[0]]
+                part = self.part[: total.shape[0]]
+                _add_product_(part.t(), hidden.t(), columns, **options)
+                if self.first:
+                    total.copy_(part)
+                else:
+                    total.add_(part)
         self.first = False
 
     def result(self) -> Tensor:
         return self.sum.zero_().to(self.dtype) if self.first else self.sum.to(self.dtype)
-
-
-def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> None:
-    """out [C, V] = hidden · weightᵀ + bias."""
-    for a, b in _tiles(weight.shape[0], tile):
-        if bias is None:
-            torch.mm(hidden, weight[a:b].t(), out=out[:, a:b])
-        else:
-            torch.addmm(bias[a:b], hidden, weight[a:b].t(), out=out[:, a:b])
 
 
 def loss_and_gradients(
@@ -129,7 +132,7 @@ def loss_and_gradients(
     weight_grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss [], row_loss [R] and the gradients of the loss, those that are needed."""
-    plan = Plan.of(hidden.device.type, weight.dtype)
+    plan = Plan.of(hidden.device.type)
     any_grad = need_hidden or need_weight or need_bias
     index = mask.nonzero()[:, 0]  # on a GPU this waits for the device: the number of rows sets what is launched
     count, vocab = index.shape[0], weight.shape[0]
@@ -143,13 +146,13 @@ def loss_and_gradients(
     row_loss = hidden.new_zeros(mask.shape[0], dtype=torch.float32)
     loss = hidden.new_zeros((), dtype=torch.float64)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    grad_weight = _WeightGradient(weight, weight_grad_dtype, len(chunks), plan.weight_tile) if need_weight else None
+    grad_weight = _WeightGradient(weight, weight_grad_dtype, len(chunks), plan) if need_weight else None
     grad_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
     buffer = hidden.new_empty(max((b - a for a, b in chunks), default=0), vocab)
     for a, b in chunks:
         rows, logits = index[a:b], buffer[: b - a]
         h = hidden[rows]
-        _logits_into(logits, h, weight, bias, plan.logits_tile)
+        _add_product_(logits, h, weight.t(), tile=plan.tile, plus=bias, beta=0.0 if bias is None else 1.0)
         w = None if weights is None else weights[a:b]
         factors = w if scale == 1 else w * scale
         row_loss[rows] = losses = rows_kernel(
@@ -210,6 +213,7 @@ def _define(name: str, rows_kernel: Callable[..., Tensor]) -> Callable:
 
 if _native.cpu_missing is None:
     torch.library.register_fake("fastdiff::cross_entropy_rows_", _fake_rows)
+    torch.library.register_fake("fastdiff::tiled_addmm_", lambda out, plus, a, b, beta, alpha, tile: None)
     IMPLEMENTATIONS["cpu"] = IMPLEMENTATIONS["cuda"] = _define("native", torch.ops.fastdiff.cross_entropy_rows_.default)
 if _native.triton_missing is None:
     IMPLEMENTATIONS["triton"] = _define("triton", _triton_rows)

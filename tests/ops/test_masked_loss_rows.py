@@ -136,3 +136,52 @@ def test_direct_calls_of_the_operator_are_checked():
     ):
         with pytest.raises(RuntimeError, match=match):
             operator(*bad)
+
+
+# ------------------------------------------------------------------------------------------------ products by tiles
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("tile", [1, 7, 64, 1000])
+def test_products_by_tiles(dtype, tile):
+    product = torch.ops.fastdiff.tiled_addmm_
+    a, b, plus = randn(9, 12, dtype=dtype), randn(12, 65, dtype=dtype, seed=1), randn(65, dtype=dtype, seed=2)
+    exact = a.double() @ b.double()
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+    out = torch.full((9, 65), torch.nan, dtype=dtype)
+    product(out, None, a, b, 0.0, 1.0, tile)
+    torch.testing.assert_close(out.double(), exact, **tolerance)
+    product(out, None, a, b, 1.0, -0.5, tile)
+    torch.testing.assert_close(out.double(), 0.5 * exact, **tolerance)
+    product(out, plus, a, b, 1.0, 1.0, tile)
+    torch.testing.assert_close(out.double(), exact + plus.double(), **tolerance)
+    turned = torch.full((65, 9), torch.nan, dtype=dtype)
+    product(turned.t(), None, a, b, 0.0, 1.0, tile)  # as the weight's gradient is made
+    torch.testing.assert_close(turned.t().double(), exact, **tolerance)
+
+
+def test_products_by_tiles_do_not_depend_on_threads():
+    threads, a, b = torch.get_num_threads(), randn(360, 263), randn(263, 1200, seed=1)
+    results = []
+    try:
+        for n in (1, 2, 3, 5):
+            torch.set_num_threads(n)
+            out = torch.empty(360, 1200)
+            torch.ops.fastdiff.tiled_addmm_(out, None, a, b, 0.0, 1.0, 24)  # a tile that MKL itself splits over three
+            results.append(out)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_products_by_tiles_are_checked():
+    out, a, b = torch.zeros(4, 6), torch.zeros(4, 5), torch.zeros(5, 6)
+    operator = torch.ops.fastdiff.tiled_addmm_
+    torch.library.opcheck(operator.default, (out, None, a, b, 1.0, 1.0, 4))
+    torch.library.opcheck(operator.default, (out, torch.ones(6), a, b, 1.0, 1.0, 4))
+    for bad, match in (
+        ((out, None, b, a, 0.0, 1.0, 4), "operands do not fit"),
+        ((out, None, a, b, 0.0, 1.0, 0), "tile > 0"),
+        ((out, None, a.double(), b, 0.0, 1.0, 4), "one dtype"),
+        ((out, torch.ones(5), a, b, 1.0, 1.0, 4), "input does not fit"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            operator(*bad)
