@@ -1,5 +1,8 @@
 """`generate` beside the exact tests: infilling, guidance, streaming, early stop, other models, and bad input."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from generation.plain import llada, padded, prompts, randomise, tiny
@@ -240,3 +243,13 @@ def test_logits_without_a_distribution_are_an_error(model):
     with pytest.raises(ValueError, match="has no distribution"):
         generate(model, prompts(0, 3)[0], None, config())
     assert not model.training
+
+
+def test_the_documented_call_runs():
+    text = (Path(__file__).resolve().parents[2] / "docs/masked_lm.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, names)
+    output = names["output"]
+    assert output.sequences.shape == (2, 36) and output.statistics.forward_passes == 16
+    assert torch.equal(output.sequences[:, :4], names["prompts"])
