@@ -25,7 +25,7 @@ class Canvas:
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
         filling = pad_token_id if pad_token_id is not None else int(mask_token_id == 0)
         lengths = real.sum(1)
-        host = torch.cat([lengths, (real & (input_ids == mask_token_id)).sum(1)]).tolist()  # the one wait for a GPU
+        host = torch.cat([lengths, (real & (input_ids == mask_token_id)).sum(1)]).tolist()  # waits for the device
         self.prompt_lengths, self.infilled = host[:batch], host[batch:]
         self.width, self.new_tokens, self.mask_token_id = (
             max(self.prompt_lengths) + new_tokens,
