@@ -1,0 +1,71 @@
+"""Prompts of different lengths on one canvas: each row its prompt, its new tokens, then filling."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+class Canvas:
+    """Token ids being decoded, `[B, W]`: row b has its prompt's P_b tokens at 0 …, then N masks, then filling.
+
+    So every row has the positions, and the random numbers, that it has alone, wherever its padding was.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,  # int64 [B, P]
+        attention_mask: Tensor | None,  # bool [B, P]
+        new_tokens: int,
+        mask_token_id: int,
+        pad_token_id: int | None,
+    ) -> None:
+        batch, prompt = input_ids.shape
+        device = input_ids.device
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+        filling = pad_token_id if pad_token_id is not None else int(mask_token_id == 0)
+        lengths = real.sum(1)
+        host = torch.cat([lengths, (real & (input_ids == mask_token_id)).sum(1)]).tolist()  # waits for the device
+        self.prompt_lengths, self.infilled = host[:batch], host[batch:]
+        self.width, self.new_tokens, self.mask_token_id = (
+            max(self.prompt_lengths) + new_tokens,
+            new_tokens,
+            mask_token_id,
+        )
+        self.columns = torch.arange(self.width, device=device)
+        self.starts = lengths  # int64 [B]: where the new tokens begin
+
+        # Column of the canvas that each column of the result comes from; padding keeps what the caller passed.
+        new = lengths[:, None] + self.columns[:new_tokens]
+        self._source = torch.cat([(real.cumsum(1) - 1).clamp(min=0), new], dim=1)  # [B, P + N]
+        self._kept = torch.cat([~real, torch.zeros_like(new, dtype=torch.bool)], dim=1)
+        self._input = torch.cat([input_ids, torch.full_like(new, filling)], dim=1)
+
+        by_realness = (~real).to(torch.int8).argsort(dim=1, stable=True)
+        compact = torch.full((batch, self.width), filling, dtype=torch.int64, device=device)
+        used = min(prompt, self.width)
+        compact[:, :used] = input_ids.gather(1, by_realness)[:, :used]
+        is_new = (self.columns >= lengths[:, None]) & (self.columns < lengths[:, None] + new_tokens)
+        self.used = self.columns < lengths[:, None] + new_tokens  # bool [B, W]
+        self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))
+        self.given = self.used & (self.ids != mask_token_id)  # bool [B, W]: what guidance hides
+        self.sequence_ids = torch.tensor(self._names(), device=device)
+
+    def _names(self) -> list[int]:
+        """What random numbers belong to: the prompt and which of its copies a row is, not its place in the batch."""
+        seen: dict[bytes, int] = {}
+        names = []
+        for ids, length in zip(self.ids.cpu(), self.prompt_lengths, strict=True):
+            prompt = ids[:length].numpy().tobytes()
+            copy = seen[prompt] = seen.get(prompt, -1) + 1
+            names.append(zlib.crc32(copy.to_bytes(8, "little"), zlib.crc32(prompt)))
+        return names
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """True where a key may be attended to, or None where rows are equally long."""
+        return None if len(set(self.prompt_lengths)) == 1 else self.used
+
+    def sequences(self) -> Tensor:  # int64 [B, P + N]
+        """The tokens in the columns of the input, then the new ones."""
+        return torch.where(self._kept, self._input, self.ids.gather(1, self._source))

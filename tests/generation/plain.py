@@ -1,0 +1,113 @@
+"""Decoding as it was published, with nothing left out: every logit, float64 softmax, Python loops over rows."""
+
+import math
+
+import torch
+
+from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig
+
+
+def tiny(architecture="llada", **options):
+    fields = dict(
+        architecture=architecture, vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=24,
+    )  # fmt: skip
+    return MaskedDiffusionLM(MaskedDiffusionLMConfig(**{**fields, **options})).double().eval()
+
+
+@torch.no_grad()
+def randomise(model, seed, head_scale=1.0):
+    """New weights; a large head_scale makes the predictions peaked."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.5, generator=generator)
+    model.head_weight.mul_(head_scale)
+    return model
+
+
+def prompts(seed, *lengths):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, 41, (1, length), generator=generator) for length in lengths]
+
+
+def padded(rows, side="left", pad=0):
+    width = max(row.shape[1] for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        length = row.shape[1]
+        place = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[i, place], mask[i, place] = row[0], 1
+    return ids, mask
+
+
+def predict(model, x, given, cfg_scale=0.0):
+    """Probabilities in float64, the mask token excluded, and the likeliest token of every position."""
+    mask_id = model.config.mask_token_id
+    if cfg_scale:
+        unconditional = x.clone()
+        unconditional[given] = mask_id
+        logits, un_logits = model(torch.cat([x, unconditional])).logits.chunk(2)
+        logits = un_logits + (cfg_scale + 1) * (logits - un_logits)
+    else:
+        logits = model(x).logits
+    logits = logits.clone()
+    logits[..., mask_id] = -math.inf
+    return torch.softmax(logits.to(torch.float64), dim=-1), logits.argmax(-1)
+
+
+def transfer_counts(masked, steps):
+    """How many tokens each step commits: evenly, the first `masked % steps` steps one more."""
+    return [masked // steps + (step < masked % steps) for step in range(steps)]
+
+
+@torch.no_grad()
+def llada(model, prompt, steps, gen_length, block_length, cfg_scale=0.0):
+    """LLaDA's generate() with low-confidence remasking at temperature 0, for one prompt [1, P]."""
+    mask_id, start = model.config.mask_token_id, prompt.shape[1]
+    x = torch.full((1, start + gen_length), mask_id)
+    x[:, :start] = prompt
+    given = x != mask_id
+    blocks = gen_length // block_length
+    for block in range(blocks):
+        end = start + (block + 1) * block_length
+        masked = int((x[:, end - block_length : end] == mask_id).sum())
+        for count in transfer_counts(masked, steps // blocks):
+            p, x0 = predict(model, x, given, cfg_scale)
+            confidence = p.gather(-1, x0[..., None])[..., 0]
+            confidence[:, end:] = -math.inf
+            confidence[x != mask_id] = -math.inf
+            chosen = confidence[0].topk(count).indices
+            x[0, chosen] = x0[0, chosen]
+    return x
+
+
+@torch.no_grad()
+def parallel(model, prompt, gen_length, block_length, rule, number):
+    """Fast-dLLM's threshold and factor rules and the entropy bound, one token at least; (tokens, steps)."""
+    mask_id, start = model.config.mask_token_id, prompt.shape[1]
+    x = torch.cat([prompt, torch.full((1, gen_length), mask_id)], dim=1)
+    steps = 0
+    for begin in range(start, start + gen_length, block_length):
+        while True:
+            left = [i for i in range(begin, begin + block_length) if x[0, i] == mask_id]
+            if not left:
+                break
+            steps += 1
+            p, x0 = predict(model, x, x != mask_id)
+            score = {i: float(p[0, i, x0[0, i]]) for i in left}
+            entropy = {i: -sum(q * math.log(q) for q in p[0, i].tolist() if q > 0) for i in left}
+            left.sort(key=lambda i: -score[i])
+            chosen, spent = 0, 0.0
+            for rank, i in enumerate(left):
+                if rule == "threshold" and score[i] < number:
+                    break
+                if rule == "factor" and not (rank + 2) * (1 - score[i]) < number:
+                    break
+                if rule == "entropy_budget" and spent > number:
+                    break
+                spent += entropy[i]
+                chosen += 1
+            for i in left[: max(chosen, 1)]:
+                x[0, i] = x0[0, i]
+    return x, steps
