@@ -253,3 +253,14 @@ def test_the_documented_call_runs():
     output = names["output"]
     assert output.sequences.shape == (2, 36) and output.statistics.forward_passes == 16
     assert torch.equal(output.sequences[:, :4], names["prompts"])
+
+
+def test_positions_and_steps_draw_for_themselves(model):
+    """A head that says nothing: all tokens alike, so that equal random numbers would give equal tokens."""
+    model = randomise(model, 7, head_scale=0.0)
+    (row,) = prompts(3, 4)
+    at_once = generate(model, row, None, config(max_new_tokens=16, num_inference_steps=1, temperature=1.0, seed=1))
+    one_by_one = generate(model, row, None, config(max_new_tokens=16, temperature=1.0, seed=1))
+    for output in (at_once, one_by_one):
+        assert len(output.sequences[0, 4:].unique()) > 8  # of 40 ids; 16 draws have about 13
+    assert not torch.equal(at_once.sequences, one_by_one.sequences)
