@@ -55,7 +55,7 @@ def test_draws_follow_the_distribution(vocab, settings):
     kept = torch.where(z >= threshold, weights, 0.0)[0]
     counts = token.bincount(minlength=vocab)
     assert counts[kept == 0].sum() == 0
-    # Fixed seeds: a p-value below 1e-3 is a wrong distribution. Seen: 0.16 to 0.93.
+    # Fixed seeds: a p-value below 1e-3 is a wrong distribution. Seen: 0.11 to 0.98.
     assert chi_square(counts.numpy(), (kept / kept.sum()).numpy()) > 1e-3
 
 
