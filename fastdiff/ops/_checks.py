@@ -129,7 +129,7 @@ def token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device:
         if ids.ndim > 1:
             raise ValueError(f"{name} has shape {list(ids.shape)}; expected one dimension")
         if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return ids.reshape(-1)  # as it is: ascending, each once, below the vocabulary
+            return ids.reshape(-1).sort().values  # unread: each once, and below the vocabulary, is the caller's word
         ids = ids.reshape(-1).tolist()
     if hasattr(ids, "tolist"):
         ids = ids.tolist()  # NumPy's

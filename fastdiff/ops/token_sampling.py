@@ -57,7 +57,8 @@ def sample_tokens(
             (or one that broadcasts to it: `[B, 1]`).
         top_k: draw among the k likeliest (all that tie with the k-th); None or 0: off. After temperature.
         top_p: draw among the likeliest that together have at least this probability; None or 1: off. After top_k.
-        suppress_tokens: ids that leave the distribution, their logits unread (the mask token, say).
+        suppress_tokens: ids that leave the distribution, their logits unread (the mask token, say). A tensor of ids is
+            not looked at under torch.compile and in graph capture: there it must name each once.
         end_token_ids: ids whose joint probability is wanted: `end_log_prob` (-inf for an empty list).
         seed, step: of the random numbers; ints, or int64 tensors of one number on logits' device (for graph capture).
             seed None takes one from torch's generator.

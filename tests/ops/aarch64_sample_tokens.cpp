@@ -1,22 +1,9 @@
 // sample_tokens as an aarch64 program, for tests/ops/test_aarch64.py: reads parameters and logits from stdin, runs one
 // call, writes the results to stdout. No torch, no Python.
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
-
+#include "tests/ops/aarch64.h"
 #include "kernels/token_sampling/token_sampling.h"
 
 using namespace fastdiff;
-
-static void run_serially(int64_t begin, int64_t end, int64_t, cpu::ParallelFor::Body body, const void* closure) {
-  body(closure, begin, end);
-}
-
-static std::vector<char> read(int64_t bytes) {
-  std::vector<char> data(bytes);
-  if (fread(data.data(), 1, bytes, stdin) != size_t(bytes)) exit(2);
-  return data;
-}
 
 int main() {
   int64_t header[4];  // rows, vocab, dtype, top_k

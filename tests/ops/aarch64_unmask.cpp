@@ -1,23 +1,9 @@
 // unmask_ as an aarch64 program, for tests/ops/test_aarch64.py: reads parameters and tensors from stdin, runs one call,
 // writes the new token ids and what was committed to stdout. No torch, no Python.
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
-
+#include "tests/ops/aarch64.h"
 #include "kernels/token_sampling/token_sampling.h"
 
 using namespace fastdiff;
-
-static void run_serially(int64_t begin, int64_t end, int64_t, cpu::ParallelFor::Body body, const void* closure) {
-  body(closure, begin, end);
-}
-
-template <class T>
-static std::vector<T> read(int64_t count) {
-  std::vector<T> data(count);
-  if (fread(data.data(), sizeof(T), count, stdin) != size_t(count)) exit(2);
-  return data;
-}
 
 int main() {
   const auto header = read<int64_t>(6);  // batch, length, rule, order, seed, mask token id
