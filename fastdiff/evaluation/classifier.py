@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff.data import EpochStream, ImageData, ImageSet
+from fastdiff.data.cache import cache_folder
 from fastdiff.training.setup import computes_bf16
 
 VERSION = 1  # of network and training below: another number means another cache file
@@ -59,11 +60,6 @@ class Schedule:
     @staticmethod
     def for_size(images: int) -> "Schedule":
         return Schedule(epochs=8, batch_size=128) if images > 20_000 else Schedule(epochs=15, batch_size=64)
-
-
-def cache_folder() -> Path:
-    """$FASTDIFF_CACHE, or ~/.cache/fastdiff."""
-    return Path(os.environ.get("FASTDIFF_CACHE") or Path.home() / ".cache" / "fastdiff")
 
 
 def load_or_train_classifier(

