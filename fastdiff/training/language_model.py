@@ -16,9 +16,17 @@ def checkpoint_folder(path: str) -> str:
 
 def load_raw_tokenizer(recipe: MaskedLMRecipe) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint that a run goes on from, as it is: special tokens are those of the model."""
-    from fastdiff.data.tokenization import load_pretrained_tokenizer
+    from transformers import AutoTokenizer
 
-    return load_pretrained_tokenizer(checkpoint_folder(recipe.model.init_from))
+    name = checkpoint_folder(recipe.model.init_from)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model.init_from {recipe.model.init_from!r} has no tokenizer that can be loaded ({reason}); save one "
+            "beside the weights"
+        ) from None
 
 
 def build_model(recipe: MaskedLMRecipe, tokenizer: PreTrainedTokenizerBase) -> MaskedDiffusionLM:

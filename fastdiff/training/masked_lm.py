@@ -120,6 +120,7 @@ class MaskedLMTask:
             eos_token_id=eos if isinstance(eos, int) else eos[0],
             pad_token_id=config.pad_token_id,
             separate_conditions=config.num_encoder_layers > 0,
+            bos_token_id=config.bos_token_id,
         )
 
     def _starts(self, step: int, length: int) -> Tensor:
@@ -214,9 +215,9 @@ class MaskedLMTask:
 
 def check_fit(recipe: MaskedLMRecipe, data: TextData, config: Any) -> None:
     """Raises ValueError where the parts of a recipe do not fit each other or the text."""
-    longest = recipe.data.max_length
+    longest = recipe.data.max_length + (config.num_encoder_layers > 0)  # BoS
     if data.train.conditions is not None and not config.num_encoder_layers:
-        longest += min(recipe.data.max_prompt_length, data.longest_condition)
+        longest += int(max(part.conditions.document_lengths.max() for part in (data.train, data.held_out)))
     if longest > config.max_position_embeddings:
         raise ValueError(
             f"model.max_position_embeddings is {config.max_position_embeddings}; samples have up to {longest} tokens: "

@@ -151,7 +151,7 @@ class Trainer:
                     self._save()
                 if stopped:
                     break
-                if config.preview_every and self._due(config.preview_every):
+                if config.preview_every and step + 1 < config.max_steps and self._due(config.preview_every):
                     self._pictures()
             if self._pending:
                 self._flush(False)
