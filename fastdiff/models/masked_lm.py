@@ -196,6 +196,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         attention_mask: Tensor | None = None,  # [B, L] or [B or 1, L, L], bool or 0/1
         labels: Tensor | None = None,  # int64 [B, L]
         *,
+        encoder_input_ids: Tensor | None = None,  # int64 [B, M]
         row_weight: Tensor | None = None,  # [B, L], or what broadcasts to it: [B, 1]
         loss_normalizer: float | Tensor | None = None,
         label_smoothing: float = 0.0,
@@ -207,6 +208,8 @@ class MaskedDiffusionLM(PreTrainedModel):
         Args:
             input_ids, attention_mask, inputs: those of `hidden_states`, but for output_columns and the cache's.
             labels: clean tokens where the loss counts, -100 elsewhere.
+            encoder_input_ids: condition text for the model's own encoder, with encoder_attention_mask: in place of
+                encoder_hidden_states.
             row_weight: factor of each token's cross entropy, such as `MaskedTokens.weight[:, None]`.
             loss_normalizer: what the sum is divided by; None is the number of labels that count (at least 1).
             label_smoothing: in [0, 1).
@@ -218,6 +221,8 @@ class MaskedDiffusionLM(PreTrainedModel):
 
         Raises what `hidden_states` and `fastdiff.ops.masked_linear_cross_entropy` raise.
         """
+        if encoder_input_ids is not None:
+            inputs["encoder_hidden_states"] = self.encode(encoder_input_ids, inputs.get("encoder_attention_mask"))
         states = self.predicting_states(self.hidden_states(input_ids, attention_mask, **inputs))
         loss = None
         if labels is not None:
