@@ -15,7 +15,7 @@ from fastdiff.data.token_files import TokenFile
 class PairBatch(NamedTuple):
     """Rows `[prompt][window of the answer]`, padded on the right to the longest; W tokens wide.
 
-    `maskable` marks what the loss is about, so that `maskable.sum(1)` is LLaDA's normaliser of an answer, fill included.
+    `maskable` marks what the loss is about: `maskable.sum(1)` is LLaDA's normaliser of an answer, fill included.
     """
 
     input_ids: Tensor  # int64 [B, W]
