@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 Recipe = TypeVar("Recipe")
+RECIPE_KINDS = ("dit", "masked_lm")
 # What a user can cause; anything else keeps its traceback, since it is a fault of ours.
 _USER_ERRORS = (
     ValueError,
@@ -115,20 +116,29 @@ def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
         raise ValueError(f"{path} is not a recipe of this version: {one_line(error)}") from None
 
 
+def recipe_kind(path: Path) -> str:
+    """What a YAML recipe trains: its field `task`, or "dit" where it has none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, or a task that is not known; the message names the file.
+    """
+    content = _read_recipe_file(path)
+    task = content.get("task", "dit") if isinstance(content, dict) else "dit"
+    if task not in RECIPE_KINDS:
+        raise ValueError(f"{path}: task is {task!r}; expected {' or '.join(RECIPE_KINDS)} (dit where it is left out)")
+    return task
+
+
 def check_recipe_file(recipe: type, path: Path) -> None:
     """Checks that a file is YAML, and has no other sections and fields than the dataclass `recipe`.
+
+    Fields of `recipe` that are no dataclasses themselves, such as `task`, stand in the file beside the sections.
 
     Raises:
         ValueError: it names the file and what is wrong in it.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        raise ValueError(f"{place}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML text ({one_line(error)})") from None
+    content = _read_recipe_file(path)
     sections = {field.name: field.type for field in dataclasses.fields(recipe)}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {content!r}; expected the sections {', '.join(sections)}")
@@ -136,6 +146,10 @@ def check_recipe_file(recipe: type, path: Path) -> None:
         section, _, field = str(section).partition(".")  # "model.depth: 2" is "model: {depth: 2}"
         if section not in sections:
             raise ValueError(f"{path}: there is no section {section!r}; expected {', '.join(sections)}")
+        if not dataclasses.is_dataclass(sections[section]):
+            if field or isinstance(fields, dict):
+                raise ValueError(f"{path}: {section} has fields below it; expected one value, as in {section}: VALUE")
+            continue
         fields = {field: fields} if field else fields
         if not isinstance(fields, dict):
             raise ValueError(
@@ -144,16 +158,30 @@ def check_recipe_file(recipe: type, path: Path) -> None:
             )
         known = [each.name for each in dataclasses.fields(sections[section])]
         for name in fields:
+            name = str(name).partition(".")[0]  # "sampling.generation.seed: 1"
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
+                close = difflib.get_close_matches(name, known, n=1)
                 advice = f"did you mean {section}.{close[0]}? " if close else ""
                 raise ValueError(f"{path}: there is no field {section}.{name}; {advice}--help lists the fields")
 
 
+def _read_recipe_file(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ValueError(f"{place}: not valid YAML ({error.problem})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML text ({one_line(error)})") from None
+
+
 def build(recipe: type[Recipe], values: Any) -> Recipe:
     """Dataclasses from jsonargparse's namespace; their own checks run here."""
-    hints = {f.name: f.type for f in dataclasses.fields(recipe)}
-    parts = {name: kind(**vars(getattr(values, name))) for name, kind in hints.items()}
+    parts = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(values, field.name)
+        parts[field.name] = field.type(**vars(value)) if dataclasses.is_dataclass(field.type) else value
     return recipe(**parts)
 
 
@@ -204,3 +232,7 @@ def quiet_libraries() -> None:
     """Silences warnings of libraries that a user of a command can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
+    if "transformers" in sys.modules:  # its bars of one shard would break the lines of ours
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

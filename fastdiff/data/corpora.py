@@ -43,7 +43,8 @@ def open_corpus(config: TextDataConfig) -> Corpus:
 
     Raises:
         FileNotFoundError, NotADirectoryError, ModuleNotFoundError, ValueError: the source is missing or cannot be
-            reached, or is not what it should be; one line. Reading raises ValueError for bytes that are not UTF-8 (file and byte) and for records without the fields (line).
+            reached, or is not what it should be; one line. Reading raises ValueError for bytes that are not UTF-8 (file
+            and byte) and for records without the fields (line).
     """
     openers = {
         "shakespeare": _open_shakespeare,

@@ -36,7 +36,7 @@ def load_text_data(data: TextDataConfig, tokenizer: "TokenizerConfig | PreTraine
     that ask for the same at once wait for the one that makes it; what an interrupted one leaves is not taken for whole.
 
     Args:
-        tokenizer: the recipe's, or one that is there already, such as a finished run's: it needs pad and eos tokens.
+        tokenizer: the recipe's, or one that is there already, such as a finished run's: it needs an eos token.
 
     Raises:
         OSError, ModuleNotFoundError, ValueError: a source or tokenizer is missing or unusable, a cached file damaged,
@@ -61,8 +61,8 @@ def load_text_data(data: TextDataConfig, tokenizer: "TokenizerConfig | PreTraine
 
 
 def _expect_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
-    if missing := [name for name in ("pad_token", "eos_token") if getattr(tokenizer, name) is None]:
-        raise ValueError(f"the tokenizer has no {' and no '.join(missing)}; expected both: load it by its name")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EoS token, which closes documents; choose one that has")
 
 
 def _cached_folder(data: TextDataConfig, corpus: Corpus, tokenizer_key: str) -> Path:

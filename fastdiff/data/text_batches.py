@@ -61,6 +61,7 @@ def pair_windows(
     eos_token_id: int,
     pad_token_id: int,
     separate_conditions: bool = False,
+    bos_token_id: int | None = None,
 ) -> PairBatch:
     """The pairs at `indices`, each with `length` tokens for the answer.
 
@@ -70,7 +71,8 @@ def pair_windows(
 
     Args:
         part: pairs: it has conditions.
-        separate_conditions: whether prompts go into `condition_ids`, for an encoder, instead of before the answers.
+        separate_conditions: whether prompts go into `condition_ids`, for an encoder; `bos_token_id` then stands before
+            the answers, as it does in decoding, where each row needs a token to begin with.
 
     Raises:
         ValueError: `part` has documents, `length` is below 1 or the format unknown; an index has no pair.
@@ -79,6 +81,10 @@ def pair_windows(
         raise ValueError(f"{part.targets.path} holds documents; expected pairs, which have conditions")
     if length < 1:
         raise ValueError(f"length: got {length}; expected a window of at least 1 token")
+    if separate_conditions and bos_token_id is None:
+        raise ValueError(
+            "bos_token_id: got None; answers to separate conditions begin with BoS: choose a tokenizer with one"
+        )
     if length_format not in ("eos_fill", "pad_fill", "eos_only"):
         raise ValueError(f"length_format: got {length_format!r}; expected 'eos_fill', 'pad_fill' or 'eos_only'")
     indices = torch.as_tensor(indices).tolist()
@@ -91,7 +97,7 @@ def pair_windows(
     condition_ids = condition_mask = None
     if separate_conditions:
         condition_ids, condition_mask = _pad(prompts, pad_token_id)
-        prompts = [prompt[:0] for prompt in prompts]
+        prompts = [prompt.new_tensor([bos_token_id]) for prompt in prompts]
     input_ids, attended = _pad([torch.cat(row) for row in zip(prompts, answers, strict=True)], pad_token_id)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
     maskable = attended & (torch.arange(input_ids.shape[1]) >= prompt_lengths[:, None])

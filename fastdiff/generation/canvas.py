@@ -19,6 +19,7 @@ class Canvas:
         new_tokens: int,
         mask_token_id: int,
         pad_token_id: int | None,
+        conditions: list[bytes] | None = None,  # what else rows differ in
     ) -> None:
         batch, prompt = input_ids.shape
         device = input_ids.device
@@ -49,22 +50,17 @@ class Canvas:
         self.used = self.columns < lengths[:, None] + new_tokens  # bool [B, W]
         self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))
         self.given = self.used & (self.ids != mask_token_id)  # bool [B, W]: what guidance hides
-        self.sequence_ids = torch.tensor(self._names(), device=device)
+        self.sequence_ids = torch.tensor(self._names(conditions or [b""] * batch), device=device)
 
-    def _names(self) -> list[int]:
+    def _names(self, conditions: list[bytes]) -> list[int]:
         """What random numbers belong to: the prompt and which of its copies a row is, not its place in the batch."""
         seen: dict[bytes, int] = {}
         names = []
-        for ids, length in zip(self.ids.cpu(), self.prompt_lengths, strict=True):
-            prompt = ids[:length].numpy().tobytes()
+        for ids, length, condition in zip(self.ids.cpu(), self.prompt_lengths, conditions, strict=True):
+            prompt = ids[:length].numpy().tobytes() + condition
             copy = seen[prompt] = seen.get(prompt, -1) + 1
             names.append(zlib.crc32(copy.to_bytes(8, "little"), zlib.crc32(prompt)))
         return names
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """True where a key may be attended to, or None where rows are equally long."""
-        return None if len(set(self.prompt_lengths)) == 1 else self.used
 
     def sequences(self) -> Tensor:  # int64 [B, P + N]
         """The tokens in the columns of the input, then the new ones."""

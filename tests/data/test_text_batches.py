@@ -19,7 +19,7 @@ from fastdiff.data import (
     write_token_file,
 )
 
-PAD, EOS = 0, 2
+PAD, BOS, EOS = 0, 1, 2
 IDS = st.integers(5, 60)
 PAIRS = st.lists(st.tuples(st.lists(IDS, max_size=6), st.lists(IDS, max_size=12)), min_size=1, max_size=6)
 FORMATS = ["eos_fill", "pad_fill", "eos_only"]
@@ -37,7 +37,7 @@ def test_pair_windows(pairs, length, length_format, separate, data):
     indices = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=5))
     with tempfile.TemporaryDirectory() as folder:
         part = make_part(folder, pairs)
-        batch = pair_windows(part, torch.tensor(indices), length, length_format, EOS, PAD, separate)
+        batch = pair_windows(part, torch.tensor(indices), length, length_format, EOS, PAD, separate, BOS)
     ids, attended, maskable = batch.input_ids, batch.attention_mask, batch.maskable
     assert ids.dtype == torch.int64 and attended.dtype == maskable.dtype == torch.bool
     assert ids.shape == attended.shape == maskable.shape and len(ids) == len(indices)
@@ -50,7 +50,7 @@ def test_pair_windows(pairs, length, length_format, separate, data):
             kept = batch.condition_mask[row]
             assert batch.condition_ids[row][kept].tolist() == prompt
             assert (batch.condition_ids[row][~kept] == PAD).all() and kept[: len(prompt)].all()
-            prompt = []
+            prompt = [BOS]
         closed = answer[:length] if len(answer) >= length else [*answer, EOS]
         fill = {"eos_fill": [EOS], "pad_fill": [PAD], "eos_only": []}[length_format] * (length - len(closed))
         window = closed + fill
@@ -96,6 +96,8 @@ def test_pair_windows_refuse(tmp_path):
         pair_windows(part, [0], 4, "eos", EOS, PAD)
     with pytest.raises(ValueError, match="holds documents; expected pairs"):
         pair_windows(TextPart(part.targets), [0], 4, "eos_fill", EOS, PAD)
+    with pytest.raises(ValueError, match="bos_token_id: got None; answers to separate conditions begin with BoS"):
+        pair_windows(part, [0], 4, "eos_fill", EOS, PAD, separate_conditions=True)
     with pytest.raises(IndexError, match="document 1 of"):
         pair_windows(part, [1], 4, "eos_fill", EOS, PAD)
 

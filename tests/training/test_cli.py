@@ -1,5 +1,6 @@
 """The commands: recipes with overrides, samples, scores; errors are one line and exit code 2."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 import yaml
 
 from fastdiff import evaluate, sample, train
-from fastdiff.cli import parse_recipe
+from fastdiff.cli import load_recipe, parse_recipe, recipe_kind
 from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
+from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("dit_*.yaml"))
 
@@ -106,6 +108,56 @@ def test_bad_recipes(tmp_path, capsys, content, message):
     path.write_text(content)
     assert re.search(message, failure(train, [path], capsys))
     assert "recipe 'none.yaml' is not a file" in failure(train, ["none.yaml"], capsys)
+
+
+LANGUAGE_MODEL = """
+task: masked_lm
+model: {size: tiny, hidden_size: 64}
+data: {name: numbers, sample: pairs}
+sampling: {prompts: ["12"], generation: {max_new_tokens: 8, temperature: 0.5}}
+"""
+
+
+def test_a_recipe_with_a_task(tmp_path, tiny_yaml):
+    path = tmp_path / "words.yaml"
+    path.write_text(LANGUAGE_MODEL)
+    assert recipe_kind(path) == "masked_lm" and recipe_kind(tiny_yaml) == "dit"
+    recipe = parse_recipe(MaskedLMRecipe, [str(path), "--sampling.generation.seed", "5"], "train", "")
+    assert recipe.task == "masked_lm" and recipe.model.hidden_size == 64
+    assert recipe.sampling.generation == {"max_new_tokens": 8, "temperature": 0.5, "seed": 5}
+    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    assert load_recipe(MaskedLMRecipe, path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("task: masked_ml", r"words.yaml: task is 'masked_ml'; expected dit or masked_lm"),
+        ("task: {masked_lm: 1}", r"words.yaml: task is .*; expected dit or masked_lm"),
+        ("task: [1", r"words.yaml, line \d, column \d+: not valid YAML"),
+    ],
+)
+def test_unknown_tasks(tmp_path, content, message):
+    path = tmp_path / "words.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        recipe_kind(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("task: {name: 1}", r"words.yaml: task has fields below it; expected one value, as in task: VALUE"),
+        ("sampling: {generaton: {}}", r"no field sampling.generaton; did you mean sampling.generation\?"),
+        ("sampling: {generation: {temprature: 1}}", r"temprature: masked diffusion decoding has no such option"),
+        ("task: dit", r"task.*masked_lm.*dit"),
+    ],
+)
+def test_bad_recipes_of_language_models(tmp_path, content, message):
+    path = tmp_path / "words.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(MaskedLMRecipe, path)
 
 
 def test_help_lists_every_field():
