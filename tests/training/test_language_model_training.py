@@ -11,19 +11,23 @@ import torch
 import yaml
 
 from fastdiff import train
-from fastdiff.cli import load_recipe, parse_recipe
+from fastdiff.cli import load_recipe, parse_recipe, recipe_kind
 from fastdiff.data import load_text_data
 from fastdiff.models import MaskedDiffusionLM
 from fastdiff.training import Trainer
 from fastdiff.training.masked_lm import MaskedLMTask
 from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("mdlm_*.yaml"))
+RECIPES = sorted(
+    path for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if recipe_kind(path) == "masked_lm"
+)
 TINY = {
     "task": "masked_lm",
     "model": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64},
     "tokenizer": {"name": "characters"},
-    "data": {"name": "numbers", "sample": "pairs", "max_digits": 3, "num_pairs": 300, "min_length": 8, "max_length": 40},
+    "data": {
+        "name": "numbers", "sample": "pairs", "max_digits": 3, "num_pairs": 300, "min_length": 8, "max_length": 40,
+    },
     "objective": {"likelihood_samples": 32},
     "training": {
         "batch_size": 7, "max_steps": 6, "checkpoint_every": 3, "log_every": 2, "warmup_steps": 2,
@@ -75,7 +79,7 @@ def make_trainer(make_task):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(path):
     recipe = parse_recipe(MaskedLMRecipe, [str(path)], "train", "")
-    assert recipe.training.output_dir == f"runs/{path.stem}"
+    assert recipe.training.output_dir == f"runs/{path.stem}" and len(RECIPES) >= 7
 
 
 def documents(prose):
@@ -319,7 +323,7 @@ def test_a_model_learns_to_copy(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.max_length", "60"], "model.max_position_embeddings is 64; samples have up to 63 tokens"),
+        (["--data.max_length", "62"], "model.max_position_embeddings is 64; samples have up to 65 tokens"),
         (["--data.min_length", "50"], "data.min_length is 50 and data.max_length 40; expected 1 <= min_length"),
         (["--data.sample", "documents"], "data.sample is 'documents'; the data set numbers needs 'pairs'"),
         (["--data.name", "jsonl"], "data.path is missing; jsonl needs the file"),
