@@ -221,6 +221,24 @@ def output_path(given: str | None, default: Path) -> Path:
     return path
 
 
+def write_output(path: Path, text: str) -> None:
+    """Writes a result whole or not at all: what was there before stays until the new file is on the disk.
+
+    Raises:
+        OSError: it cannot be written; the message is one line.
+    """
+    temporary = path.with_name(f".writing-{path.name}"[:255])
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def sampling_options(arguments: Any, defaults: Any) -> Any:
     """The run's SamplingConfig with what the command line says otherwise."""
     names = ("guidance_scale", "num_inference_steps", "sampler", "seed")
@@ -230,5 +248,14 @@ def sampling_options(arguments: Any, defaults: Any) -> Any:
 
 def quiet_libraries() -> None:
     """Silences warnings of libraries that a user of a command can do nothing about."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub that cannot be reached is told once, not at each try
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
+
+
+def quiet_transformers() -> None:
+    """The same for transformers: no remarks on model types, no bars over weights; commands on language models."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

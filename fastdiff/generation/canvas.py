@@ -1,6 +1,7 @@
 """Prompts of different lengths on one canvas: each row its prompt, its new tokens, then filling."""
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class Canvas:
         new_tokens: int,
         mask_token_id: int,
         pad_token_id: int | None,
+        copies: Sequence[int] | None = None,
     ) -> None:
         batch, prompt = input_ids.shape
         device = input_ids.device
@@ -49,15 +51,16 @@ class Canvas:
         self.used = self.columns < lengths[:, None] + new_tokens  # bool [B, W]
         self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))
         self.given = self.used & (self.ids != mask_token_id)  # bool [B, W]: what guidance hides
-        self.sequence_ids = torch.tensor(self._names(), device=device)
+        self.sequence_ids = torch.tensor(self._names(copies), device=device)
 
-    def _names(self) -> list[int]:
+    def _names(self, copies: Sequence[int] | None) -> list[int]:
         """What random numbers belong to: the prompt and which of its copies a row is, not its place in the batch."""
         seen: dict[bytes, int] = {}
         names = []
-        for ids, length in zip(self.ids.cpu(), self.prompt_lengths, strict=True):
+        for row, (ids, length) in enumerate(zip(self.ids.cpu(), self.prompt_lengths, strict=True)):
             prompt = ids[:length].numpy().tobytes()
-            copy = seen[prompt] = seen.get(prompt, -1) + 1
+            seen[prompt] = seen.get(prompt, -1) + 1
+            copy = seen[prompt] if copies is None else copies[row]
             names.append(zlib.crc32(copy.to_bytes(8, "little"), zlib.crc32(prompt)))
         return names
 

@@ -52,6 +52,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"{name}: masked diffusion decoding has no such option; expected some of {known}")
         super().__init__(**{**_FIELDS, **kwargs})
 
+    @staticmethod
+    def option_defaults() -> dict[str, Any]:
+        """The fields above and their defaults."""
+        return dict(_FIELDS)
+
     @property
     def num_blocks(self) -> int:
         """Blocks of new tokens."""

@@ -7,7 +7,7 @@ block, without a full softmax in memory, and tokens are committed on the device.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ def generate(
     attention_mask: Tensor | None = None,  # bool or 0/1 [B, P]
     generation_config: MaskedDiffusionGenerationConfig | None = None,
     streamer: Streamer | None = None,
+    copies: Sequence[int] | None = None,
 ) -> GenerationOutput:
     """Continues prompts, and fills mask tokens in them.
 
@@ -63,6 +64,8 @@ def generate(
         generation_config: None is `MaskedDiffusionGenerationConfig()`.
         streamer: called after each step as streamer(token_ids, step): a new tensor laid out as `sequences`, with mask
             tokens where nothing was chosen yet, and the number of the step from 0.
+        copies: which copy of its prompt each row is (0 or above), where copies are spread over several calls; None
+            counts those in the batch.
 
     Returns:
         GenerationOutput: `sequences[:, :P]` are the prompts (padding as it came, mask tokens filled),
@@ -78,11 +81,13 @@ def generate(
     config = MaskedDiffusionGenerationConfig() if generation_config is None else generation_config
     config.validate()
     attention_mask = _check(model, input_ids, attention_mask, config)
+    if copies is not None and (len(copies) != len(input_ids) or min(copies, default=0) < 0):
+        raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one a row")
     started = time.perf_counter()
     training = model.training
     model.eval()
     try:
-        decoder = _Decoder(model, input_ids, attention_mask, config)
+        decoder = _Decoder(model, input_ids, attention_mask, config, copies)
         for step in decoder.steps():
             if streamer is not None:
                 streamer(decoder.canvas.sequences(), step)
@@ -105,11 +110,12 @@ class _Decoder:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         config: MaskedDiffusionGenerationConfig,
+        copies: Sequence[int] | None = None,
     ) -> None:
         self.model, self.config = model, config
         self.mask_token_id = model.config.mask_token_id
         self.canvas = Canvas(
-            input_ids, attention_mask, config.max_new_tokens, self.mask_token_id, model.config.pad_token_id
+            input_ids, attention_mask, config.max_new_tokens, self.mask_token_id, model.config.pad_token_id, copies
         )
         self.tokens = sum(self.canvas.infilled) + len(input_ids) * config.max_new_tokens
         if not self.tokens:

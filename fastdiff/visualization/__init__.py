@@ -1,6 +1,7 @@
-"""Pictures of runs and samples, drawn by matplotlib without a display."""
+"""Pictures of runs and samples, drawn by matplotlib without a display, and text as it is decoded, on a terminal."""
 
 from fastdiff.visualization.curves import save_loss_curve
 from fastdiff.visualization.grids import save_sample_grid
+from fastdiff.visualization.watch import DenoisingView
 
-__all__ = ["save_loss_curve", "save_sample_grid"]
+__all__ = ["DenoisingView", "save_loss_curve", "save_sample_grid"]
