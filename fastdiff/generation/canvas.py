@@ -20,6 +20,7 @@ class Canvas:
         new_tokens: int,
         mask_token_id: int,
         pad_token_id: int | None,
+        conditions: list[bytes] | None = None,  # what else rows differ in
         copies: Sequence[int] | None = None,
     ) -> None:
         batch, prompt = input_ids.shape
@@ -51,23 +52,18 @@ class Canvas:
         self.used = self.columns < lengths[:, None] + new_tokens  # bool [B, W]
         self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))
         self.given = self.used & (self.ids != mask_token_id)  # bool [B, W]: what guidance hides
-        self.sequence_ids = torch.tensor(self._names(copies), device=device)
+        self.sequence_ids = torch.tensor(self._names(conditions or [b""] * batch, copies), device=device)
 
-    def _names(self, copies: Sequence[int] | None) -> list[int]:
+    def _names(self, conditions: list[bytes], copies: Sequence[int] | None) -> list[int]:
         """What random numbers belong to: the prompt and which of its copies a row is, not its place in the batch."""
         seen: dict[bytes, int] = {}
         names = []
-        for row, (ids, length) in enumerate(zip(self.ids.cpu(), self.prompt_lengths, strict=True)):
-            prompt = ids[:length].numpy().tobytes()
+        for row, ids in enumerate(self.ids.cpu()):
+            prompt = ids[: self.prompt_lengths[row]].numpy().tobytes() + conditions[row]
             seen[prompt] = seen.get(prompt, -1) + 1
             copy = seen[prompt] if copies is None else copies[row]
             names.append(zlib.crc32(copy.to_bytes(8, "little"), zlib.crc32(prompt)))
         return names
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """True where a key may be attended to, or None where rows are equally long."""
-        return None if len(set(self.prompt_lengths)) == 1 else self.used
 
     def sequences(self) -> Tensor:  # int64 [B, P + N]
         """The tokens in the columns of the input, then the new ones."""

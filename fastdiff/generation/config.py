@@ -10,7 +10,8 @@ from fastdiff.ops.unmask import ORDERS, RULES
 _FIELDS: dict[str, Any] = dict(
     max_new_tokens=128, num_inference_steps=None, block_length=None, temperature=0.0, top_k=None, top_p=None,
     guidance_scale=1.0, unmasking_rule="count", unmasking_order="confidence", threshold=None, factor=None,
-    entropy_budget=None, seed=None, early_stop=False, suppress_tokens=None,
+    entropy_budget=None, seed=None, prefix_cache=False, dual_cache=False, cache_refresh_interval=None,
+    early_stop=False, stop_strings=None, suppress_tokens=None,
 )  # fmt: skip
 _RULE_NUMBERS = {"threshold": 0.9, "factor": 1.0, "entropy_budget": 0.15}  # what None means: the papers' values
 _OTHERS = (  # what transformers itself passes or stores
@@ -38,8 +39,16 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         unmasking_order: "confidence", "margin", "entropy" or "random".
         threshold, factor, entropy_budget: The number of that rule; None: 0.9, 1.0 and 0.15.
         seed: Of all that is random; None draws one from torch's generator.
+        prefix_cache: Approximate, off by default (Fast-dLLM): a step within a block computes the tokens from the block
+            to the row's end; keys and values of those before it are as they were when the row began the block.
+        dual_cache: The same for the tokens after the block: a step computes the block alone. One of the two.
+        cache_refresh_interval: Steps of a block from one computation of the whole row to the next (1: every step, so
+            that nothing is approximate). None: only where a row begins a block.
         early_stop: Approximate, off by default: a row ends when a block is full and holds an end token
             (eos_token_id, or the model's); what is left of the row becomes that token.
+        stop_strings: Approximate, None by default: a row ends when a block is full and the new text up to there holds
+            one of these strings; the tokens after the one that completes it become the end token (pad where there is
+            none). `generate` needs tokenizer= then.
         suppress_tokens: Ids that are never chosen, beside the mask token.
 
     Raises ValueError, naming the field, for values that do not fit.
@@ -50,6 +59,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             if name not in _FIELDS and name not in _OTHERS and value is not None:
                 known = ", ".join(_FIELDS)
                 raise ValueError(f"{name}: masked diffusion decoding has no such option; expected some of {known}")
+        if isinstance(kwargs.get("stop_strings"), str):
+            kwargs["stop_strings"] = [kwargs["stop_strings"]]
         super().__init__(**{**_FIELDS, **kwargs})
 
     @staticmethod
@@ -90,12 +101,29 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         for name, known in (("unmasking_rule", RULES), ("unmasking_order", ORDERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        if not isinstance(self.early_stop, bool):
-            raise ValueError(f"early_stop: got {self.early_stop!r}; expected True or False")
+        for name in ("early_stop", "prefix_cache", "dual_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected True or False")
+        self._validate_caches()
+        strings = self.stop_strings
+        if strings is not None and not (
+            isinstance(strings, list | tuple) and strings and all(isinstance(s, str) and s for s in strings)
+        ):
+            raise ValueError(f"stop_strings: got {strings!r}; expected a list of strings that are not empty, or None")
         for token in self.suppress_tokens or ():
             _integer("suppress_tokens", token, 0)
         self._validate_rule()
         self._validate_steps()
+
+    def _validate_caches(self) -> None:
+        _integer("cache_refresh_interval", self.cache_refresh_interval, 1, optional=True)
+        if self.prefix_cache and self.dual_cache:
+            raise ValueError("prefix_cache: got dual_cache too, which caches the prefix as well; drop prefix_cache")
+        if self.cache_refresh_interval is not None and not (self.prefix_cache or self.dual_cache):
+            raise ValueError(
+                f"cache_refresh_interval: got {self.cache_refresh_interval} without a cache; set prefix_cache or "
+                "dual_cache, or leave it out"
+            )
 
     def _validate_rule(self) -> None:
         ranges = {

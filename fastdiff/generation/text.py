@@ -20,8 +20,8 @@ DEFAULT_MASK_TEXT = "<mask>"
 
 
 @dataclass(frozen=True)
-class TextSample:
-    """One continuation.
+class Continuation:
+    """A prompt's new text.
 
     Attributes:
         prompt: the prompt as it was given.
@@ -105,7 +105,12 @@ class TextGenerator:
                     advice += ", or unconditional (--unconditional), which starts from BoS"
                 raise ValueError(f"{name} is empty; {advice}")
             ids = [start]
-        masks, longest = ids.count(self.mask_token_id), self.model.config.max_position_embeddings
+        self.check(ids, name)
+        return ids
+
+    def check(self, ids: Sequence[int], name: str) -> None:
+        """Raises ValueError, naming the prompt, where its tokens leave no room or nothing to generate."""
+        masks, longest = list(ids).count(self.mask_token_id), self.model.config.max_position_embeddings
         if self.has_encoder and masks:
             raise ValueError(f"{name} has mask tokens; this model's prompts go through an encoder, which fills none")
         if not self.config.max_new_tokens and not masks:
@@ -116,7 +121,6 @@ class TextGenerator:
                 f"{name} has {len(ids)} tokens and max_new_tokens is {self.config.max_new_tokens}; expected at most "
                 f"{longest} together, the model's positions: shorten the prompt or ask for fewer tokens"
             )
-        return ids
 
     @property
     def start_token_id(self) -> int | None:
@@ -137,7 +141,7 @@ class TextGenerator:
         num_samples: int = 1,
         batch_size: int = 16,
         streamer: Callable[[Tensor, Tensor], Streamer | None] | None = None,
-    ) -> Iterator[list[TextSample]]:
+    ) -> Iterator[list[Continuation]]:
         """Samples, a batch at a time: the first prompt's num_samples, then the second's, …
 
         A sample depends on seed, prompt and number of the copy (equal prompts count on), not on the batch.
@@ -159,7 +163,7 @@ class TextGenerator:
         for start in range(0, len(jobs), batch_size):
             yield self._batch(jobs[start : start + batch_size], prompts, rows, streamer)
 
-    def _batch(self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer) -> list[TextSample]:
+    def _batch(self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer) -> list[Continuation]:
         device = self.model.head_weight.device
         ids, mask = padded([rows[row] for row, _, _ in jobs], device)
         options: dict[str, Any] = {"copies": [copy for _, _, copy in jobs]}
@@ -189,7 +193,7 @@ class TextGenerator:
         # decoded together, so that no space or half character is lost where they meet
         text = whole[len(before) :] if whole.startswith(before) else self.decode(new)
         filled = before if self.mask_token_id in asked else None
-        return TextSample(prompt, row, number, new, text, filled)
+        return Continuation(prompt, row, number, new, text, filled)
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any, config: MaskedDiffusionGenerationConfig) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.nn import AdaLayerNorm, KeyValueCache, TimestepEmbedding, TransformerBlock
+from fastdiff.nn.flash import resolve_implementation
 from fastdiff.nn.transformer import rotary_table
 from fastdiff.ops import masked_linear_cross_entropy
 
@@ -59,8 +60,9 @@ class TransformerStack(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        output_columns: Tensor | None = None,
     ) -> Tensor:
-        rotary = None
+        rotary, implementation = None, self.config._attn_implementation
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
         else:
@@ -68,10 +70,12 @@ class TransformerStack(nn.Module):
         if self.config.dropout:
             x = nn.functional.dropout(x, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):
+            columns = output_columns if index == len(self.layers) - 1 else None  # the layers before serve all columns
             if self.gradient_checkpointing and self.training and cache is None:
-                x = self._gradient_checkpointing_func(layer.__call__, x, mask, rotary, context, context_mask)
+                inputs = (x, mask, rotary, context, context_mask, None, index, columns, implementation)
+                x = self._gradient_checkpointing_func(layer.__call__, *inputs)
             else:
-                x = layer(x, mask, rotary, context, context_mask, cache, index)
+                x = layer(x, mask, rotary, context, context_mask, cache, index, columns, implementation)
         return self.norm(x, None, None)
 
 
@@ -98,6 +102,7 @@ class MaskedDiffusionLM(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["TransformerBlock"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -129,7 +134,9 @@ class MaskedDiffusionLM(PreTrainedModel):
         encoder_attention_mask: Tensor | None = None,  # bool or 0/1 [B, M]
         cache: KeyValueCache | None = None,
         cache_columns: Tensor | None = None,  # int64 [L] or [B, L]
-    ) -> Tensor:  # [B, L, D]
+        cache_rows: Tensor | None = None,  # int64 [B]
+        output_columns: Tensor | None = None,  # int64 [B, l]
+    ) -> Tensor:  # [B, L or l, D]
         """Hidden states after the final norm, ready for the head; with `config.logit_shift` state i predicts token i+1.
 
         Args:
@@ -139,16 +146,19 @@ class MaskedDiffusionLM(PreTrainedModel):
             position_ids: None is 0 … L - 1, or cache_columns where those are given.
             timesteps: times in [0, 1], 1 all masks; needed with `config.timestep_embedding`.
             encoder_hidden_states: what the cross-attention sees, from `encode` or another model; None leaves it out.
-            encoder_attention_mask: True where it may be attended to.
+            encoder_attention_mask: True where it may be attended to; a row without any True is as one without them.
             cache: filled by a call over whole sequences.
             cache_columns: the columns of the cached sequences that input_ids are; keys and values of the others come
-                from the cache, and attention_mask is over all columns.
+                from the cache, and attention_mask is over all columns. A column named twice is computed twice.
+            cache_rows: the cached sequences that this call is of, different ones; None is all.
+            output_columns: those of input_ids whose states are wanted, in [0, L): the last block computes no others.
 
         Raises:
             TypeError, ValueError: a dtype or shape does not fit, more tokens than positions, or (on CPU tensors) ids
                 out of range; the message names it.
         """
-        self._check_input(input_ids, timesteps, encoder_hidden_states, cache, cache_columns)
+        self._check_input(input_ids, timesteps, encoder_hidden_states, output_columns)
+        _check_cache(input_ids, cache, cache_columns, cache_rows)
         keys = input_ids.shape[1] if cache is None or cache_columns is None else cache.length
         mask = _attention_mask("attention_mask", attention_mask, input_ids.shape[0], input_ids.shape[1], keys)
         context_mask = None
@@ -156,12 +166,12 @@ class MaskedDiffusionLM(PreTrainedModel):
             batch, context = encoder_hidden_states.shape[:2]
             context_mask = _attention_mask("encoder_attention_mask", encoder_attention_mask, batch, 1, context)
         if cache is not None:
-            cache.columns = cache_columns
+            cache.columns, cache.rows = cache_columns, cache_rows
         position_ids = self._positions(input_ids, cache_columns if position_ids is None else position_ids)
         x = self.model.embed_tokens(input_ids)
         if timesteps is not None and self.model.time_embedding is not None:
             x = x + self.model.time_embedding(1000 * timesteps.float()).to(x.dtype)[:, None]
-        return self.model.run(x, mask, position_ids, encoder_hidden_states, context_mask, cache)
+        return self.model.run(x, mask, position_ids, encoder_hidden_states, context_mask, cache, output_columns)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, M] -> [B, M, D]
         """States of the model's own encoder for `encoder_hidden_states`: condition text, seen by every block.
@@ -186,6 +196,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         attention_mask: Tensor | None = None,  # [B, L] or [B or 1, L, L], bool or 0/1
         labels: Tensor | None = None,  # int64 [B, L]
         *,
+        encoder_input_ids: Tensor | None = None,  # int64 [B, M]
         row_weight: Tensor | None = None,  # [B, L], or what broadcasts to it: [B, 1]
         loss_normalizer: float | Tensor | None = None,
         label_smoothing: float = 0.0,
@@ -197,6 +208,8 @@ class MaskedDiffusionLM(PreTrainedModel):
         Args:
             input_ids, attention_mask, inputs: those of `hidden_states`.
             labels: clean tokens where the loss counts, -100 elsewhere.
+            encoder_input_ids: condition text for the model's own encoder, with encoder_attention_mask: in place of
+                encoder_hidden_states.
             row_weight: factor of each token's cross entropy, such as `MaskedTokens.weight[:, None]`.
             loss_normalizer: what the sum is divided by; None is the number of labels that count (at least 1).
             label_smoothing: in [0, 1).
@@ -208,6 +221,8 @@ class MaskedDiffusionLM(PreTrainedModel):
 
         Raises what `hidden_states` and `fastdiff.ops.masked_linear_cross_entropy` raise.
         """
+        if encoder_input_ids is not None:
+            inputs["encoder_hidden_states"] = self.encode(encoder_input_ids, inputs.get("encoder_attention_mask"))
         states = self.predicting_states(self.hidden_states(input_ids, attention_mask, **inputs))
         loss = None
         if labels is not None:
@@ -292,7 +307,10 @@ class MaskedDiffusionLM(PreTrainedModel):
                     "take the model's own tokenizer"
                 )
 
-    def _check_input(self, input_ids, timesteps, encoder_hidden_states, cache, cache_columns) -> None:
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        return resolve_implementation(attn_implementation)  # transformers asks, here and in set_attn_implementation
+
+    def _check_input(self, input_ids, timesteps, encoder_hidden_states, output_columns) -> None:
         self._check_ids(input_ids)
         batch, length = input_ids.shape
         if self.config.timestep_embedding and timesteps is None:
@@ -307,13 +325,8 @@ class MaskedDiffusionLM(PreTrainedModel):
                 raise ValueError(
                     f"encoder_hidden_states: got shape {list(shape)}; expected [{batch}, states, {expected}]"
                 )
-        if cache_columns is not None:
-            if cache is None or not cache.length:
-                raise ValueError("cache_columns: there is no filled cache; run the whole sequences with cache= first")
-            if cache_columns.shape not in ((length,), (batch, length)):
-                raise ValueError(
-                    f"cache_columns: got shape {list(cache_columns.shape)}; expected [{length}] or [{batch}, {length}]"
-                )
+        if output_columns is not None and (output_columns.ndim != 2 or len(output_columns) != batch):
+            raise ValueError(f"output_columns: got shape {list(output_columns.shape)}; expected [{batch}, columns]")
 
     def _positions(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:  # [B or 1, L]
         batch, length = input_ids.shape
@@ -356,3 +369,13 @@ def _attention_mask(name: str, mask: Tensor | None, batch: int, queries: int, ke
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
         return None  # attention without a mask is faster; on a GPU looking would wait
     return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+
+
+def _check_cache(input_ids: Tensor, cache: KeyValueCache | None, columns: Tensor | None, rows: Tensor | None) -> None:
+    batch, length = input_ids.shape
+    if (columns is not None or rows is not None) and (cache is None or not cache.length):
+        raise ValueError("cache_columns: there is no filled cache; run the whole sequences with cache= first")
+    if columns is not None and columns.shape not in ((length,), (batch, length)):
+        raise ValueError(f"cache_columns: got shape {list(columns.shape)}; expected [{length}] or [{batch}, {length}]")
+    if rows is not None and rows.shape != (batch,):
+        raise ValueError(f"cache_rows: got shape {list(rows.shape)}; expected [{batch}], one a sequence")

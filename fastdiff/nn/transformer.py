@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.nn.flash import SDPA, attend
 from fastdiff.nn.mlp import ACTIVATIONS
 from fastdiff.nn.norm import AdaLayerNorm
 
@@ -46,15 +47,22 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:  # [B, H, L, d] -
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def take_columns(x: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
+    """Columns `[B, l]` of each sequence, along dimension `dim` of x (dimension 0 of size B or 1)."""
+    return torch.take_along_dim(x, columns.view(len(columns), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1)), dim)
+
+
 class KeyValueCache:
     """Keys and values of every layer at all positions of a batch of sequences, for inference.
 
     A call over whole sequences fills it; a later call over a few columns writes theirs in place and attends to all.
-    The other columns are as old as their last writing, so that its results approximate those of a whole call.
+    The other columns are as old as their last writing, so that its results approximate those of a whole call. Either
+    kind may be of some of the sequences alone (`rows`), whose keys and values are then gathered and written back.
     """
 
     def __init__(self) -> None:
         self.columns: Tensor | None = None  # [l] or [B, l] of the call under way; None is a whole call
+        self.rows: Tensor | None = None  # [b] of the call under way; None is all
         self._layers: list[tuple[Tensor, Tensor]] = []  # [B, H, L, d] each
 
     @property
@@ -62,23 +70,37 @@ class KeyValueCache:
         """Columns held: 0 before the first call."""
         return self._layers[0][0].shape[2] if self._layers else 0
 
+    def keep(self, rows: Tensor, length: int) -> None:
+        """Goes on with these sequences (int64 `[b]`, in this order) and their first `length` columns."""
+        self._layers = [tuple(t.index_select(0, rows)[:, :, :length] for t in pair) for pair in self._layers]
+
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one layer's new keys and values and returns all of that layer's."""
-        if self.columns is None:
+        if self.columns is None and self.rows is None:
             del self._layers[layer:]
             self._layers.append((key.detach(), value.detach()))
             return key, value
         stored = self._layers[layer]
-        for whole, part in zip(stored, (key, value), strict=True):
-            if self.columns.ndim == 1:
-                whole.index_copy_(2, self.columns, part.detach())
-            else:
-                whole.scatter_(2, self.columns[:, None, :, None].expand_as(part), part.detach())
-        return stored
+        for whole, part in zip(stored, (key.detach(), value.detach()), strict=True):
+            self._write(whole, part)
+        if self.rows is None:
+            return stored
+        return (key, value) if self.columns is None else tuple(t.index_select(0, self.rows) for t in stored)
+
+    def _write(self, whole: Tensor, part: Tensor) -> None:  # [B, H, L, d], [b, H, l, d]
+        if self.columns is None:
+            whole.index_copy_(0, self.rows, part)
+        elif self.rows is not None:
+            columns = self.columns.expand(len(part), -1)
+            whole.transpose(1, 2)[self.rows[:, None], columns] = part.transpose(1, 2)
+        elif self.columns.ndim == 1:
+            whole.index_copy_(2, self.columns, part)
+        else:
+            whole.scatter_(2, self.columns[:, None, :, None].expand_as(part), part)
 
 
 class Attention(nn.Module):
-    """Multi-head attention through torch's scaled_dot_product_attention, with grouped keys and values.
+    """Multi-head attention (`fastdiff.nn.flash.attend`), with grouped keys and values.
 
     `context_dim` is the width of the states attended to in cross-attention; None is self-attention.
     """
@@ -112,27 +134,25 @@ class Attention(nn.Module):
         context: Tensor | None = None,  # [B, M, context_dim]
         cache: KeyValueCache | None = None,
         layer: int = 0,
-    ) -> Tensor:  # [B, L, D]
+        columns: Tensor | None = None,  # int64 [B, l]: those of x that ask; all are keys
+        implementation: str = SDPA,
+    ) -> Tensor:  # [B, L or l, D]
+        source = x if context is None else context
+        asking, asking_rotary = x, rotary
+        if columns is not None:
+            asking = take_columns(x, columns)
+            asking_rotary = None if rotary is None else tuple(take_columns(t, columns, 2) for t in rotary)
+            if mask is not None and mask.shape[2] > 1:
+                mask = take_columns(mask, columns, 2)
         query, key, value = (
             projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection, states in (
-                (self.q_proj, x),
-                (self.k_proj, x if context is None else context),
-                (self.v_proj, x if context is None else context),
-            )
+            for projection, states in ((self.q_proj, asking), (self.k_proj, source), (self.v_proj, source))
         )
         if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+            query, key = rotate(query, asking_rotary), rotate(key, rotary)
         if cache is not None:
             key, value = cache.update(layer, key, value)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.num_heads != self.num_key_value_heads,
-        )
+        mixed = attend(query, key, value, mask, self.dropout if self.training else 0.0, implementation)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -192,12 +212,18 @@ class TransformerBlock(nn.Module):
         context_mask: Tensor | None = None,  # bool [B, 1, 1, M]
         cache: KeyValueCache | None = None,
         layer: int = 0,
-    ) -> Tensor:  # [B, L, D]
+        columns: Tensor | None = None,  # int64 [B, l]: those wanted; all serve as keys and values
+        implementation: str = SDPA,
+    ) -> Tensor:  # [B, L or l, D]
         normed = self.input_layernorm(x, None, None)
-        x = x + self._drop(self.self_attn(normed, mask, rotary, cache=cache, layer=layer))
+        mixed = self.self_attn(normed, mask, rotary, None, cache, layer, columns, implementation)
+        x = (x if columns is None else take_columns(x, columns)) + self._drop(mixed)
         if self.cross_attn is not None and context is not None:
             normed = self.cross_attention_layernorm(x, None, None)
-            x = x + self._drop(self.cross_attn(normed, context_mask, context=context))
+            mixed = self.cross_attn(normed, context_mask, context=context, implementation=implementation)
+            if context_mask is not None:  # a row that may attend to nothing is left as it is
+                mixed = mixed.masked_fill(~context_mask.any(-1), 0)
+            x = x + self._drop(mixed)
         return x + self._drop(self.mlp(self.post_attention_layernorm(x, None, None)))
 
     def _drop(self, branch: Tensor) -> Tensor:

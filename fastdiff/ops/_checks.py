@@ -98,7 +98,7 @@ def autocast_dtype(t: Tensor) -> torch.dtype:
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     dtype = autocast_dtype(tensors[0])
-    return [None if t is None else t if dtype == tensors[0].dtype else t.to(dtype) for t in tensors]
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def counter(name: str, value: int | Tensor, device: torch.device, words: int = 2) -> tuple[Tensor | None, int]:

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a folder checkpoints/step_N: what `model.save_pretrained` writes (model.safetensors, config.json),
-ema.safetensors, optimizer.safetensors and trainer_state.json. It is written under a temporary name, every file and
-folder is flushed to the disk, and then it is renamed; trainer_state.json lists the sizes of the other files, so that a
-file cut short later is noticed.
+A checkpoint is a folder checkpoints/step_N: what the task's `save` writes (model.safetensors, config.json, perhaps a
+tokenizer), ema.safetensors, optimizer.safetensors and trainer_state.json. It is written under a temporary name, every
+file and folder is flushed to the disk, and then it is renamed; trainer_state.json lists the sizes of the other files,
+so that a file cut short later is noticed.
 """
 
 import json
@@ -144,8 +144,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, s
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes a model's weights as safetensors, under the names of its state dict."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+    """Writes a model's weights as safetensors, under the names of its state dict; tied weights under the first one."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in _untied_state(model).items()}, path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -158,5 +158,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
-    check_state(state, model.state_dict(), path, "the model of this recipe")
-    model.load_state_dict(state, strict=True)
+    check_state(state, _untied_state(model), path, "the model of this recipe")
+    model.load_state_dict(state, strict=False)  # what is missing is tied to what is there
+
+
+def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without further names of a tensor that it has already, as transformers stores it too."""
+    kept: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        kept.setdefault(id(tensor), name)
+    return {name: state[name] for name in kept.values()}

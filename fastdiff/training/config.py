@@ -10,7 +10,7 @@ class TrainingConfig:
     """How to train.
 
     Attributes:
-        output_dir: the run's folder: config.yaml, checkpoints/, metrics.jsonl, loss.png, samples.png.
+        output_dir: the run's folder: config.yaml, checkpoints/, metrics.jsonl, validation.jsonl, loss.png, samples.png.
         batch_size: samples an optimizer step, over all processes and accumulation steps.
         accumulation_steps: parts in which each process works through its share of a batch, to save memory.
         max_steps: optimizer steps.
@@ -32,7 +32,8 @@ class TrainingConfig:
         resume: go on from the run folder's newest checkpoint (from the start where it has none).
         overwrite: delete the run that output_dir holds.
         log_every: steps between lines of progress; metrics.jsonl has every step.
-        preview_every: steps between pictures of samples; 0 makes one at the end alone.
+        preview_every: steps between pictures of samples, with measures on held-out data where the task has them; 0:
+            at the end alone.
         trackers: of accelerate, for example [tensorboard] or [wandb].
         project: the project's name that trackers show.
     """

@@ -14,6 +14,7 @@ from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
 from fastdiff.diffusion.sampling import sample, samplers_for
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.training.config import TrainingConfig
+from fastdiff.training.plain import plain
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.setup import autocast_dtype
 from fastdiff.training.task import Batch
@@ -130,6 +131,14 @@ class DiffusionTask:
         """Indices in the training part of the data."""
         return self.stream.indices(step).tolist()
 
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """The model as `DiT.from_pretrained` reads it."""
+        model.save_pretrained(folder)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Nothing: fastdiff.evaluate scores samples, which takes a classifier."""
+        return {}
+
     def preview(self, model: nn.Module, path: Path) -> None:
         """A labelled grid of samples, a row a class (20 classes at most)."""
         from fastdiff.visualization import save_sample_grid  # matplotlib: a second that other uses need not wait
@@ -157,7 +166,7 @@ class DiffusionTask:
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values, tuples as lists."""
-        return _plain(dataclasses.asdict(self.config))
+        return plain(dataclasses.asdict(self.config))
 
 
 def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
@@ -187,9 +196,3 @@ def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
             "model.learn_sigma is true; diffusion.noise_levels "
             f"{recipe.diffusion.noise_levels!r} has no variance to learn; set it to false"
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

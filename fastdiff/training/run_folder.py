@@ -46,6 +46,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.validation = self.path / "validation.jsonl"
         self.loss_picture = self.path / "loss.png"
         self.samples_picture = self.path / "samples.png"
 
@@ -97,7 +98,7 @@ class RunFolder:
     def _clear(self) -> None:
         for checkpoint in list_checkpoints(self.checkpoints):
             remove_checkpoint(checkpoint)
-        for path in (self.metrics, self.loss_picture, self.samples_picture, self.config):
+        for path in (self.metrics, self.validation, self.loss_picture, self.samples_picture, self.config):
             path.unlink(missing_ok=True)
 
     def _check_same(self, recipe: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ class Task(Protocol):
     the number of processes irrelevant. Slots are positions in the step's global batch, 0 … batch_size - 1.
     """
 
-    model: nn.Module  # has save_pretrained(folder), which writes model.safetensors and config.json
+    model: nn.Module
     unit: str  # what is counted, for the progress line: "images"
 
     def batch(self, step: int, slots: range) -> Batch:
@@ -33,6 +33,14 @@ class Task(Protocol):
 
     def sample_ids(self, step: int) -> list[int]:
         """Which samples of the data set the step reads: named when its loss is not finite."""
+        ...
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Writes model.safetensors, config.json and what else a checkpoint's users need, all of it in `folder`."""
+        ...
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Measures of `model` (the averaged weights) on held-out data, for validation.jsonl; {} for none."""
         ...
 
     def preview(self, model: nn.Module, path: Path) -> None:

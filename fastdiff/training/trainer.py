@@ -1,6 +1,7 @@
 """One training loop for every task: on accelerate, with exact resume, atomic checkpoints and a clean end."""
 
 import contextlib
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ class Trainer:
                     self._save()
                 if stopped:
                     break
-                if config.preview_every and self._due(config.preview_every):
+                if config.preview_every and step + 1 < config.max_steps and self._due(config.preview_every):
                     self._pictures()
             if self._pending:
                 self._flush(False)
@@ -264,7 +265,7 @@ class Trainer:
         model = self.accelerator.unwrap_model(self.model)
 
         def write(folder: Path) -> None:
-            model.save_pretrained(folder)
+            self.task.save(model, folder)
             checkpoints.save_weights(self.ema.module, folder / "ema.safetensors")
             checkpoints.save_optimizer(self.optimizer, self.names, folder / "optimizer.safetensors")
 
@@ -292,15 +293,26 @@ class Trainer:
         newest = self.folder.latest()
         return f"last whole checkpoint: {newest}" if newest else "there is no checkpoint yet"
 
+    def _validate(self) -> None:
+        measures = self.task.validate(self.ema.module)
+        if measures:
+            log = MetricsLog(self.folder.validation, self.steps_done - 1)
+            log.append([{"step": self.steps_done, **measures}])
+            log.close()
+            self.accelerator.log({f"validation_{name}": value for name, value in measures.items()}, self.steps_done)
+            text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items())
+            tqdm.write(f"step {self.steps_done}: {text}", file=sys.stderr)
+
     def _pictures(self, replace: bool = True) -> None:
-        """loss.png and samples.png, by the first process; with `replace` False only where one of them is missing."""
+        """Validation, loss.png, samples.png, by the first process; with `replace` False only where one is missing."""
         from fastdiff.visualization import save_loss_curve
 
         def draw() -> None:
             if not replace and self.folder.loss_picture.exists() and self.folder.samples_picture.exists():
                 return
             with self._writing("pictures"):
-                save_loss_curve(self.folder.metrics, self.folder.loss_picture)
+                self._validate()
+                save_loss_curve(self.folder.metrics, self.folder.loss_picture, validation=self.folder.validation)
                 self.task.preview(self.ema.module, self.folder.samples_picture)
 
         self._on_main(draw)

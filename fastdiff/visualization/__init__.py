@@ -2,6 +2,7 @@
 
 from fastdiff.visualization.curves import save_loss_curve
 from fastdiff.visualization.grids import save_sample_grid
+from fastdiff.visualization.text import TextSample, save_text_samples
 from fastdiff.visualization.watch import DenoisingView
 
-__all__ = ["DenoisingView", "save_loss_curve", "save_sample_grid"]
+__all__ = ["DenoisingView", "TextSample", "save_loss_curve", "save_sample_grid", "save_text_samples"]

@@ -7,13 +7,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 
-def save_loss_curve(metrics: str | Path, path: str | Path, *, decay: float | None = None) -> Path:
-    """Writes a PNG with the loss of every step, and its moving average.
+def save_loss_curve(
+    metrics: str | Path, path: str | Path, *, decay: float | None = None, validation: str | Path | None = None
+) -> Path:
+    """Writes a PNG with the loss of every step, its moving average, and the validation bound where there is one.
 
     Args:
         metrics: a run's metrics.jsonl.
         path: of the PNG.
         decay: of the moving average; None takes one that fits the number of steps.
+        validation: a run's validation.jsonl; its nats_per_token are drawn with their standard error.
 
     Raises:
         ValueError: the file has no steps.
@@ -28,6 +31,11 @@ def save_loss_curve(metrics: str | Path, path: str | Path, *, decay: float | Non
     axes.plot(steps, losses, color="#9db7d5", linewidth=0.7, label="each step")
     axes.plot(steps, smooth, color="#1f4e8c", linewidth=1.8, label="moving average")
     axes.set(xlabel="step", ylabel="loss", title=f"training loss, {smooth[-1]:.4f} at step {steps[-1]}")
+    if validation is not None and Path(validation).exists():
+        measures = [json.loads(line) for line in Path(validation).read_text().splitlines()]
+        bounds, errors = ([line[name] for line in measures] for name in ("nats_per_token", "standard_error"))
+        style = dict(color="#c1542d", marker="o", markersize=4, linewidth=1.2, capsize=2)
+        axes.errorbar([line["step"] for line in measures], bounds, errors, label="held-out bound, nats/token", **style)
     if min(losses) > 0 and max(losses) > 4 * min(smooth):  # the first steps would flatten the rest of a linear axis
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

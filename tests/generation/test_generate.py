@@ -8,7 +8,7 @@ import torch
 from generation.plain import llada, padded, prompts, randomise, tiny
 from torch.nn import functional
 
-from fastdiff.generation import MaskedDiffusionGenerationConfig, decoding, generate
+from fastdiff.generation import MaskedDiffusionGenerationConfig, decoding, generate, passes
 
 MASK, EOS = 3, 2
 
@@ -77,7 +77,8 @@ def test_the_path_of_a_gpu_gives_the_same(model, monkeypatch, rule, scale):
     rows = [torch.tensor([[9, MASK, 8, MASK, MASK, 7]]), *prompts(1, 3, 1)]
     options = config(block_length=2, unmasking_rule=rule, guidance_scale=scale, temperature=0.7, seed=4)
     expected = generate(model, *padded(rows), options)
-    monkeypatch.setattr(decoding, "_on_cpu", lambda device: False)
+    for module in (decoding, passes):
+        monkeypatch.setattr(module, "on_cpu", lambda device: False)
     again = generate(model, *padded(rows), options)
     assert torch.equal(again.sequences, expected.sequences)
     assert again.statistics.forward_passes == expected.statistics.forward_passes

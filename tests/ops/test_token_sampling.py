@@ -351,7 +351,8 @@ def test_the_head_under_autocast_is_linear_under_autocast():
     hidden, weight = randn(3, 4, 32, seed=1), randn(500, 32, seed=2)
     with torch.autocast("cpu", torch.bfloat16):
         head, plain = lm_head_sample(hidden, weight), sample_tokens(functional.linear(hidden, weight))
-    assert same(head, plain)
+        after_a_layer = lm_head_sample(hidden.bfloat16(), weight)  # states as a layer under autocast leaves them
+    assert same(head, plain) and same(after_a_layer, plain)
 
 
 def test_rows_with_filters_are_taken_in_chunks(monkeypatch):

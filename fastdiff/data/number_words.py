@@ -1,0 +1,34 @@
+"""Numbers and their English words: pairs whose answers can be checked."""
+
+import random
+from importlib.metadata import PackageNotFoundError, version
+
+_SEED = 20260601  # fixed: every run has the same numbers
+
+
+def number_words_version() -> str:
+    """Version of num2words, which spells the numbers. Raises ModuleNotFoundError where it is missing."""
+    try:
+        return version("num2words")
+    except PackageNotFoundError:
+        raise ModuleNotFoundError(
+            "data.name is 'numbers', which needs the package num2words; run: pip install 'fastdiff-kernels[text]'"
+        ) from None
+
+
+def number_pairs(max_digits: int, num_pairs: int) -> list[tuple[str, str]]:
+    """("123", "one hundred and twenty-three"), …: no number twice, in an order of no meaning, always the same.
+
+    Each count of digits is as likely as far as there are as many numbers: of 1 digit there are ten, and what they leave
+    over goes to the longer ones.
+    """
+    from num2words import num2words
+
+    generator = random.Random(_SEED)
+    numbers: list[int] = []
+    for digits in range(1, max_digits + 1):
+        candidates = range(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
+        quota = (num_pairs - len(numbers)) // (max_digits - digits + 1)
+        numbers.extend(generator.sample(candidates, min(quota, len(candidates))))
+    generator.shuffle(numbers)
+    return [(str(number), num2words(number)) for number in numbers]

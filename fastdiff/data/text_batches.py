@@ -1,0 +1,121 @@
+"""Token ids of a training step: windows of documents, and prompts with windows of answers. Pure functions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.data.text_config import LengthFormat, TextDataConfig
+from fastdiff.data.text_parts import TextPart
+from fastdiff.data.token_files import TokenFile
+
+
+class PairBatch(NamedTuple):
+    """Rows `[prompt][window of the answer]`, padded on the right to the longest; W tokens wide.
+
+    `maskable` marks what the loss is about; `maskable.sum(1)` is LLaDA's normaliser of an answer, fill included.
+    """
+
+    input_ids: Tensor  # int64 [B, W]
+    attention_mask: Tensor  # bool [B, W], False on batch padding and on what eos_only pads a window with
+    maskable: Tensor  # bool [B, W], True on the answer, its EoS and what the window is filled with
+    answer_lengths: Tensor  # int64 [B], tokens of the answer in the window with its EoS, without what fills it
+    condition_ids: Tensor | None  # int64 [B, M], the prompts where they stand apart, padded on the right
+    condition_mask: Tensor | None  # bool [B, M], False on padding
+
+
+def window_length(config: TextDataConfig, generator: torch.Generator | None = None) -> int:
+    """The length of a step's window: uniform on min_length … max_length tokens, whatever the texts.
+
+    Windows of random length, drawn independently of the answers, keep a model usable when decoding crops the window.
+    """
+    return int(torch.randint(config.min_length, config.max_length + 1, (), generator=generator))
+
+
+def document_windows(
+    tokens: TokenFile,
+    length: int,
+    starts: Tensor | Sequence[int],  # int64 [B]
+) -> Tensor:  # int64 [B, length]
+    """Windows of the flat stream of documents, from each of `starts` on.
+
+    Raises ValueError for a window that would not lie within the file.
+    """
+    starts = np.asarray(starts, dtype=np.int64).reshape(-1)
+    if length < 1 or (len(starts) and not 0 <= starts.min() <= starts.max() <= tokens.num_tokens - length):
+        found = f"{starts.min()} … {starts.max()}" if len(starts) else "none"
+        raise ValueError(
+            f"windows of {length} tokens starting at {found}; expected them within the {tokens.num_tokens} tokens of "
+            f"{tokens.path}"
+        )
+    return torch.from_numpy(tokens.tokens[starts[:, None] + np.arange(length)].astype(np.int64))
+
+
+def pair_windows(
+    part: TextPart,
+    indices: Tensor | Sequence[int],  # int64 [B]
+    length: int,
+    length_format: LengthFormat,
+    eos_token_id: int,
+    pad_token_id: int,
+    separate_conditions: bool = False,
+    bos_token_id: int | None = None,
+) -> PairBatch:
+    """The pairs at `indices`, each with `length` tokens for the answer.
+
+    An answer that does not fit with its EoS is cut to `length` tokens, without EoS. What follows the EoS of a shorter
+    one depends on the format: "eos_fill" EoS, "pad_fill" PAD, both maskable and attended to up to the window's end;
+    "eos_only" padding, neither maskable nor attended to. Prompts and batch padding are never maskable.
+
+    Args:
+        part: pairs: it has conditions.
+        separate_conditions: whether prompts go into `condition_ids`, for an encoder; `bos_token_id` then stands before
+            the answers, as it does in decoding, where each row needs a token to begin with.
+
+    Raises:
+        ValueError: `part` has documents, `length` is below 1 or the format unknown; an index has no pair.
+    """
+    if part.conditions is None:
+        raise ValueError(f"{part.targets.path} holds documents; expected pairs, which have conditions")
+    if length < 1:
+        raise ValueError(f"length: got {length}; expected a window of at least 1 token")
+    if separate_conditions and bos_token_id is None:
+        raise ValueError(
+            "bos_token_id: got None; answers to separate conditions begin with BoS: choose a tokenizer with one"
+        )
+    if length_format not in ("eos_fill", "pad_fill", "eos_only"):
+        raise ValueError(f"length_format: got {length_format!r}; expected 'eos_fill', 'pad_fill' or 'eos_only'")
+    indices = torch.as_tensor(indices).tolist()
+    prompts = [part.conditions.document(i) for i in indices]
+    answers = [_window(part.targets.document(i), length, eos_token_id) for i in indices]
+    answer_lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.int64)
+    if length_format != "eos_only":
+        fill = eos_token_id if length_format == "eos_fill" else pad_token_id
+        answers = [torch.cat([answer, answer.new_full((length - len(answer),), fill)]) for answer in answers]
+    condition_ids = condition_mask = None
+    if separate_conditions:
+        condition_ids, condition_mask = _pad(prompts, pad_token_id)
+        prompts = [torch.full_like(prompt[:1], bos_token_id) for prompt in prompts]
+    input_ids, attended = _pad([torch.cat(row) for row in zip(prompts, answers, strict=True)], pad_token_id)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
+    maskable = attended & (torch.arange(input_ids.shape[1]) >= prompt_lengths[:, None])
+    return PairBatch(input_ids, attended, maskable, answer_lengths, condition_ids, condition_mask)
+
+
+def _window(answer: Tensor, length: int, eos_token_id: int) -> Tensor:
+    if len(answer) >= length:  # no room for EoS
+        return answer[:length]
+    return torch.cat([answer, answer.new_tensor([eos_token_id])])
+
+
+def _pad(rows: list[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Rows padded on the right to the longest, int64 [B, W], and bool [B, W]: True where a row's own token is."""
+    width = max((len(row) for row in rows), default=0)
+    padded = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+    own = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+        own[index, : len(row)] = True
+    return padded, own

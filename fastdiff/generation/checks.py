@@ -1,0 +1,84 @@
+"""Checks of what `generate` is given that the model itself would make late, or not make."""
+
+import torch
+from torch import Tensor
+
+from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+
+
+def check_prompts(
+    model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor | None, config: MaskedDiffusionGenerationConfig
+) -> Tensor | None:  # bool [B, P]
+    """The mask as bool. Raises TypeError or ValueError, naming the argument."""
+    _check_ids("input_ids", input_ids)
+    if not input_ids.numel():
+        raise ValueError(
+            f"input_ids: got shape {list(input_ids.shape)}, an empty prompt; pass at least one token, such as BoS"
+        )
+    length = input_ids.shape[1]
+    if attention_mask is not None:
+        attention_mask = _bool_mask("attention_mask", attention_mask, input_ids.shape)
+        lengths = attention_mask.sum(1)
+        shortest, length = int(lengths.min()), int(lengths.max())
+        if shortest == 0:
+            row = int(lengths.argmin())
+            raise ValueError(f"attention_mask: row {row} has no token, an empty prompt; pass at least one, such as BoS")
+    longest = model.config.max_position_embeddings
+    if length + config.max_new_tokens > longest:
+        raise ValueError(
+            f"input_ids: got a prompt of {length} tokens and max_new_tokens = {config.max_new_tokens}; expected at "
+            f"most max_position_embeddings = {longest} together: shorten the prompt or ask for fewer tokens"
+        )
+    vocab = model.config.vocab_size
+    for token in config.suppress_tokens or ():
+        if token >= vocab:
+            raise ValueError(f"suppress_tokens: got {token}; expected 0 to {vocab - 1}")
+    return attention_mask
+
+
+def check_encoder_inputs(
+    model: torch.nn.Module, batch: int, ids: Tensor | None, mask: Tensor | None, states: Tensor | None
+) -> Tensor | None:  # bool [B, M]
+    """The encoder's mask as bool. Raises TypeError or ValueError, naming the argument."""
+    if ids is None and states is None:
+        if mask is not None:
+            raise ValueError("encoder_attention_mask: got one without encoder_input_ids or encoder_hidden_states")
+        return None
+    if ids is not None and states is not None:
+        raise ValueError("encoder_input_ids: got encoder_hidden_states too; pass one of the two")
+    name = "encoder_hidden_states" if ids is None else "encoder_input_ids"
+    if model.config.cross_attention_dim is None:
+        raise ValueError(f"{name}: this model has no cross-attention; leave it out, or set cross_attention_dim")
+    if ids is not None:
+        _check_ids(name, ids)
+        if not model.config.num_encoder_layers:
+            raise ValueError(f"{name}: this model has no encoder of its own; pass encoder_hidden_states")
+    given = states if ids is None else ids
+    if len(given) != batch or given.ndim != (3 if ids is None else 2) or not given.shape[1]:
+        expected = f"[{batch}, states, {model.config.cross_attention_dim}]" if ids is None else f"[{batch}, tokens]"
+        raise ValueError(f"{name}: got shape {list(given.shape)}; expected {expected}, a row a prompt, not empty")
+    return None if mask is None else _bool_mask("encoder_attention_mask", mask, given.shape[:2])
+
+
+def condition_names(ids: Tensor | None, mask: Tensor | None, states: Tensor | None) -> list[bytes] | None:
+    """What tells the conditions of rows apart: their bytes without padding, `[B, M]` ids or `[B, M, D]` states."""
+    given = ids if ids is not None else states
+    if given is None:
+        return None
+    given = given.detach().cpu()
+    seen = torch.ones(given.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+    return [row[real].contiguous().view(torch.uint8).numpy().tobytes() for row, real in zip(given, seen, strict=True)]
+
+
+def _check_ids(name: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
+        got = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name}: got {got}; expected an int64 tensor [B, {'P' if name == 'input_ids' else 'M'}]")
+
+
+def _bool_mask(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
+    if mask.shape != shape or mask.is_floating_point():
+        raise ValueError(
+            f"{name}: got {mask.dtype} of shape {list(mask.shape)}; expected bool or 0/1 integers {list(shape)}"
+        )
+    return mask.bool()

@@ -1,0 +1,66 @@
+"""Rows that end before their last block: at an end token, or at a string. Both are approximate, and off by default."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+from fastdiff.generation.rows import Rows
+
+
+class Stopping:
+    """Ends rows whose block is full and has an end token or a stop string in it.
+
+    Raises ValueError where an end token, or the tokenizer that stop strings need, is missing.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: MaskedDiffusionGenerationConfig, tokenizer: Any) -> None:
+        own = model.config
+        ends = config.eos_token_id if config.eos_token_id is not None else own.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        if config.early_stop and not ends:
+            raise ValueError("early_stop: neither the generation config nor the model has an eos_token_id; set it")
+        self.end_tokens = torch.tensor(ends, device=model.head_weight.device) if config.early_stop else None
+        self.strings, self.tokenizer = config.stop_strings, tokenizer
+        pad = config.pad_token_id if config.pad_token_id is not None else own.pad_token_id
+        self.filling = ends[0] if ends else pad
+        if self.strings and tokenizer is None:
+            raise ValueError("stop_strings: they are looked for in decoded text; pass tokenizer= too")
+        if self.strings and self.filling is None:
+            raise ValueError("stop_strings: no eos_token_id or pad_token_id to fill an ended row with; set one")
+        self.filled: Tensor | int = 0  # positions that were filled instead of chosen
+
+    @property
+    def active(self) -> bool:
+        """Whether rows may end early."""
+        return self.end_tokens is not None or bool(self.strings)
+
+    def __call__(self, rows: Rows) -> None:
+        """After a step: fills what is left of rows that end here."""
+        masked = rows.ids == rows.mask_token_id
+        inside = (rows.columns >= rows.block[:, None]) & (rows.columns < rows.end[:, None])
+        full = ~(inside & masked).any(1) & (rows.block >= rows.starts)  # nothing that the prompt has ends a row
+        if self.strings:
+            self._at_strings(rows, full)
+        if self.end_tokens is not None:
+            ends = inside & torch.isin(rows.ids, self.end_tokens)
+            ended = ends.any(1) & full
+            token = rows.ids.gather(1, ends.to(torch.int8).argmax(1, keepdim=True))
+            rows.ids.copy_(torch.where((rows.ids == rows.mask_token_id) & ended[:, None], token, rows.ids))
+        self.filled = self.filled + (masked & (rows.ids != rows.mask_token_id)).sum()
+
+    def _at_strings(self, rows: Rows, full: Tensor) -> None:
+        """Tokens after the one that completes a stop string are replaced, in the block and after it."""
+        places = torch.stack([rows.starts, rows.block, rows.end], 1).tolist()
+        for row in full.nonzero()[:, 0].tolist():
+            start, block, end = places[row]
+            tokens = rows.ids[row, start:end].tolist()
+            if not self._has_string(tokens):
+                continue
+            needed = next(n for n in range(block - start + 1, len(tokens) + 1) if self._has_string(tokens[:n]))
+            rows.ids[row, start + needed : start + rows.new_tokens] = self.filling
+
+    def _has_string(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return any(string in text for string in self.strings)

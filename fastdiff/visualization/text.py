@@ -1,0 +1,79 @@
+"""Generated text as a picture: what was given, and each new token in the colour of the step that chose it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+_COLUMNS, _LINE, _CHARACTER = 96, 0.21, 0.092  # characters a line; inches a line and a character of 9-point monospace
+_SHADES = colormaps["viridis"]
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """One generated text.
+
+    Attributes:
+        prompt: what was given.
+        pieces: the new text, a piece a token.
+        steps: the step that chose each piece, from 0.
+    """
+
+    prompt: str
+    pieces: Sequence[str]
+    steps: Sequence[int]
+
+
+def save_text_samples(samples: Sequence[TextSample], path: str | Path, *, title: str | None = None) -> Path:
+    """Writes a PNG of texts, one below the other: prompts grey, new tokens from dark (first step) to light (last).
+
+    Raises:
+        ValueError: no samples, or a sample with as many pieces as steps.
+    """
+    if not samples or any(len(sample.pieces) != len(sample.steps) for sample in samples):
+        raise ValueError(f"samples: got {len(samples)}; expected at least one, each with a step for each piece")
+    blocks = [_lines(sample) for sample in samples]
+    rows = sum(len(lines) + 1 for lines in blocks) + 2
+    height = rows * _LINE
+    figure = Figure(figsize=(_COLUMNS * _CHARACTER + 0.4, height))
+    if title:
+        figure.text(0.2 / figure.get_figwidth(), 1 - 0.8 * _LINE / height, title, fontsize=10, va="center")
+    row = 1.6
+    for lines in blocks:
+        for line in lines:
+            _draw(figure, line, 1 - (row + 0.5) * _LINE / height)
+            row += 1
+        row += 1
+    path = Path(path)
+    figure.savefig(path, dpi=130, format="png")
+    return path
+
+
+def _lines(sample: TextSample) -> list[list[tuple[int, str, object]]]:
+    """Runs of one colour, (column, text, colour), line by line."""
+    last = max(sample.steps, default=0) or 1
+    # 0.85: the lightest yellow cannot be read on white
+    coloured = [(piece, _SHADES(0.85 * step / last)) for piece, step in zip(sample.pieces, sample.steps, strict=True)]
+    lines: list[list[tuple[int, str, object]]] = [[]]
+    column = 0
+    for text, colour in [(sample.prompt, "#808080"), *coloured]:
+        run = ""
+        for character in text.replace("\t", "    "):
+            if character == "\n" or column == _COLUMNS:
+                lines[-1] += [(column - len(run), run, colour)] if run else []
+                lines.append([])
+                run, column = "", 0
+            if character != "\n":
+                run, column = run + character, column + 1
+        lines[-1] += [(column - len(run), run, colour)] if run else []
+    return lines
+
+
+def _draw(figure: Figure, line: list[tuple[int, str, object]], y: float) -> None:
+    for column, text, colour in line:
+        x = (0.2 + column * _CHARACTER) / figure.get_figwidth()
+        # "$" would begin mathematics; other unprintable characters would warn
+        shown = "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$")
+        figure.text(x, y, shown, color=colour, family="monospace", fontsize=9, va="center")
