@@ -39,3 +39,35 @@ def softmax_sample(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p = F.softmax(logits.float(), dim=-1)
     confidence, token = p.max(dim=-1)
     return token, confidence, -(p * torch.log(p + 1e-10)).sum(dim=-1)
+
+
+@torch.no_grad()
+def llada_generate(model, prompts: Tensor, new_tokens: int, block_length: int, steps: int, mask_token_id: int) -> Tensor:
+    """LLaDA's public loop at temperature 0 with low-confidence remasking, for prompts [B, P] of one length.
+
+    `model(x).logits` at i predict token i. `steps` over all blocks; logits of every position, float64 softmax of all of
+    them, topk a row. The mask token is kept out of the logits, as its later version does for other tokens.
+    """
+    batch, start = prompts.shape
+    x = torch.full((batch, start + new_tokens), mask_token_id, dtype=torch.long, device=prompts.device)
+    x[:, :start] = prompts
+    blocks = new_tokens // block_length
+    for block in range(blocks):
+        end = start + (block + 1) * block_length
+        left = (x[:, end - block_length : end] == mask_token_id).sum(1)
+        for step in range(steps // blocks):
+            masked = x == mask_token_id
+            logits = model(x).logits
+            logits[..., mask_token_id] = -torch.inf
+            x0 = logits.argmax(dim=-1)
+            p = F.softmax(logits.to(torch.float64), dim=-1)
+            confidence = p.gather(-1, x0[..., None])[..., 0]
+            confidence[:, end:] = -torch.inf
+            confidence = torch.where(masked, confidence, -torch.inf)
+            x0 = torch.where(masked, x0, x)
+            transfer = torch.zeros_like(masked)
+            for row in range(batch):
+                count = int(left[row]) // (steps // blocks) + (step < int(left[row]) % (steps // blocks))
+                transfer[row, confidence[row].topk(count).indices] = True
+            x[transfer] = x0[transfer]
+    return x

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def padding_last(ids: Tensor, real: Tensor) -> Tensor:  # int64 [B, P], bool [B, P] -> int64 [B, P]
+    """The real tokens of each row at its beginning, in their order, so that they have the positions they have alone."""
+    return ids.gather(1, (~real).to(torch.int8).argsort(dim=1, stable=True))
+
+
 class Canvas:
     """Token ids being decoded, `[B, W]`: row b has its prompt's P_b tokens at 0 …, then N masks, then filling.
 
@@ -44,10 +49,9 @@ class Canvas:
         self._kept = torch.cat([~real, torch.zeros_like(new, dtype=torch.bool)], dim=1)
         self._input = torch.cat([input_ids, torch.full_like(new, filling)], dim=1)
 
-        by_realness = (~real).to(torch.int8).argsort(dim=1, stable=True)
         compact = torch.full((batch, self.width), filling, dtype=torch.int64, device=device)
         used = min(prompt, self.width)
-        compact[:, :used] = input_ids.gather(1, by_realness)[:, :used]
+        compact[:, :used] = padding_last(input_ids, real)[:, :used]
         is_new = (self.columns >= lengths[:, None]) & (self.columns < lengths[:, None] + new_tokens)
         self.used = self.columns < lengths[:, None] + new_tokens  # bool [B, W]
         self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))

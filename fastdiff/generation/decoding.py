@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff.generation.canvas import Canvas
+from fastdiff.generation.canvas import Canvas, padding_last
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts, condition_names
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.passes import Passes, Predicting, on_cpu
@@ -85,7 +85,7 @@ def generate(
         tokenizer: what decodes tokens where `stop_strings` are looked for; one of transformers.
         encoder_input_ids: a text a row for the model's own encoder, encoded once, that every pass attends to.
             Guidance hides it together with the prompt.
-        encoder_attention_mask: True or 1 where it counts.
+        encoder_attention_mask: True or 1 where it counts; padded on the left or the right.
         encoder_hidden_states: states of another encoder instead.
 
     Returns:
@@ -122,6 +122,9 @@ def generate(
             copies,
         )
         if encoder_input_ids is not None:
+            if encoder_mask is not None:
+                encoder_input_ids = padding_last(encoder_input_ids, encoder_mask)
+                encoder_mask = padding_last(encoder_mask, encoder_mask)
             encoder_hidden_states = model.encode(encoder_input_ids, encoder_mask)
         decoder = _Decoder(model, canvas, config, stopping, encoder_hidden_states, encoder_mask)
         for step in decoder.steps():

@@ -206,7 +206,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         """Logits, whose position i predicts token i in every architecture, and the loss where labels are given.
 
         Args:
-            input_ids, attention_mask, inputs: those of `hidden_states`.
+            input_ids, attention_mask, inputs: those of `hidden_states`, but for output_columns and the cache's.
             labels: clean tokens where the loss counts, -100 elsewhere.
             encoder_input_ids: condition text for the model's own encoder, with encoder_attention_mask: in place of
                 encoder_hidden_states.
@@ -251,7 +251,8 @@ class MaskedDiffusionLM(PreTrainedModel):
             path: a folder or hub id: written by `save_pretrained`, or of GPT-2, DiffuGPT, DiffuLLaMA, Llama, Qwen2,
                 LLaDA or Dream.
             args, kwargs: those of transformers' `PreTrainedModel.from_pretrained`. For a foreign checkpoint: dtype
-                ("auto", as stored, or a torch.dtype), revision, cache_dir, token, local_files_only, force_download,
+                ("auto", as stored, or a torch.dtype), attn_implementation ("sdpa", "flash_attention_2", or None:
+                the latter where it is installed), revision, cache_dir, token, local_files_only, force_download,
                 and fields of `MaskedDiffusionLMConfig`, such as the mask_token_id that some checkpoints leave to
                 their tokenizer.
 

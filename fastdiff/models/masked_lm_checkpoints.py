@@ -73,12 +73,13 @@ def _load_native(path: Any, args: tuple, kwargs: dict[str, Any], native: Callabl
 def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str, Tensor], kwargs: dict) -> Any:
     where, kind = folder or "model", _model_type(config)
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+    attention = kwargs.pop("attn_implementation", None)
     overrides = {name: value for name, value in kwargs.items() if name not in _HUB}
     for name in overrides:
         if name not in _FIELDS:
             raise TypeError(
-                f"{name}: not an option for a checkpoint of type {kind!r}; expected dtype, {', '.join(_HUB)} or a "
-                "field of MaskedDiffusionLMConfig"
+                f"{name}: not an option for a checkpoint of type {kind!r}; expected dtype, attn_implementation, "
+                f"{', '.join(_HUB)} or a field of MaskedDiffusionLMConfig"
             )
     if config.get("quantization_config"):
         raise ValueError(f"{where}: its weights are quantised; expected float32, bfloat16 or float16")
@@ -94,7 +95,7 @@ def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str,
         if fields["vocab_size"] > len(state[EMBEDDING]) + len(wanted):
             raise ValueError(f"{where}: special tokens {wanted} are beyond its {len(state[EMBEDDING])} ids")
         grow_vocabulary(state, fields["vocab_size"])
-    return build_masked_lm(cls, cls.config_class(**fields), state, dtype, where)
+    return build_masked_lm(cls, cls.config_class(**fields, attn_implementation=attention), state, dtype, where)
 
 
 def build_masked_lm(

@@ -49,7 +49,10 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:  # [B, H, L, d] -
 
 def take_columns(x: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
     """Columns `[B, l]` of each sequence, along dimension `dim` of x (dimension 0 of size B or 1)."""
-    return torch.take_along_dim(x, columns.view(len(columns), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1)), dim)
+    batch, length = columns.shape
+    shape = [batch, *x.shape[1:]]
+    index = columns.view(batch, *[1] * (dim - 1), length, *[1] * (x.ndim - dim - 1))
+    return x.expand(shape).gather(dim, index.expand(*shape[:dim], length, *shape[dim + 1 :]))
 
 
 class KeyValueCache:

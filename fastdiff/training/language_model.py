@@ -1,5 +1,6 @@
 """The model that a recipe begins with: random weights in the recipe's shape, or a checkpoint adapted to it."""
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastdiff.models.masked_lm import MaskedDiffusionLM
@@ -39,7 +40,7 @@ def build_model(recipe: MaskedLMRecipe, tokenizer: PreTrainedTokenizerBase) -> M
     format_of_answers = None if recipe.data.sample == "documents" else recipe.data.length_format
     if wanted.init_from is None:
         return MaskedDiffusionLM(_config(wanted, tokenizer, length_format=format_of_answers))
-    model = MaskedDiffusionLM.from_pretrained(checkpoint_folder(wanted.init_from), dtype="float32")
+    model = MaskedDiffusionLM.from_pretrained(checkpoint_folder(wanted.init_from), dtype=torch.float32)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"model.init_from {wanted.init_from!r} has {model.config.vocab_size} token embeddings, its tokenizer "
