@@ -42,7 +42,9 @@ def softmax_sample(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def llada_generate(model, prompts: Tensor, new_tokens: int, block_length: int, steps: int, mask_token_id: int) -> Tensor:
+def llada_generate(
+    model, prompts: Tensor, new_tokens: int, block_length: int, steps: int, mask_token_id: int
+) -> Tensor:
     """LLaDA's public loop at temperature 0 with low-confidence remasking, for prompts [B, P] of one length.
 
     `model(x).logits` at i predict token i. `steps` over all blocks; logits of every position, float64 softmax of all of

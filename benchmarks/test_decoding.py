@@ -12,7 +12,6 @@ import os
 
 import masked_lm_baselines
 import measure
-import pytest
 import torch
 
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
