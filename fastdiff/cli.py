@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -221,6 +222,24 @@ def output_path(given: str | None, default: Path) -> Path:
     return path
 
 
+def write_output(path: Path, text: str) -> None:
+    """Writes a result whole or not at all: what was there before stays until the new file is on the disk.
+
+    Raises:
+        OSError: it cannot be written; the message is one line.
+    """
+    temporary = path.with_name(f".writing-{path.name}"[:255])
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def sampling_options(arguments: Any, defaults: Any) -> Any:
     """The run's SamplingConfig with what the command line says otherwise."""
     names = ("guidance_scale", "num_inference_steps", "sampler", "seed")
@@ -229,10 +248,12 @@ def sampling_options(arguments: Any, defaults: Any) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Silences warnings of libraries that a user of a command can do nothing about."""
+    """Silences what libraries imported so far say that a user of a command can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
-    if "transformers" in sys.modules:  # its bars of one shard would break the lines of ours
-        from transformers.utils import logging
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
 
-        logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # remarks on the type of our models
+        transformers_logging.disable_progress_bar()  # its bars of one shard would break the lines of ours
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try to reach the hub

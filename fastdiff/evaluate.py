@@ -1,50 +1,74 @@
-"""Scores the samples of a run beside real held-out images: `python -m fastdiff.evaluate runs/x`."""
+"""Evaluates a run, by its kind: `python -m fastdiff.evaluate runs/x`.
 
-import json
+Of a diffusion transformer: scores of samples beside real held-out images. Of a language model: likelihood of held-out
+text, exact match of generated answers, tasks of lm-eval.
+"""
+
 from collections.abc import Sequence
 
-import torch
+from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
 
-from fastdiff.cli import command, output_path, quiet_libraries, run_parser, sampling_options
+from fastdiff.cli import command, quiet_libraries, run_parser
+
+_IMAGES = {"num_samples", "sampler"}
+
+
+def make_parser() -> ArgumentParser:
+    """The command's arguments. Those of one kind of run alone have no default, so that others can be told apart."""
+    from fastdiff.generation.options import add_generation_options
+
+    parser = run_parser(
+        "evaluate",
+        "Evaluates a run by its kind. Images: class accuracy and Fréchet distance of samples under a small classifier "
+        "that is trained once on the real images and cached, and distance to the nearest training image; beside them "
+        "the same numbers of real held-out images. Language models: Monte-Carlo likelihood bound of the held-out text, "
+        "exact match of generated answers where it has pairs, and lm-eval tasks.",
+    )
+    add = parser.add_argument
+    add("--output", type=str | None, help="of the JSON; default: evaluation.json in the run's folder")
+    add("--num-samples", type=int | None, help="images: samples, spread evenly over the classes (default: 500)")
+    language = {
+        "--held-out": dict(action=ActionYesNo(no_prefix="no-"), help="the held-out text of the run (default: True)"),
+        "--likelihood-samples": dict(type=int, help="draws of the bound (default: the recipe's)"),
+        "--num-pairs": dict(type=int, help="held-out prompts answered; 0 for none (default: 500)"),
+        "--batch-size": dict(type=int, help="rows computed at once (default: 32)"),
+        "--lm-eval": dict(type=str, help="tasks of lm-eval, with commas; any checkpoint, not only runs"),
+        "--lm-eval-include-path": dict(type=str, help="a folder with task files (YAML) of one's own"),
+        "--draws": dict(type=int, help="of the bound, for each request of lm-eval (default: 128)"),
+        "--limit": dict(type=int, help="documents of each lm-eval task (default: all)"),
+        "--num-fewshot": dict(type=int, help="examples before each lm-eval prompt (default: the task's)"),
+    }
+    for option, settings in language.items():
+        add(option, default=SUPPRESS, **{**settings, "help": f"text: {settings['help']}"})
+    add_generation_options(parser)
+    return parser
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    from fastdiff.data import load_data
-    from fastdiff.evaluation import evaluate_samples, load_or_train_classifier
-    from fastdiff.training.runs import load_run
+    from fastdiff.training.runs import run_kind
 
-    parser = run_parser(
-        "evaluate",
-        "Scores samples: class accuracy and Fréchet distance under a small classifier that "
-        "is trained once on the real images and cached, and distance to the nearest training image; "
-        "beside them the same numbers of real held-out images.",
-    )
-    parser.add_argument("--num-samples", type=int, default=500, help="samples, spread evenly over the classes")
-    parser.add_argument("--output", type=str | None, help="of the JSON; default: evaluation.json in the run's folder")
-    arguments = parser.parse_args(argv)
-    if arguments.num_samples < 2:
-        raise ValueError(f"--num-samples is {arguments.num_samples}; expected at least 2")
+    arguments = make_parser().parse_args(argv)
     quiet_libraries()
-    run = load_run(arguments.run, weights=arguments.weights, device=arguments.device)
-    output = output_path(arguments.output, run.folder.path / "evaluation.json")
-    data = load_data(run.recipe.data)
-    classifier = load_or_train_classifier(data)
-    sampling = sampling_options(arguments, run.recipe.sampling)
-    labels = torch.arange(arguments.num_samples) % len(run.class_names)
-    report = evaluate_samples(run.draw(labels, sampling, progress=True), labels, data, classifier)
-    details = {
-        "run": str(run.folder.path),
-        "step": run.step,
-        "weights": arguments.weights,
-        "guidance_scale": sampling.guidance_scale,
-        "num_inference_steps": sampling.num_inference_steps,
-        "sampler": sampling.sampler,
-        "seed": sampling.seed,
-    }
-    output.write_text(json.dumps({**details, **report.to_dict()}, indent=1) + "\n")
-    print(f"{report.to_markdown()}\n\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")
+    images = run_kind(arguments.run) == "dit"
+    shared = {"run", "guidance_scale", "num_inference_steps", "seed", "weights", "device", "output"}
+    for name, value in vars(arguments).items():
+        if value is not None and name not in shared and (name in _IMAGES) != images:
+            kind, other = ("images", "text") if images else ("text", "images")
+            raise ValueError(f"--{name.replace('_', '-')} is for {other}; {arguments.run} generates {kind}")
+    if images:
+        from fastdiff.evaluation.image_command import evaluate_images
+
+        return evaluate_images(arguments)
+    from fastdiff.evaluation.language_command import DEFAULT_DRAWS, DEFAULT_PAIRS, evaluate_language_model
+
+    defaults = dict(held_out=True, likelihood_samples=None, num_pairs=DEFAULT_PAIRS, batch_size=32, lm_eval=None,
+                    lm_eval_include_path=None, draws=DEFAULT_DRAWS, limit=None, num_fewshot=None)  # fmt: skip
+    for name, value in defaults.items():
+        if name not in arguments:
+            arguments[name] = value
+    evaluate_language_model(arguments)
 
 
 if __name__ == "__main__":

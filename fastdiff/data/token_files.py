@@ -51,10 +51,10 @@ class TokenFileWriter:
     def add(self, document: Sequence[int] | np.ndarray | Tensor) -> None:
         """Appends a document, which may be empty. Raises ValueError for ids outside 0 … vocab_size - 1."""
         ids = np.asarray(document, dtype=np.int64).reshape(-1)
-        if len(ids) and not 0 <= (low := ids.min()) <= (high := ids.max()) < self.vocab_size:
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.vocab_size):
             raise ValueError(
-                f"document {self.num_documents} of {self.path.name} has token ids {low} … {high}; expected 0 … "
-                f"{self.vocab_size - 1}, the vocabulary of the tokenizer"
+                f"document {self.num_documents} of {self.path.name} has token ids {ids.min()} … {ids.max()}; "
+                f"expected 0 … {self.vocab_size - 1}, the vocabulary of the tokenizer"
             )
         content = ids.astype(self.dtype).tobytes()
         self._file.write(content)

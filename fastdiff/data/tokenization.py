@@ -33,7 +33,7 @@ def load_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> "PreTra
     model must then have as many embeddings). GPT-2's <|endoftext|> stays its eos and bos.
 
     Raises:
-        OSError, ValueError: there is no such tokenizer, or the hub cannot be reached; one line.
+        FileNotFoundError: there is no such tokenizer, or the hub cannot be reached; one line.
     """
     if config.name == "bpe":
         return _wrap(_train_bpe(documents, config.vocab_size))
@@ -49,7 +49,9 @@ def load_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> "PreTra
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else config.name)
     except Exception as error:  # of many kinds: no such id, no network, no tokenizer in the folder
         reason = " ".join(str(error).split())[:300]
-        raise OSError(f"tokenizer.name is {config.name!r}, which cannot be loaded ({reason}); {expected}") from None
+        raise FileNotFoundError(
+            f"tokenizer.name is {config.name!r}, which cannot be loaded ({reason}); {expected}"
+        ) from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, name) is None]
     tokenizer.add_special_tokens({name: SPECIAL_TOKENS[name] for name in missing})
     tokenizer.clean_up_tokenization_spaces = False  # it would make decoded text differ from the tokens' own

@@ -1,6 +1,7 @@
 """Prompts of different lengths on one canvas: each row its prompt, its new tokens, then filling."""
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Canvas:
         mask_token_id: int,
         pad_token_id: int | None,
         conditions: list[bytes] | None = None,  # what else rows differ in
+        copies: Sequence[int] | None = None,
     ) -> None:
         batch, prompt = input_ids.shape
         device = input_ids.device
@@ -54,15 +56,16 @@ class Canvas:
         self.used = self.columns < lengths[:, None] + new_tokens  # bool [B, W]
         self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))
         self.given = self.used & (self.ids != mask_token_id)  # bool [B, W]: what guidance hides
-        self.sequence_ids = torch.tensor(self._names(conditions or [b""] * batch), device=device)
+        self.sequence_ids = torch.tensor(self._names(conditions or [b""] * batch, copies), device=device)
 
-    def _names(self, conditions: list[bytes]) -> list[int]:
+    def _names(self, conditions: list[bytes], copies: Sequence[int] | None) -> list[int]:
         """What random numbers belong to: the prompt and which of its copies a row is, not its place in the batch."""
         seen: dict[bytes, int] = {}
         names = []
-        for ids, length, condition in zip(self.ids.cpu(), self.prompt_lengths, conditions, strict=True):
-            prompt = ids[:length].numpy().tobytes() + condition
-            copy = seen[prompt] = seen.get(prompt, -1) + 1
+        for row, ids in enumerate(self.ids.cpu()):
+            prompt = ids[: self.prompt_lengths[row]].numpy().tobytes() + conditions[row]
+            seen[prompt] = seen.get(prompt, -1) + 1
+            copy = seen[prompt] if copies is None else copies[row]
             names.append(zlib.crc32(copy.to_bytes(8, "little"), zlib.crc32(prompt)))
         return names
 

@@ -63,6 +63,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             kwargs["stop_strings"] = [kwargs["stop_strings"]]
         super().__init__(**{**_FIELDS, **kwargs})
 
+    @staticmethod
+    def option_defaults() -> dict[str, Any]:
+        """The fields above and their defaults."""
+        return dict(_FIELDS)
+
     @property
     def num_blocks(self) -> int:
         """Blocks of new tokens."""

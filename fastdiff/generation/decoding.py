@@ -8,7 +8,7 @@ committed on the device.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ def generate(
     generation_config: MaskedDiffusionGenerationConfig | None = None,
     streamer: Streamer | None = None,
     *,
+    copies: Sequence[int] | None = None,
     tokenizer: Any = None,
     encoder_input_ids: Tensor | None = None,  # int64 [B, M]
     encoder_attention_mask: Tensor | None = None,  # bool or 0/1 [B, M]
@@ -79,6 +80,8 @@ def generate(
         generation_config: None is `MaskedDiffusionGenerationConfig()`.
         streamer: called after each step as streamer(token_ids, step): a new tensor laid out as `sequences`, with mask
             tokens where nothing was chosen yet, and the number of the step from 0.
+        copies: which copy of its prompt each row is (0 or above), where copies are spread over several calls; None
+            counts those in the batch.
         tokenizer: what decodes tokens where `stop_strings` are looked for; one of transformers.
         encoder_input_ids: a text a row for the model's own encoder, encoded once, that every pass attends to.
             Guidance hides it together with the prompt.
@@ -102,6 +105,8 @@ def generate(
     encoder_mask = check_encoder_inputs(
         model, len(input_ids), encoder_input_ids, encoder_attention_mask, encoder_hidden_states
     )
+    if copies is not None and (len(copies) != len(input_ids) or min(copies, default=0) < 0):
+        raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one a row")
     stopping = Stopping(model, config, tokenizer)
     started = time.perf_counter()
     training = model.training
@@ -114,6 +119,7 @@ def generate(
             model.config.mask_token_id,
             model.config.pad_token_id,
             condition_names(encoder_input_ids, encoder_mask, encoder_hidden_states),
+            copies,
         )
         if encoder_input_ids is not None:
             if encoder_mask is not None:

@@ -35,7 +35,7 @@ def load_masked_lm(cls: type, path: Any, args: tuple, kwargs: dict[str, Any], na
     """See `MaskedDiffusionLM.from_pretrained`; `native` is that of transformers."""
     if kwargs.get("config") is not None or kwargs.get("state_dict") is not None:
         return native(path, *args, **kwargs)
-    config = _read_config(path, kwargs)
+    config = read_model_config(path, kwargs)
     if _model_type(config) != cls.config_class.model_type:
         folder = _folder(path, kwargs)
         return _load_foreign(cls, folder, config, _read_weights(folder), {**kwargs})
@@ -51,7 +51,7 @@ def load_gpt2(cls: type, source: Any, mask_token_id: int | None, pad_token_id: i
         folder, config = None, source.config.to_dict()
     else:
         folder = _folder(source, kwargs)
-        config, state = _read_config(folder, kwargs), _read_weights(folder)
+        config, state = read_model_config(folder, kwargs), _read_weights(folder)
     if _model_type(config) != "gpt2":
         raise ValueError(f"from_gpt2: got a model of type {_model_type(config)!r}; expected gpt2: use from_pretrained")
     return _load_foreign(cls, folder, config, state, kwargs)
@@ -95,10 +95,16 @@ def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str,
         if fields["vocab_size"] > len(state[EMBEDDING]) + len(wanted):
             raise ValueError(f"{where}: special tokens {wanted} are beyond its {len(state[EMBEDDING])} ids")
         grow_vocabulary(state, fields["vocab_size"])
-    return _build(cls, cls.config_class(**fields, attn_implementation=attention), state, dtype, where)
+    return build_masked_lm(cls, cls.config_class(**fields, attn_implementation=attention), state, dtype, where)
 
 
-def _build(cls: type, config: MaskedDiffusionLMConfig, state: dict[str, Tensor], dtype: Any, where: Any) -> Any:
+def build_masked_lm(
+    cls: type, config: MaskedDiffusionLMConfig, state: dict[str, Tensor], dtype: Any, where: Any
+) -> Any:
+    """A model in eval mode with the tensors of `state`, a tied head left out; dtype None or "auto" is theirs.
+
+    Raises ValueError, naming `where`, for other names or shapes than the configuration's.
+    """
     dtype = state[EMBEDDING].dtype if dtype in (None, "auto") else dtype
     with torch.device("meta"):  # no memory and no time for weights that are replaced at once
         model = cls(config)
@@ -153,7 +159,11 @@ def _model_type(config: dict[str, Any]) -> str:
     return kind or MODEL_TYPES.get(str((config.get("architectures") or [""])[0]).lower(), "")
 
 
-def _read_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def read_model_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a folder or hub id, of a format that `MaskedDiffusionLM.from_pretrained` knows.
+
+    Raises FileNotFoundError where there is none, ValueError for another format (the message lists the known ones).
+    """
     if os.path.isdir(path):
         file = Path(path) / CONFIG_NAME
         if not file.is_file():
@@ -194,17 +204,21 @@ def _from_hub(path: Any, kwargs: dict[str, Any], download: Callable[[dict], str]
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     for name in _WEIGHTS:
         if (folder / name).is_file():
-            return _read_file(folder / name)
+            return read_tensors(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
             state: dict[str, Tensor] = {}
             for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-                state.update(_read_file(folder / shard))
+                state.update(read_tensors(folder / shard))
             return state
     raise FileNotFoundError(f"{folder}: no weights in it; expected {' or '.join(_WEIGHTS)}, or their shards")
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .bin file, on the CPU.
+
+    Raises FileNotFoundError where there is none, ValueError for a damaged one.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the index beside it names it")
     try:

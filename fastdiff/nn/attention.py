@@ -42,19 +42,34 @@ class SelfAttention(nn.Module):
         # [B, N, 3 * D] seen as [3, B, heads, N, head_dim]
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
         if self.backend == "matmul" or (self.backend == "auto" and prefers_matmul(qkv)):
-            mixed = _matmul_attention(qkv)
+            # one copy for all three: batched products would otherwise copy each of their strided operands
+            mixed = matmul_attention(*qkv.contiguous().unbind(0))
         else:
             mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
 
 
-def _matmul_attention(qkv: Tensor) -> Tensor:  # [3, B, H, N, d] -> [B, H, N, d]
-    _, batch, heads, tokens, head_dim = qkv.shape
-    # One copy for all three: batched products would otherwise copy each of their strided operands.
-    query, key, value = qkv.reshape(3, batch * heads, tokens, head_dim).unbind(0)
+def matmul_attention(
+    query: Tensor,  # [B, H, L, d]
+    key: Tensor,  # [B, H, K, d]
+    value: Tensor,  # [B, H, K, d]
+    mask: Tensor | None = None,  # bool, broadcasts to [B, H, L, K], True = attend
+    dropout: float = 0.0,
+) -> Tensor:  # [B, H, L, d]
+    """Softmax attention by plain products, which holds the L x K weights."""
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    query, key, value = (t.reshape(batch * heads, -1, head_dim) for t in (query, key, value))
     unused = query.new_zeros(1)  # what baddbmm would add; with beta = 0 it only serves to scale by alpha
     scores = torch.baddbmm(unused, query, key.transpose(1, 2), beta=0, alpha=head_dim**-0.5)
+    if mask is not None:
+        scores = (
+            scores.view(batch, heads, queries, keys).masked_fill(~mask, torch.finfo(scores.dtype).min).flatten(0, 1)
+        )
     # On a CPU the half-precision softmax falls back to scalars for rows shorter than this; float32 costs half of it.
-    wide = scores.device.type == "cpu" and tokens < 64
+    wide = scores.device.type == "cpu" and keys < 64
     weights = scores.softmax(-1, dtype=torch.float32 if wide else scores.dtype).to(value.dtype)
-    return torch.bmm(weights, value).view(batch, heads, tokens, head_dim)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    mixed = torch.bmm(weights, value).view(batch, heads, queries, head_dim)
+    return mixed if mask is None else mixed * mask.any(-1, keepdim=True)  # nothing to attend to gives 0, as in SDPA

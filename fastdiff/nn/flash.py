@@ -1,10 +1,13 @@
-"""Attention of language models: flash-attn where it is installed and fits, else torch's fused attention."""
+"""Attention of language models: flash-attn where it is installed and fits, plain products for short sequences on a CPU,
+else torch's fused attention."""
 
 import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastdiff.nn.attention import matmul_attention, prefers_matmul
 
 FLASH, SDPA = "flash_attention_2", "sdpa"  # transformers' names
 _DEVICES, _DTYPES, _MAX_HEAD_DIM = ("cuda",), (torch.float16, torch.bfloat16), 256
@@ -36,6 +39,10 @@ def attend(
     """Softmax attention. flash-attn takes float16 and bfloat16 on CUDA, without a mask or with one over keys."""
     grouped = query.shape[1] != key.shape[1]
     if implementation != FLASH or not _fits(query, mask):
+        if prefers_matmul(query) and key.shape[-2] <= 2 * query.shape[-2]:  # as the table was measured: about square
+            if grouped:
+                key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+            return matmul_attention(query, key, value, mask, dropout)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fastdiff.data.stream import EpochStream
 from fastdiff.data.text import TextData, load_text_data
-from fastdiff.data.text_batches import document_windows, pair_windows, window_length
-from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig
+from fastdiff.data.text_batches import document_windows, window_length
+from fastdiff.diffusion.masked import MaskedDiffusion
 from fastdiff.models.masked_lm import IGNORED_LABEL
 from fastdiff.nn import annealed_attention_mask
+from fastdiff.training.held_out import likelihood_arguments, windows_of_pairs
 from fastdiff.training.language_model import build_model, load_raw_tokenizer
 from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
 from fastdiff.training.plain import plain
@@ -100,28 +101,13 @@ class MaskedLMTask:
         if not self.pairs:
             ids = document_windows(self.data.train.targets, length, self._starts(step, length))
             return {"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool), torch.full((len(ids),), length)
-        windows = self.windows(self.data.train, self.stream.indices(step), length)
+        windows = windows_of_pairs(self.config, self.model.config, self.data.train, self.stream.indices(step), length)
         batch = {"input_ids": windows.input_ids}
         if not windows.attention_mask.all():
             batch["attention_mask"] = windows.attention_mask
         if windows.condition_ids is not None:
             batch |= {"encoder_input_ids": windows.condition_ids, "encoder_attention_mask": windows.condition_mask}
         return batch, windows.maskable, windows.answer_lengths
-
-    def windows(self, part, indices: Tensor, length: int):
-        """Pairs at `indices` of a part of the data, in windows of `length` answer tokens."""
-        config = self.model.config
-        eos = config.eos_token_id
-        return pair_windows(
-            part,
-            indices,
-            length,
-            self.config.data.length_format,
-            eos_token_id=eos if isinstance(eos, int) else eos[0],
-            pad_token_id=config.pad_token_id,
-            separate_conditions=config.num_encoder_layers > 0,
-            bos_token_id=config.bos_token_id,
-        )
 
     def _starts(self, step: int, length: int) -> Tensor:
         seed, size = self.config.training.seed, self.config.training.batch_size
@@ -164,33 +150,12 @@ class MaskedLMTask:
         device = next(model.parameters()).device
         dtype = autocast_dtype(self.config.training, device.type)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            bound = likelihood_bound(model, **self.held_out())
+            bound = likelihood_bound(model, **likelihood_arguments(self.config, self.model.config, self.data))
         return {
             "nats_per_token": bound.nats_per_token,
             "standard_error": bound.standard_error,
             "perplexity": bound.perplexity,
         }
-
-    def held_out(self) -> dict[str, Any]:
-        """Arguments of `likelihood_bound`: windows of max_length tokens, evenly spaced over the held-out text."""
-        part, length = self.data.held_out, self.config.data.max_length
-        count = self.config.objective.likelihood_samples
-        arguments: dict[str, Any] = {
-            # for the likelihood any schedule serves, but a timestep embedding was trained with this one
-            "process": MaskedDiffusion(MaskedDiffusionConfig(**{**vars(self.config.diffusion), "weighting": "elbo"}),
-                                       self.process.mask_token_id),
-            "num_samples": count,
-            "seed": self.config.training.seed,
-        }  # fmt: skip
-        if not self.pairs:
-            last = part.targets.num_tokens - length
-            starts = torch.linspace(0, last, min(count, last + 1)).long()
-            return arguments | {"sequences": document_windows(part.targets, length, starts)}
-        windows = self.windows(part, torch.arange(min(count, len(part.targets))), length)
-        arguments |= {"sequences": windows.input_ids, "maskable": windows.maskable}
-        if windows.condition_ids is not None:
-            arguments |= {"encoder_input_ids": windows.condition_ids, "encoder_attention_mask": windows.condition_mask}
-        return arguments | {"attention_mask": windows.attention_mask}
 
     def preview(self, model: nn.Module, path: Path) -> None:
         """Generated texts, each token in the colour of the step that chose it."""

@@ -3,20 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdiff.cli import load_recipe
+from fastdiff.cli import load_recipe, one_line, recipe_kind
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.diffusion.sampling import sample, samplers_for
 from fastdiff.models.dit import DiT
-from fastdiff.training.checkpoint import load_weights, read_state, step_of
+from fastdiff.training.checkpoint import STATE_FILE, load_weights, read_state, step_of
 from fastdiff.training.diffusion import DiTRecipe, SamplingConfig
+from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
 from fastdiff.training.run_folder import RunFolder
 from fastdiff.training.setup import autocast_dtype, check_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastdiff.models.masked_lm import MaskedDiffusionLM
 
 
 @dataclass(frozen=True)
@@ -115,17 +121,13 @@ def load_run(
         ValueError: a checkpoint cut short or of another model, or a device that this machine does not have.
     """
     device = check_device(device)
-    path = Path(path)
-    is_checkpoint = path.parent.name == "checkpoints" and path.name.startswith("step_")
-    folder = RunFolder(path.parent.parent if is_checkpoint else path)
-    if not path.is_dir():
+    folder, checkpoint = _place(Path(path))
+    if not Path(path).is_dir():
         raise FileNotFoundError(f"run {str(path)!r} is not a folder; expected the output_dir of a run")
+    if folder.config.is_file() and recipe_kind(folder.config) != "dit":
+        raise ValueError(f"{path} is a run of a language model; python -m fastdiff.generate draws from it")
     recipe = load_recipe(DiTRecipe, folder.config)
-    checkpoint = path if is_checkpoint else folder.latest()
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"{folder.checkpoints} has no checkpoint yet; train longer, or set training.checkpoint_every lower"
-        )
+    checkpoint = _newest(folder, checkpoint)
     state = read_state(checkpoint)
     model = DiT(recipe.model)
     load_weights(model, checkpoint / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
@@ -137,3 +139,131 @@ def load_run(
         Diffusion(recipe.diffusion),
         tuple(state["task"]["class_names"]),
     )
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A masked diffusion language model to generate with.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: its tokenizer; the mask token that counts is `model.config.mask_token_id`.
+        step: optimizer steps behind it; None for what is not a checkpoint of fastdiff.train.
+        folder: the run's folder, or None.
+        recipe: what the run was trained by, or None.
+    """
+
+    model: "MaskedDiffusionLM"
+    tokenizer: "PreTrainedTokenizerBase"
+    step: int | None = None
+    folder: RunFolder | None = None
+    recipe: MaskedLMRecipe | None = None
+
+
+def run_kind(path: str | Path) -> Literal["dit", "masked_lm"]:
+    """What a run's folder or checkpoint holds, by its config.yaml; any other path or hub id is a language model's.
+
+    Raises ValueError for a config.yaml that is no recipe.
+    """
+    folder, _ = _place(Path(path))
+    if folder.config.is_file():
+        return recipe_kind(folder.config)
+    return "dit" if folder.checkpoints.is_dir() else "masked_lm"  # then load_run says what is missing
+
+
+def language_model_recipe(path: str | Path) -> MaskedLMRecipe | None:
+    """The recipe of a language model's run or checkpoint; None for another folder or hub id.
+
+    Raises FileNotFoundError, ValueError: a recipe of another kind or version; the message names the file.
+    """
+    if run_kind(path) == "dit":
+        raise ValueError(f"{path} is a run of a diffusion transformer; python -m fastdiff.sample draws from it")
+    folder, _ = _place(Path(path))
+    return load_recipe(MaskedLMRecipe, folder.config) if folder.config.is_file() else None
+
+
+def load_language_model(
+    path: str | Path,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> LanguageModel:
+    """Loads a language model and its tokenizer; no code of a checkpoint is ever run.
+
+    Args:
+        path: a run's folder (the newest checkpoint), one of its checkpoints, or a folder or hub id of any format that
+            `MaskedDiffusionLM.from_pretrained` reads.
+        weights: of a run: the averaged ones ("ema") or those that the optimizer has.
+        device: None takes a GPU where there is one.
+        dtype: a torch.dtype or its name; None is as stored.
+
+    Raises:
+        FileNotFoundError: nothing there, no checkpoint, or no tokenizer.
+        ValueError: another kind of run or model, a damaged file, a tokenizer with ids beyond the model's vocabulary, or
+            a device that this machine does not have.
+    """
+    from fastdiff.models.masked_lm import MaskedDiffusionLM
+    from fastdiff.models.masked_lm_checkpoints import build_masked_lm, read_model_config, read_tensors
+
+    device, dtype, recipe = check_device(device), _dtype(dtype), language_model_recipe(path)
+    folder, checkpoint = _place(Path(path))
+    if recipe is not None:
+        checkpoint = _newest(folder, checkpoint)
+    elif (Path(path) / STATE_FILE).is_file():  # a checkpoint taken out of its run
+        checkpoint = Path(path)
+    source = path if checkpoint is None else checkpoint
+    state = None if checkpoint is None else read_state(checkpoint)
+    config = read_model_config(source, {})
+    tokenizer = _tokenizer(source, config)
+    if checkpoint is None:
+        model = MaskedDiffusionLM.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+    else:
+        name = "ema.safetensors" if weights == "ema" else "model.safetensors"
+        tensors, config = read_tensors(checkpoint / name), MaskedDiffusionLM.config_class.from_pretrained(checkpoint)
+        model = build_masked_lm(MaskedDiffusionLM, config, tensors, dtype, checkpoint / name)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"{source}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} ids; expected the "
+            "tokenizer that the model was trained with"
+        )
+    step = None if state is None else state["step"]
+    return LanguageModel(model.to(device), tokenizer, step, None if recipe is None else folder, recipe)
+
+
+def _place(path: Path) -> tuple[RunFolder, Path | None]:
+    """The run's folder that a path means, and the checkpoint where it names one."""
+    is_checkpoint = path.parent.name == "checkpoints" and path.name.startswith("step_")
+    return RunFolder(path.parent.parent if is_checkpoint else path), path if is_checkpoint else None
+
+
+def _newest(folder: RunFolder, checkpoint: Path | None) -> Path:
+    checkpoint = folder.latest() if checkpoint is None else checkpoint
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{folder.checkpoints} has no checkpoint yet; train longer, or set training.checkpoint_every lower"
+        )
+    return checkpoint
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = given if isinstance(given, torch.dtype | None) else getattr(torch, given, None)
+    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {given!r}; expected float32, bfloat16 or float16")
+    return dtype
+
+
+def _tokenizer(source: str | Path, config: dict[str, Any]) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
+    # Dream's own class is code in its repository; what it does is Qwen2's tokenizer.
+    is_dream = str(config.get("model_type")).lower() == "dream"
+    kind = Qwen2Tokenizer if is_dream else AutoTokenizer
+    try:
+        options = {} if is_dream else {"trust_remote_code": False}
+        return kind.from_pretrained(str(source), **options)
+    except Exception as error:  # transformers and tokenizers raise what they like on missing and damaged files
+        raise FileNotFoundError(
+            f"{source}: no tokenizer that can be loaded (tokenizer.json, tokenizer_config.json): {one_line(error)}"
+        ) from error

@@ -1,10 +1,10 @@
 """The Monte-Carlo likelihood bound against its expectation, enumerated over every mask."""
 
-import itertools
 import math
 
 import pytest
 import torch
+from evaluation.enumerated import exact, expected_sum
 
 from fastdiff.diffusion import MaskedDiffusion, MaskedDiffusionConfig
 from fastdiff.evaluation.likelihood import likelihood_bound
@@ -29,31 +29,6 @@ def tiny(**options):
 
 def process(schedule="linear"):
     return MaskedDiffusion(MaskedDiffusionConfig(schedule=schedule), MASK)
-
-
-@torch.no_grad()
-def expected_sum(model, ids, maskable, time_of, **inputs):
-    """Mean over k of the mean over all masks of k tokens of n/k · their cross entropies: plain, from logits."""
-    places, total = maskable.nonzero().flatten().tolist(), 0.0
-    n = len(places)
-    for k in range(1, n + 1):
-        subsets = list(itertools.combinations(places, k))
-        for subset in subsets:
-            masked, chosen = ids.clone(), list(subset)
-            masked[chosen] = MASK
-            if model.config.timestep_embedding:
-                inputs["timesteps"] = time_of(torch.tensor([k / n]))
-            logits = model(masked[None], **inputs).logits[0].clone()
-            logits[:, MASK] = -math.inf
-            losses = -logits.log_softmax(-1)[chosen, ids[chosen]]
-            total += float(losses.sum()) * (n / k) / len(subsets) / n
-    return total
-
-
-def exact(model, texts, maskable=None, time_of=None):
-    maskable = [torch.ones_like(ids, dtype=torch.bool) for ids in texts] if maskable is None else maskable
-    sums = [expected_sum(model, ids, mask, time_of) for ids, mask in zip(texts, maskable, strict=True)]
-    return sum(sums) / sum(int(mask.sum()) for mask in maskable)
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,21 @@ def test_attention_that_cannot_be_had_is_named(tmp_path):
     assert MaskedDiffusionLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-def test_attention_without_flash_attn_is_torch_s():
-    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8)
-    expected = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
-    assert torch.equal(transformer.attend(query, key, key), expected)
+@pytest.mark.parametrize(("queries", "keys"), [(3, 5), (2, 9), (70, 70), (150, 150)])
+def test_attention_without_flash_attn_is_torch_s(queries, keys):
+    """By plain products or fused, as the lengths have it; a query that may attend to nothing gives 0."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 2, keys, 8)
+    mask = torch.rand(2, 1, 1, keys) < 0.7
+    mask[1] = False
+    for seen in (None, mask, mask.expand(-1, -1, queries, -1)):
+        expected = F.scaled_dot_product_attention(query, key, key, attn_mask=seen, enable_gqa=True)
+        torch.testing.assert_close(
+            transformer.attend(query, key, key, seen), expected, rtol=0, atol=2e-6
+        )  # seen 9.5e-7
+    double = query.double(), key.double(), key.double()
+    expected = F.scaled_dot_product_attention(*double, enable_gqa=True)
+    assert torch.equal(transformer.attend(*double), expected)
 
 
 @pytest.mark.parametrize(

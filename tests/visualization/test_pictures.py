@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.visualization import save_loss_curve, save_sample_grid
+from fastdiff.visualization import TextSample, save_loss_curve, save_sample_grid, save_text_samples
 from fastdiff.visualization.curves import moving_average
 
 
@@ -61,3 +61,26 @@ def test_moving_average():
     assert moving_average([3.0] * 10, 0.9) == pytest.approx([3.0] * 10)
     steps = moving_average([0.0] * 500 + [1.0] * 3, 0.9)
     assert steps[-1] == pytest.approx(1 - 0.9**3)
+
+
+def test_texts_are_coloured_by_step(tmp_path):
+    """A long line wraps, dollars and control characters are shown as they are, later tokens are lighter."""
+    early = TextSample("a", ["$x$ " * 40, "\t\x07 end"], [0, 9])
+    late = TextSample("a", ["$x$ " * 40, "\t\x07 end"], [9, 0])
+    brightness = []
+    for name, sample in (("early", early), ("late", late)):
+        path = save_text_samples([sample], tmp_path / f"{name}.png", title="steps")
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        assert pixels.shape[1] > 900 and pixels.shape[0] > 100
+        brightness.append(pixels[pixels.sum(-1) < 600].sum(-1).mean())
+    assert brightness[1] > brightness[0] + 50
+    with pytest.raises(ValueError, match="got 0; expected at least one"):
+        save_text_samples([], tmp_path / "none.png")
+
+
+def test_the_loss_curve_shows_the_held_out_bound(tmp_path):
+    metrics, validation = tmp_path / "metrics.jsonl", tmp_path / "validation.jsonl"
+    metrics.write_text("".join(json.dumps({"step": i + 1, "loss": 3.0}) + "\n" for i in range(20)))
+    plain = save_loss_curve(metrics, tmp_path / "plain.png", validation=validation).read_bytes()
+    validation.write_text(json.dumps({"step": 10, "nats_per_token": 2.5, "standard_error": 0.1}) + "\n")
+    assert save_loss_curve(metrics, tmp_path / "both.png", validation=validation).read_bytes() != plain

@@ -1,0 +1,216 @@
+"""From text to text: prompts as tokens, batches and copies of them, and samples as text again."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+from fastdiff.generation.decoding import GenerationStatistics, Streamer, generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_MASK_TEXT = "<mask>"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt's new text.
+
+    Attributes:
+        prompt: the prompt as it was given.
+        row, copy: which prompt of the call, and which of its samples.
+        tokens: the new tokens, cut before the first end token.
+        text: the new tokens as text, special tokens left out.
+        filled: the prompt with its mask tokens filled, as text; None where it had none.
+    """
+
+    prompt: str
+    row: int
+    copy: int
+    tokens: list[int]
+    text: str
+    filled: str | None
+
+
+class TextGenerator:
+    """A model and its tokenizer, to generate text with.
+
+    Args:
+        model: a `fastdiff.models.MaskedDiffusionLM`.
+        tokenizer: its tokenizer. The model's mask token counts: where the tokenizer has none, "<mask>" stands for it in
+            prompts.
+        config: how to decode; validated here.
+
+    `statistics` adds up what was generated so far.
+
+    Raises:
+        ValueError: an option that does not fit.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: MaskedDiffusionGenerationConfig
+    ) -> None:
+        config.validate()
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.mask_token_id: int = model.config.mask_token_id
+        self.mask_text: str = tokenizer.mask_token or DEFAULT_MASK_TEXT
+        self.end_token_ids = end_token_ids(model, tokenizer, config)
+        self.statistics = GenerationStatistics(0, 0, 0.0)
+        self._encoder = tokenizer
+        if tokenizer.mask_token is None:  # the copy's own id is never used: `encode` puts the model's in its place
+            self._encoder = copy.deepcopy(tokenizer)
+            self._encoder.add_special_tokens({"mask_token": self.mask_text})
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether prompts are conditions, seen through an encoder, rather than the beginning of the text."""
+        return self.model.config.num_encoder_layers > 0
+
+    def encode(self, prompts: Sequence[str], *, chat: bool = False, unconditional: bool = False) -> list[list[int]]:
+        """Token ids of prompts, checked.
+
+        Args:
+            chat: each prompt is a user's message, put into the tokenizer's chat template.
+            unconditional: an empty prompt is the beginning of a text (BoS).
+
+        Raises:
+            ValueError: no or an empty prompt, one that leaves no room for the new tokens, a tokenizer without chat
+                template, mask tokens where they cannot be filled; the message names the prompt.
+        """
+        if not prompts:
+            raise ValueError("no prompt given; pass at least one")
+        if chat and not self.tokenizer.chat_template:
+            raise ValueError("chat: this tokenizer has no chat template; leave chat out")
+        return [self._encode(prompt, f"prompt {i + 1}", chat, unconditional) for i, prompt in enumerate(prompts)]
+
+    def _encode(self, prompt: str, name: str, chat: bool, unconditional: bool) -> list[int]:
+        text = prompt
+        if chat:
+            message = [{"role": "user", "content": prompt}]
+            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        ids = self._encoder(text, add_special_tokens=not chat, verbose=False)["input_ids"] if prompt else []
+        ids = [self.mask_token_id if token == self._encoder.mask_token_id else token for token in ids]
+        if not ids:
+            start = self.start_token_id
+            if not unconditional or start is None or self.has_encoder:
+                advice = "expected at least one token"
+                if start is not None and not self.has_encoder:
+                    advice += ", or unconditional (--unconditional), which starts from BoS"
+                raise ValueError(f"{name} is empty; {advice}")
+            ids = [start]
+        self.check(ids, name)
+        return ids
+
+    def check(self, ids: Sequence[int], name: str) -> None:
+        """Raises ValueError, naming the prompt, where its tokens leave no room or nothing to generate."""
+        masks, longest = list(ids).count(self.mask_token_id), self.model.config.max_position_embeddings
+        if self.has_encoder and masks:
+            raise ValueError(f"{name} has mask tokens; this model's prompts go through an encoder, which fills none")
+        if not self.config.max_new_tokens and not masks:
+            raise ValueError(f"{name} has no mask token {self.mask_text} and max_new_tokens is 0: nothing to generate")
+        taken = 1 if self.has_encoder else len(ids)
+        if len(ids) > longest or taken + self.config.max_new_tokens > longest:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens and max_new_tokens is {self.config.max_new_tokens}; expected at most "
+                f"{longest} together, the model's positions: shorten the prompt or ask for fewer tokens"
+            )
+
+    @property
+    def start_token_id(self) -> int | None:
+        """BoS: the model's, else the tokenizer's; None where neither has one."""
+        start = self.model.config.bos_token_id
+        return self.tokenizer.bos_token_id if start is None else start
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, without special tokens and mask tokens; half characters become U+FFFD."""
+        kept = [token for token in tokens if token != self.mask_token_id]
+        return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        rows: Sequence[Sequence[int]],
+        *,
+        num_samples: int = 1,
+        batch_size: int = 16,
+        streamer: Callable[[Tensor, Tensor], Streamer | None] | None = None,
+    ) -> Iterator[list[Continuation]]:
+        """Samples, a batch at a time: the first prompt's num_samples, then the second's, …
+
+        A sample depends on seed, prompt and number of the copy (equal prompts count on), not on the batch.
+
+        Args:
+            prompts, rows: the prompts and what `encode` made of them.
+            num_samples: of each prompt.
+            batch_size: samples decoded at once.
+            streamer: makes the streamer of a batch from its prompts `[B, P]` and their attention mask.
+
+        Raises what `fastdiff.generation.generate` raises.
+        """
+        seen: dict[tuple[int, ...], int] = {}
+        jobs = []
+        for row, ids in enumerate(rows):
+            for number in range(num_samples):
+                seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
+                jobs.append((row, number, seen[tuple(ids)]))
+        for start in range(0, len(jobs), batch_size):
+            yield self._batch(jobs[start : start + batch_size], prompts, rows, streamer)
+
+    def _batch(self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer) -> list[Continuation]:
+        device = self.model.head_weight.device
+        ids, mask = padded([rows[row] for row, _, _ in jobs], device)
+        options: dict[str, Any] = {"copies": [copy for _, _, copy in jobs]}
+        if self.has_encoder:
+            if self.start_token_id is None:
+                raise ValueError("neither model nor tokenizer has a BoS token, from which a model with encoder starts")
+            options |= {"encoder_input_ids": ids, "encoder_attention_mask": mask}
+            ids = torch.full((len(jobs), 1), self.start_token_id, device=device)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        if self.config.stop_strings:
+            options["tokenizer"] = self.tokenizer
+        streamer = None if make_streamer is None else make_streamer(ids, mask)
+        output = generate(self.model, ids, mask, self.config, streamer, **options)
+        done = output.statistics
+        self.statistics = GenerationStatistics(
+            *(getattr(self.statistics, f.name) + getattr(done, f.name) for f in dataclasses.fields(done))
+        )
+        samples = []
+        for (row, number, _), sequence, real in zip(jobs, output.sequences, mask, strict=True):
+            given = sequence[: len(real)][real].tolist()
+            new = until_end(sequence[len(real) :].tolist(), self.end_token_ids)
+            samples.append(self._sample(prompts[row], row, number, rows[row], given, new))
+        return samples
+
+    def _sample(self, prompt: str, row: int, number: int, asked: list[int], given: list[int], new: list[int]):
+        before, whole = self.decode(given), self.decode(given + new)
+        # decoded together, so that no space or half character is lost where they meet
+        text = whole[len(before) :] if whole.startswith(before) else self.decode(new)
+        filled = before if self.mask_token_id in asked else None
+        return Continuation(prompt, row, number, new, text, filled)
+
+
+def end_token_ids(model: nn.Module, tokenizer: Any, config: MaskedDiffusionGenerationConfig) -> tuple[int, ...]:
+    """Tokens that end a text: those of the generation config, else the model's, else the tokenizer's."""
+    for tokens in (config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        if tokens is not None:
+            return (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    return ()
+
+
+def until_end(tokens: list[int], end: Sequence[int]) -> list[int]:
+    """The tokens before the first end token."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in end), len(tokens))]
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:  # int64, bool [B, P]
+    """Rows of ids, padded on the right, and where they are not padding."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)

@@ -1,0 +1,1 @@
+"""fastdiff inside of other tools."""

@@ -1,0 +1,121 @@
+"""`python -m fastdiff.evaluate` on runs of language models: likelihood of held-out text, exact match of answers."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from fastdiff import evaluate, train
+from fastdiff.data.text import load_text_data
+from fastdiff.evaluation.language_command import exact_match
+from fastdiff.evaluation.likelihood import likelihood_bound
+from fastdiff.generation import MaskedDiffusionGenerationConfig
+from fastdiff.generation.text import TextGenerator
+from fastdiff.training.held_out import likelihood_arguments
+from fastdiff.training.runs import load_language_model
+
+RECIPE = {
+    "task": "masked_lm",
+    "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64},
+    "tokenizer": {"name": "characters"},
+    "objective": {"likelihood_samples": 64},
+    "training": {"batch_size": 4, "max_steps": 2, "warmup_steps": 1, "mixed_precision": "no", "device": "cpu"},
+    "sampling": {"generation": {"max_new_tokens": 4}},
+}
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory):
+    """make_run(**data) → the folder of a run of 2 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+        def make(**data):
+            folder = tmp_path_factory.mktemp("runs")
+            recipe = RECIPE | {"data": {"min_length": 4, "max_length": 8, "held_out_fraction": 0.2, **data}}
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+            train.main([str(folder / "recipe.yaml"), "--training.output_dir", str(folder / "run")])
+            return folder / "run"
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def pairs_run(make_run, tmp_path_factory):
+    """Pairs whose answer is x or y."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"{i}", "answer": "x" if i % 3 else "y"} for i in range(150)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_run(name="jsonl", path=str(path), sample="pairs", max_prompt_length=8)
+
+
+def test_documents(make_run, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(4):
+        (texts / f"{i}.txt").write_text("\n".join(f"line {j} of text {i}." for j in range(30)))
+    run = make_run(name="text_folder", path=str(texts))
+    capsys.readouterr()
+    evaluate.main([str(run)])
+    printed, results = capsys.readouterr().out, json.loads((run / "evaluation.json").read_text())
+    loaded = load_language_model(run, device="cpu")
+    data = load_text_data(loaded.recipe.data, loaded.recipe.tokenizer)
+    expected = likelihood_bound(loaded.model, **likelihood_arguments(loaded.recipe, loaded.model.config, data))
+    got = results["likelihood"]
+    assert got["nats_per_token"] == pytest.approx(expected.nats_per_token, rel=1e-6) and got["samples"] == 64
+    assert f"| bound, nats a token | {got['nats_per_token']:.4f} | {got['standard_error']:.4f} |" in printed
+    assert f"{got['perplexity']:.2f}" in printed and "exact match" not in printed
+    assert printed.rstrip().endswith(f"step 2, ema weights; written to {run / 'evaluation.json'}")
+    assert results["step"] == 2 and "exact_match" not in results
+    validated = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert any(line.get("nats_per_token") == pytest.approx(got["nats_per_token"], rel=1e-5) for line in validated)
+    evaluate.main([str(run), "--likelihood-samples", "2000", "--weights", "model"])
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again["likelihood"]["samples"] >= 2000 and again["weights"] == "model"
+    assert again["likelihood"]["standard_error"] < got["standard_error"]
+
+
+def test_pairs(pairs_run, capsys):
+    evaluate.main([str(pairs_run), "--num-pairs", "20", "--max-new-tokens", "2"])
+    results = json.loads((pairs_run / "evaluation.json").read_text())
+    match = results["exact_match"]
+    assert match["pairs"] == 20 and match["generation"]["max_new_tokens"] == 2 and match["forward_passes"] == 2
+    assert (
+        f"| exact match, 20 pairs | {match['accuracy']:.1%} | {match['standard_error']:.1%} |"
+        in capsys.readouterr().out
+    )
+    evaluate.main([str(pairs_run), "--num-pairs", "0"])
+    assert "exact_match" not in json.loads((pairs_run / "evaluation.json").read_text())
+
+
+def test_exact_match_counts_the_answers_that_are_right(pairs_run):
+    loaded = load_language_model(pairs_run, device="cpu")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    (x,) = tokenizer("x")["input_ids"]
+    with torch.no_grad():  # it always answers x, then ends
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.head_weight))
+        model.model.norm.bias[:] = 1
+        model.head_weight[x] = 1
+    data = load_text_data(loaded.recipe.data, loaded.recipe.tokenizer)
+    answers = [tokenizer.decode(data.held_out.targets.document(i)) for i in range(len(data.held_out.targets))]
+    generator = TextGenerator(model, tokenizer, MaskedDiffusionGenerationConfig(max_new_tokens=1))
+    match = exact_match(generator, data, 1000, batch_size=7)
+    share = answers.count("x") / len(answers)
+    assert 0 < share < 1 and match.pairs == len(answers) and match.accuracy == pytest.approx(share)
+    assert match.standard_error == pytest.approx(math.sqrt(share * (1 - share) / (len(answers) - 1)))
+    longer = TextGenerator(model, tokenizer, MaskedDiffusionGenerationConfig(max_new_tokens=2))
+    assert exact_match(longer, data, 10).accuracy == 0  # "xx" is not "x"
+
+
+def test_the_corpus_is_gone(make_run, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("\n".join(f"line {j}." for j in range(60)))
+    run = make_run(name="text_folder", path=str(texts))
+    (texts / "a.txt").unlink()
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([str(run)])
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 2 and text.startswith("error: ") and "texts" in text

@@ -1,0 +1,323 @@
+"""`python -m fastdiff.generate` and what it is made of: loading, prompts, copies, output, errors of one line."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from language_runs import byte_tokenizer, tiny_model, write_run
+from transformers.utils import logging
+
+from fastdiff import generate as command
+from fastdiff import sample
+from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
+from fastdiff.generation.text import TextGenerator
+from fastdiff.training.runs import load_language_model
+
+MASK, EOS = 3, 2
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def output_of(capsys, *arguments) -> list[str]:
+    command.main([str(a) for a in arguments])
+    return capsys.readouterr().out.rstrip("\n").split("\n")
+
+
+def failure(capsys, *arguments, main=command.main) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    text = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2 and text.startswith("error: ") and "\n" not in text
+    return text
+
+
+def save_model(folder, model, tokenizer):
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def test_a_run_gives_its_newest_averaged_weights(language_run):
+    loaded = load_language_model(language_run, device="cpu")
+    assert loaded.step == 3 and loaded.folder.path == language_run and loaded.recipe.task == "masked_lm"
+    assert not loaded.model.training and loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    size = len(loaded.tokenizer)
+    for options, seed in (({}, 103), ({"weights": "model"}, 3)):
+        expected = tiny_model(size, seed).state_dict()
+        got = load_language_model(language_run, device="cpu", **options).model.state_dict()
+        assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    older = load_language_model(language_run / "checkpoints" / "step_2", device="cpu")
+    assert older.step == 2 and older.recipe == loaded.recipe
+    assert older.tokenizer("to be")["input_ids"] == byte_tokenizer()("to be")["input_ids"]
+    assert load_language_model(language_run, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_taken_out_of_its_run(language_run, tmp_path):
+    moved = shutil.copytree(language_run / "checkpoints" / "step_3", tmp_path / "taken")
+    loaded = load_language_model(moved, device="cpu")
+    assert loaded.step == 3 and loaded.recipe is None and loaded.folder is None
+    expected = load_language_model(language_run, device="cpu").model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_a_folder_of_a_published_format(tmp_path):
+    """GPT-2's layout, whose tokenizer has no mask token."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = byte_tokenizer(mask_token=None, pad_token=None)
+    torch.manual_seed(0)
+    fields = dict(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    gpt2 = GPT2LMHeadModel(GPT2Config(**fields, bos_token_id=1, eos_token_id=EOS, mask_token_id=270))
+    loaded = load_language_model(save_model(tmp_path / "gpt2", gpt2, tokenizer), device="cpu")
+    assert loaded.step is None and loaded.model.config.architecture == "gpt2"
+    text = TextGenerator(loaded.model, loaded.tokenizer, MaskedDiffusionGenerationConfig(max_new_tokens=4))
+    (ids,) = text.encode(["to <mask><mask> be"])
+    assert ids.count(270) == 2 and ids == tokenizer("to ")["input_ids"] + [270, 270] + tokenizer(" be")["input_ids"]
+    ((only,),) = text.generate(["to <mask><mask> be"], [ids])
+    assert only.filled.startswith("to ") and only.filled.endswith(" be") and "<mask>" not in only.filled
+    assert loaded.tokenizer.mask_token is None  # it is not changed
+
+
+def test_dreams_tokenizer_needs_no_code_of_its_repository(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    words = ["Ġ", "a", "b", "ab", "<|mask|>", "<|endoftext|>"]
+    fields = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    Qwen2ForCausalLM(Qwen2Config(**fields, num_key_value_heads=1, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "Dream", "architectures": ["DreamModel"], "auto_map": {"AutoModel": "dream.DreamModel"}}
+    config |= {"mask_token_id": 4, "pad_token_id": 5, "bos_token_id": 5, "eos_token_id": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    own = {"tokenizer_class": "DreamTokenizer", "mask_token": "<|mask|>",
+           "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    loaded = load_language_model(tmp_path, device="cpu")
+    assert loaded.model.config.architecture == "dream"
+    assert loaded.tokenizer("ab<|mask|>a")["input_ids"] == [3, 4, 1]
+
+
+def test_what_cannot_be_loaded(language_run, tmp_path, capsys):
+    def fails(path):
+        return failure(capsys, path, "--prompt", "x")
+
+    assert "no config.json in it; expected the folder of a language model" in fails(tmp_path)
+    assert "not to be had from the Hugging Face hub" in fails("nobody/nothing")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    assert re.search(r"a model of type 'bert'; expected one of .*GPT-2.*llada", fails(tmp_path / "bert"))
+    few = save_model(tmp_path / "few", tiny_model(100), byte_tokenizer())
+    assert "its tokenizer has ids up to 279, its model 100 ids" in fails(few)
+    save_model(tmp_path / "none", tiny_model(300), byte_tokenizer())
+    for file in (tmp_path / "none").glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer that can be loaded" in fails(tmp_path / "none")
+    cut = shutil.copytree(language_run, tmp_path / "cut")
+    weights = cut / "checkpoints" / "step_3" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert "it was cut short; delete" in fails(cut)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(language_run / "config.yaml", empty)
+    assert "has no checkpoint yet" in fails(empty)
+    (empty / "config.yaml").write_text("model: {depth: 2}")
+    assert "is a run of a diffusion transformer; python -m fastdiff.sample draws from it" in fails(empty)
+    assert "python -m fastdiff.generate draws from it" in failure(capsys, language_run, main=sample.main)
+
+
+# ---------------------------------------------------------------------------------------------- generating
+
+
+def test_the_command_prints_text_and_what_it_cost(language_run, capsys):
+    options = ["--prompt", "to be", "--seed", "1", "--temperature", "0.7"]
+    lines = output_of(capsys, language_run, *options)
+    assert lines[0].startswith("to be")
+    assert re.fullmatch(r"12 tokens in \d+\.\d s \(\d+ tokens/s\), 12 forward passes", lines[-1])  # as the recipe says
+    assert output_of(capsys, language_run, *options)[:-1] == lines[:-1]
+    assert output_of(capsys, language_run, *options[:3], "2", *options[4:])[:-1] != lines[:-1]
+    short = output_of(capsys, language_run, *options, "--max-new-tokens", 6, "--num-inference-steps", 2)
+    assert short[-1].startswith("6 tokens") and short[-1].endswith("2 forward passes")
+
+
+def test_output_has_each_sample_whatever_the_batch(language_run, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("to be", "or not to be", "to be")))
+    options = [language_run, "--prompt-file", prompts, "--num-samples", 2, "--temperature", 1, "--seed", 4]
+    records = []
+    for batch in (1, 4, 16):
+        path = tmp_path / f"{batch}.jsonl"
+        lines = output_of(capsys, *options, "--batch-size", batch, "--output", path)
+        assert lines[-1].endswith(f"; written to {path}") and "--- prompt 3, sample 2" in lines
+        records.append([json.loads(line) for line in path.read_text().splitlines()])
+    assert records[0] == records[1] == records[2] and len(records[0]) == 6
+    first = records[0][0]
+    assert first["prompt"] == "to be" and first["seed"] == 4 and first["options"]["max_new_tokens"] == 12
+    assert len({record["text"] for record in records[0]}) == 6  # copies of a prompt, and the prompt given twice, differ
+    again = output_of(capsys, language_run, "--prompt", "to be", "--temperature", 1, "--seed", first["seed"])
+    assert again[0] == command._printable("to be" + first["text"]).split("\n")[0]
+
+
+def test_samples_are_those_of_generate(language_run):
+    loaded = load_language_model(language_run, device="cpu")
+    config = MaskedDiffusionGenerationConfig(max_new_tokens=8, temperature=1.0, seed=5)
+    text = TextGenerator(loaded.model, loaded.tokenizer, config)
+    rows = text.encode(["to be"])
+    ((one, two),) = text.generate(["to be"], rows, num_samples=2)
+    expected = generate(loaded.model, torch.tensor(rows * 2), None, config).sequences[:, len(rows[0]) :]
+    assert [one.tokens, two.tokens] == [row[: row.index(EOS)] if EOS in row else row for row in expected.tolist()]
+    assert text.statistics.tokens == 16 and text.statistics.forward_passes == 8
+
+
+def test_text_ends_at_the_first_end_token(language_run):
+    loaded = load_language_model(language_run, device="cpu")
+    text = TextGenerator(loaded.model, loaded.tokenizer, MaskedDiffusionGenerationConfig(max_new_tokens=6))
+    with torch.no_grad():
+        loaded.model.head_weight[:] = 0
+        loaded.model.model.norm.bias[:] = 1
+        loaded.model.head_weight[EOS] = 1
+    (ids,) = text.encode(["to be"])
+    ((only,),) = text.generate(["to be"], [ids])
+    assert only.text == "" and only.tokens == []
+
+
+def test_infilling_and_beginning_from_nothing(language_run, capsys):
+    lines = output_of(capsys, language_run, "--prompt", "To be, <mask><mask> not", "--max-new-tokens", 0)
+    assert re.fullmatch(r"To be, .* not", lines[0]) and "<mask>" not in lines[0] and lines[-1].startswith("2 tokens")
+    (_, closing) = output_of(capsys, language_run, "--unconditional")[-2:]
+    assert closing.startswith("12 tokens")
+
+
+def test_chat_template(tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    model = tiny_model(len(tokenizer))
+    folder = save_model(tmp_path / "plain", model, tokenizer)
+    assert "this tokenizer has no chat template" in failure(capsys, folder, "--prompt", "hi", "--chat")
+    tokenizer.chat_template = "<bos>{% for m in messages %}{{ m.content }}|{% endfor %}"
+    loaded = load_language_model(save_model(tmp_path / "chat", model, tokenizer), device="cpu")
+    text = TextGenerator(loaded.model, loaded.tokenizer, MaskedDiffusionGenerationConfig(max_new_tokens=4))
+    assert text.encode(["hi"], chat=True) == [tokenizer("<bos>hi|")["input_ids"]]
+    lines = output_of(capsys, tmp_path / "chat", "--prompt", "hi", "--chat", "--max-new-tokens", 4)
+    assert lines[0] == "hi"
+
+
+def test_options_are_the_fields_of_the_configuration(capsys, language_run):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in MaskedDiffusionGenerationConfig.option_defaults():
+        assert f"--{name.replace('_', '-')} " in text or f"--{name.replace('_', '-')}," in text
+    assert "Classifier-free guidance, logits = u + scale" in text and "(default: 64)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt given; expected --prompt TEXT"),
+        (["--prompt", ""], r"prompt 1 is empty; expected at least one token, or unconditional"),
+        (["--prompt", "a" * 40], r"prompt 1 has 40 tokens and max_new_tokens is 12; expected at most 48 together"),
+        (["--prompt", "a", "--prompt", "b" * 60, "--max-new-tokens", "0"], "prompt 1 has no mask token <mask>"),
+        (["--prompt", "<mask>" + "b" * 60, "--max-new-tokens", "0"], "prompt 1 has 61 tokens"),
+        (["--prompt", "a", "--block-length", "5"], "block_length: got 5; expected a divisor of max_new_tokens = 12"),
+        (
+            ["--prompt", "a", "--num-inference-steps", "3"],
+            "num_inference_steps: got 3 for 2 blocks; expected a multipl",
+        ),
+        (["--prompt", "a", "--temperature", "-1"], "temperature: got -1.0"),
+        (["--prompt", "a", "--temperature", "warm"], "temperature.*float.*warm"),
+        (["--prompt", "a", "--unmasking-rule", "all"], "invalid choice: 'all'"),
+        (["--prompt", "a", "--threshold", "0.9"], "threshold: got 0.9 with unmasking_rule='count'"),
+        (["--prompt", "a", "--suppress-tokens", "280"], "suppress_tokens: got 280; expected 0 to 279"),
+        (["--prompt", "a", "--num-samples", "0"], "--num-samples is 0; expected at least 1"),
+        (["--prompt", "a", "--device", "cuda:99"], "device is 'cuda:99'; expected cpu"),
+        (["--prompt", "a", "--dtype", "int8"], "dtype is 'int8'; expected float32"),
+        (["--prompt", "a", "--output", "/nowhere/x.jsonl"], "lies in a folder that does not exist"),
+        (["--prompt", "a", "--seeed", "1"], "nrecognized"),
+        (["--prompt-file", "/nowhere.txt"], "--prompt-file '/nowhere.txt' is not a file"),
+    ],
+)
+def test_bad_options(language_run, capsys, arguments, message):
+    assert re.search(message, failure(capsys, language_run, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 at byte 3"),
+        ("a.txt", b"", "no prompt given"),
+        ("a.txt", b"to be\n\nor", "prompt 2 is empty"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', r"a.jsonl, line 2: expected an object with the text field"),
+        ("a.jsonl", b'{"prompt": "x"', r"a.jsonl, line 1: not JSON"),
+    ],
+)
+def test_bad_prompt_files(language_run, tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert re.search(message, failure(capsys, language_run, "--prompt-file", tmp_path / name))
+
+
+def test_a_rule_on_the_command_line_drops_the_recipes_numbers(tmp_path, capsys):
+    options = {"max_new_tokens": 6, "unmasking_rule": "threshold", "threshold": 0.5}
+    run = write_run(tmp_path / "run", generation=options, steps=(1,))
+    assert "6 tokens" in output_of(capsys, run, "--prompt", "a")[-1]
+    assert output_of(capsys, run, "--prompt", "a", "--unmasking-rule", "count")[-1].endswith("6 forward passes")
+
+
+def test_ctrl_c_ends_in_one_line(tmp_path):
+    tokenizer = byte_tokenizer()
+    model = tiny_model(len(tokenizer), hidden_size=128, num_hidden_layers=4, max_position_embeddings=600)
+    folder, output = save_model(tmp_path / "model", model, tokenizer), tmp_path / "out.jsonl"
+    arguments = [folder, "--prompt", "to be", "--max-new-tokens", 500, "--watch", "--output", output]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastdiff.generate", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("[step 1, ")
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.strip() == "interrupted" and time.monotonic() - started < 30
+    assert not output.exists()
+
+
+def test_finished_samples_survive_ctrl_c(language_run, tmp_path, capsys, monkeypatch):
+    original, calls = TextGenerator._batch, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(TextGenerator, "_batch", interrupted)
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(SystemExit) as exit_:
+        command.main(
+            [str(language_run), "--prompt", "a", "--num-samples", "5", "--batch-size", "1", "--output", str(path)]
+        )
+    assert exit_.value.code == 130 and len(path.read_text().splitlines()) == 2
+    assert capsys.readouterr().err == f"interrupted; 2 finished samples are in {path}\n"
+
+
+def test_copies_may_be_spread_over_calls(language_run):
+    model = load_language_model(language_run, device="cpu").model
+    config = MaskedDiffusionGenerationConfig(max_new_tokens=8, temperature=1.0, seed=5)
+    prompt = torch.tensor([[9, 8, 7]])
+    together = generate(model, prompt.repeat(3, 1), None, config).sequences
+    alone = [generate(model, prompt, None, config, copies=[copy]).sequences[0] for copy in range(3)]
+    assert torch.equal(together, torch.stack(alone)) and not torch.equal(alone[0], alone[1])
+    with pytest.raises(ValueError, match=r"copies: got \[0, 1\]; expected 1 numbers"):
+        generate(model, prompt, None, config, copies=[0, 1])
