@@ -86,6 +86,8 @@ def fresh_compiler():
 def pytest_terminal_summary(terminalreporter) -> None:
     machine = machine_info()
     for name, rows in _tables.items():
+        if not rows:  # all failed
+            continue
         path = measure.write_json(name, rows, machine)
         terminalreporter.section(f"{name}: medians; {machine['cpu']}, {machine['isa']}, {machine['threads']} threads")
         for line in measure.table_lines(rows):

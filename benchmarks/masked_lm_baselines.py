@@ -48,7 +48,7 @@ def llada_generate(
     """LLaDA's public loop at temperature 0 with low-confidence remasking, for prompts [B, P] of one length.
 
     `model(x).logits` at i predict token i. `steps` over all blocks; logits of every position, float64 softmax of all of
-    them, topk a row. The mask token is kept out of the logits, as its later version does for other tokens.
+    them, topk a row. The mask token is kept out of the logits.
     """
     batch, start = prompts.shape
     x = torch.full((batch, start + new_tokens), mask_token_id, dtype=torch.long, device=prompts.device)

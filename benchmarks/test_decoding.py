@@ -1,19 +1,25 @@
-"""Decoding: tokens/s of LLaDA's public loop and of fastdiff's modes, the same model and prompts.
+"""Decoding: tokens/s of LLaDA's public loop and of fastdiff's modes, the same model and prompts in one run.
 
-GPT-2's size, random weights: prompt 64, 448 new tokens, blocks of 32, 2 steps a block for every contender that counts
-(FASTDIFF_DECODING_STEPS, and FASTDIFF_DECODING_BLOCKS of the 14 blocks for a quick look; both are in the case's name).
-Tokens of the public loop and of the exact mode are compared first.
+GPT-2's size, random weights: prompt 64, 448 new tokens, blocks of 32, 2 steps a block for every contender. Random
+weights are never sure of a token, so that rules of confidence belong to the second case. FASTDIFF_DECODING_STEPS (2)
+are the steps a block, FASTDIFF_DECODING_BLOCKS (14) the blocks, fewer for a quick look; the case's name has both.
 
 FASTDIFF_NUMBERS_RUN=folder adds a trained model (recipe mdlm_numbers): held-out prompts, one token a step in the public
-loop and the exact mode, accuracy beside tokens/s.
+loop and the exact mode, and exact matches beside tokens/s. Batches have prompts of one length: the public loop takes
+no others. FASTDIFF_NUMBERS_PROMPTS (64) are as many prompts.
+
+Both cases first compare the tokens of the public loop and of the exact mode.
 """
 
 import os
+from collections.abc import Callable
 
-import masked_lm_baselines
 import measure
 import torch
+from masked_lm_baselines import llada_generate
+from torch import Tensor
 
+from fastdiff.data.text import load_text_data
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig
 
@@ -22,9 +28,9 @@ STEPS = int(os.environ.get("FASTDIFF_DECODING_STEPS", "2"))
 BLOCKS = int(os.environ.get("FASTDIFF_DECODING_BLOCKS", "14"))
 MASK = 50257
 ROUNDS = 3
-THRESHOLD = 0.9
-APPROXIMATE = {"prefix cache": dict(prefix_cache=True), "dual cache": dict(dual_cache=True)}
-PARALLEL = dict(dual_cache=True, unmasking_rule="threshold", threshold=THRESHOLD, num_inference_steps=None)
+RUN = os.environ.get("FASTDIFF_NUMBERS_RUN")
+PROMPTS = int(os.environ.get("FASTDIFF_NUMBERS_PROMPTS", "64"))
+DIFFERENT = "the exact mode gives other tokens than the public loop: nothing is compared"
 
 
 def gpt2_small() -> MaskedDiffusionLM:
@@ -36,6 +42,18 @@ def gpt2_small() -> MaskedDiffusionLM:
     return MaskedDiffusionLM(config).to(measure.DEVICE).eval()
 
 
+def contender(model: MaskedDiffusionLM, prompts: list[Tensor], **options) -> Callable[[], list[Tensor]]:
+    """New tokens of each batch of prompts, by fastdiff."""
+    config = MaskedDiffusionGenerationConfig(**options)
+    return lambda: [generate(model, ids, None, config).sequences[:, ids.shape[1] :] for ids in prompts]
+
+
+def public(model: MaskedDiffusionLM, prompts: list[Tensor], new: int, block: int, steps: int) -> Callable:
+    """The same by the public loop."""
+    arguments = (new, block, steps, model.config.mask_token_id)
+    return lambda: [llada_generate(model, ids, *arguments)[:, ids.shape[1] :] for ids in prompts]
+
+
 def rates(case: str, seconds: dict[str, float], tokens: int, targets: dict[str, float]) -> measure.Row:
     """A row in tokens/s; speed-ups over the public loop of every contender."""
     values = {name: tokens / value for name, value in seconds.items()}
@@ -45,25 +63,69 @@ def rates(case: str, seconds: dict[str, float], tokens: int, targets: dict[str, 
 
 def test_gpt2_small(benchmark, report):
     model, new = gpt2_small(), BLOCK * BLOCKS
-    prompt = torch.randint(MASK, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(measure.DEVICE)
-
-    def ours(**options):
-        fields = dict(max_new_tokens=new, block_length=BLOCK, num_inference_steps=STEPS * BLOCKS, **{})
-        config = MaskedDiffusionGenerationConfig(**{**fields, **options})
-        return lambda: generate(model, prompt, None, config)
-
-    def public():
-        return masked_lm_baselines.llada_generate(model, prompt, new, BLOCK, STEPS * BLOCKS, MASK)
-
-    exact = ours()
-    if not torch.equal(public(), exact().sequences):
-        raise AssertionError("the exact mode gives other tokens than the public loop: nothing is compared")
-    contenders = {"public loop": public, "exact": exact}
-    contenders |= {name: ours(**options) for name, options in APPROXIMATE.items()}
-    parallel = ours(**PARALLEL)
-    passes = parallel().statistics.forward_passes
-    if passes <= 4 * STEPS * BLOCKS:  # random weights are seldom sure: then it takes up to a step a token
-        contenders["dual cache, threshold"] = parallel
+    prompts = [torch.randint(MASK, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(measure.DEVICE)]
+    steps = STEPS * BLOCKS
+    options = dict(max_new_tokens=new, block_length=BLOCK, num_inference_steps=steps)
+    contenders = {
+        "public loop": public(model, prompts, new, BLOCK, steps),
+        "exact": contender(model, prompts, **options),
+        "prefix cache": contender(model, prompts, **options, prefix_cache=True),
+        "dual cache": contender(model, prompts, **options, dual_cache=True),
+    }
+    if not torch.equal(contenders["public loop"]()[0], contenders["exact"]()[0]):
+        raise AssertionError(DIFFERENT)
     seconds = measure.in_turns(benchmark, contenders, ROUNDS)
     case = f"GPT-2 small, random, prompt {PROMPT}, {new} new tokens, block {BLOCK}, {STEPS} steps a block, fp32"
     report(rates(case, seconds, new, {"exact": 1.6}))
+
+
+def held_out(recipe, tokenizer, batch: int) -> tuple[list[Tensor], list[list[int]]]:
+    """Batches of prompts of one length each, and the answers, in the order of the prompts."""
+    part = load_text_data(recipe.data, tokenizer).held_out
+    by_length, prompts, answers = {}, [], []
+    for i in range(len(part)):
+        by_length.setdefault(len(part.conditions.document(i)), []).append(i)
+    for indices in by_length.values():
+        for start in range(0, len(indices) - 15, 16):  # the same prompts for every size of batch
+            for first in range(start, start + 16, batch):
+                chosen = indices[first : first + batch]
+                prompts.append(torch.stack([part.conditions.document(i) for i in chosen]).to(measure.DEVICE))
+                answers += [part.targets.document(i).tolist() for i in chosen]
+            if len(answers) >= PROMPTS:
+                return prompts, answers
+    return prompts, answers
+
+
+def exact_matches(batches: list[Tensor], answers: list[list[int]], eos: int) -> float:
+    """The share of rows that are the answer up to their first end token."""
+    rows = [row for batch in batches for row in batch.tolist()]
+    ended = [row[: row.index(eos)] if eos in row else row for row in rows]
+    return sum(row == answer for row, answer in zip(ended, answers, strict=True)) / len(answers)
+
+
+@pytest.mark.skipif(RUN is None, reason="FASTDIFF_NUMBERS_RUN names no run of recipe mdlm_numbers")
+@pytest.mark.parametrize("batch", [1, 16])
+def test_numbers(batch, benchmark, report):
+    from fastdiff.training.runs import load_language_model
+
+    loaded = load_language_model(RUN, device=measure.DEVICE)
+    model, generation = loaded.model, loaded.recipe.sampling.generation
+    prompts, answers = held_out(loaded.recipe, loaded.tokenizer, batch)
+    new, block = generation["max_new_tokens"], generation["block_length"]
+    options = dict(max_new_tokens=new, block_length=block)
+    contenders = {
+        "public loop": public(model, prompts, new, block, new),
+        "exact": contender(model, prompts, **options),
+        "dual cache, threshold": contender(
+            model, prompts, **options, dual_cache=True, unmasking_rule="threshold", threshold=0.9
+        ),
+    }
+    tokens = {name: function() for name, function in contenders.items()}
+    if not all(map(torch.equal, tokens["public loop"], tokens["exact"])):
+        raise AssertionError(DIFFERENT)
+    seconds = measure.in_turns(benchmark, contenders, ROUNDS)
+    case = f"numbers to words, {len(answers)} prompts, batch {batch}, {new} new tokens, block {block}, threshold 0.9"
+    report(rates(case, seconds, len(answers) * new, {"dual cache, threshold": 8.0}))
+    eos = loaded.tokenizer.eos_token_id
+    matches = {name: exact_matches(batches, answers, eos) for name, batches in tokens.items()}
+    report(measure.Row(case, "exact", matches))

@@ -93,13 +93,11 @@ class KeyValueCache:
     def _write(self, whole: Tensor, part: Tensor) -> None:  # [B, H, L, d], [b, H, l, d]
         if self.columns is None:
             whole.index_copy_(0, self.rows, part)
-        elif self.rows is not None:
-            columns = self.columns.expand(len(part), -1)
-            whole.transpose(1, 2)[self.rows[:, None], columns] = part.transpose(1, 2)
-        elif self.columns.ndim == 1:
+        elif self.rows is None and self.columns.ndim == 1:
             whole.index_copy_(2, self.columns, part)
         else:
-            whole.scatter_(2, self.columns[:, None, :, None].expand_as(part), part)
+            rows = torch.arange(len(part), device=part.device) if self.rows is None else self.rows
+            whole.transpose(1, 2)[rows[:, None], self.columns] = part.transpose(1, 2)
 
 
 class Attention(nn.Module):

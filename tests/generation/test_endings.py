@@ -63,8 +63,8 @@ def test_full_rows_leave_the_model_the_head_and_the_sampler(model, monkeypatch):
 
 
 def test_rows_of_a_parallel_rule_leave_when_they_are_full(monkeypatch):
-    shapes, fewer = None, 0
-    for seed in range(20):
+    fewer = 0
+    for seed in range(10):
         model, rows = randomise(tiny("mdlm"), seed, 3.0), prompts(seed, 2, 5, 3)
         steps = [parallel(model, row, NEW, 4, "threshold", 0.6)[1] for row in rows]
         shapes, _ = spied(monkeypatch, model)
@@ -73,12 +73,12 @@ def test_rows_of_a_parallel_rule_leave_when_they_are_full(monkeypatch):
         assert [batch for batch, _ in shapes] == [sum(n > step for n in steps) for step in range(max(steps))]
         assert out.statistics.tokens == 3 * NEW
         fewer += len(set(steps)) > 1
-    assert fewer > 5
+    assert fewer > 2
 
 
 def test_a_stop_string_ends_a_row(tokenizer):
     ended = 0
-    for seed in range(12):
+    for seed in range(6):
         model, rows = randomise(tiny("dream"), seed), prompts(seed, 3, 5)
         rows.append(torch.tensor([[9, MASK, 8]]))
         plain = [generate(model, row, None, config()).sequences[0, row.shape[1] :].tolist() for row in rows]
@@ -96,7 +96,7 @@ def test_a_stop_string_ends_a_row(tokenizer):
         assert together.sequences[:, -NEW:].tolist() == expected, f"seed {seed}"
         for row, tokens in zip(rows, expected, strict=True):
             assert generate(model, row, None, options, tokenizer=tokenizer).sequences[0, -NEW:].tolist() == tokens
-    assert ended >= 12
+    assert ended >= 6
 
 
 def test_what_fills_an_ended_row_is_not_counted_and_costs_no_pass(model, tokenizer, monkeypatch):
