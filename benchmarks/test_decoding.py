@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 
 import measure
+import pytest
 import torch
 from masked_lm_baselines import llada_generate
 from torch import Tensor
