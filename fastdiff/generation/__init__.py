@@ -2,5 +2,13 @@
 
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.decoding import GenerationOutput, GenerationStatistics, generate
+from fastdiff.generation.text import Continuation, TextGenerator
 
-__all__ = ["GenerationOutput", "GenerationStatistics", "MaskedDiffusionGenerationConfig", "generate"]
+__all__ = [
+    "Continuation",
+    "GenerationOutput",
+    "GenerationStatistics",
+    "MaskedDiffusionGenerationConfig",
+    "TextGenerator",
+    "generate",
+]

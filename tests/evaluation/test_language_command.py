@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import pytest
 import torch
@@ -119,3 +121,25 @@ def test_the_corpus_is_gone(make_run, tmp_path, capsys):
         evaluate.main([str(run)])
     text = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit_.value.code == 2 and text.startswith("error: ") and "texts" in text
+
+
+def test_a_checkpoint_without_a_run_has_no_held_out_text(pairs_run, tmp_path, capsys):
+    taken = shutil.copytree(pairs_run / "checkpoints" / "step_2", tmp_path / "taken")
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([str(taken)])
+    text = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2 and re.search("is no run, and has no held-out text; pass --lm-eval TASKS", text)
+
+
+def test_the_old_evaluation_survives_a_full_disk(pairs_run, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "scores.json"
+    output.write_text("old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdiff.cli.os.fsync", full)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([str(pairs_run), "--num-pairs", "0", "--output", str(output)])
+    assert exit_.value.code == 2 and capsys.readouterr().err.strip().endswith("scores.json: No space left on device")
+    assert output.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["scores.json"]

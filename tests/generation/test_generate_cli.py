@@ -17,7 +17,7 @@ from transformers.utils import logging
 from fastdiff import generate as command
 from fastdiff import sample
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
-from fastdiff.generation.text import TextGenerator
+from fastdiff.generation.text import TextGenerator, until_end
 from fastdiff.training.runs import load_language_model
 
 MASK, EOS = 3, 2
@@ -200,6 +200,37 @@ def test_infilling_and_beginning_from_nothing(language_run, capsys):
     assert re.fullmatch(r"To be, .* not", lines[0]) and "<mask>" not in lines[0] and lines[-1].startswith("2 tokens")
     (_, closing) = output_of(capsys, language_run, "--unconditional")[-2:]
     assert closing.startswith("12 tokens")
+
+
+def test_prompts_of_an_encoder(tmp_path, capsys):
+    run = write_run(tmp_path / "run", steps=(1,), num_encoder_layers=1)
+    loaded = load_language_model(run, device="cpu")
+    config = MaskedDiffusionGenerationConfig(max_new_tokens=6, seed=1, temperature=1.0)
+    text = TextGenerator(loaded.model, loaded.tokenizer, config)
+    prompts = ["to be", "that is the question"]
+    rows = text.encode(prompts)
+    (answers,) = text.generate(prompts, rows)
+    for answer, ids in zip(answers, rows, strict=True):
+        start = torch.tensor([[1]])  # BoS
+        alone = generate(loaded.model, start, None, config, encoder_input_ids=torch.tensor([ids])).sequences[0, 1:]
+        assert answer.tokens == until_end(alone.tolist(), [EOS])
+    lines = output_of(capsys, run, "--prompt", "to be", "--max-new-tokens", 47, "--block-length", 47)
+    assert lines[0] == "to be" and lines[-1].startswith("47 tokens")
+    too_many = ["--max-new-tokens", 48, "--block-length", 48]  # BoS is one of the 48 positions
+    assert "max_new_tokens is 48; expected at most 48 together" in failure(capsys, run, "--prompt", "to be", *too_many)
+    assert "this model's prompts go through an encoder" in failure(capsys, run, "--prompt", "<mask> be")
+    assert "prompt 1 is empty" in failure(capsys, run, "--unconditional")
+
+
+def test_stop_strings_and_caches(language_run, capsys):
+    options = ["--prompt", "to be", "--seed", 1, "--temperature", 1, "--block-length", 2]
+    whole = output_of(capsys, language_run, *options)[0].removeprefix("to be")
+    stop = whole[3]
+    cut = output_of(capsys, language_run, *options, "--stop-strings", stop)[0].removeprefix("to be")
+    assert stop in cut and len(cut) < len(whole)
+    exact = output_of(capsys, language_run, *options, "--dual-cache", "--cache-refresh-interval", 1)
+    assert exact[0].removeprefix("to be") == whole  # refreshed at each step it is exact
+    assert "prefix_cache" in failure(capsys, language_run, *options, "--dual-cache", "--prefix-cache")
 
 
 def test_chat_template(tmp_path, capsys):

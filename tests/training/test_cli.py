@@ -267,6 +267,8 @@ def test_sample_command_refuses(run, tmp_path, capsys):
     assert "guidance_scale" in failure(sample, [run, "--guidance-scale", "much"], capsys)
     assert "sampling.guidance_scale is nan" in failure(sample, [run, "--guidance-scale", ".nan"], capsys)
     assert "nrecognized" in failure(sample, [run, "--guidance-scal", "2"], capsys)
+    assert "--num-pairs is for text" in failure(evaluate, [run, "--num-pairs", "3"], capsys)
+    assert "--num-samples is 1; expected at least 2" in failure(evaluate, [run, "--num-samples", "1"], capsys)
     for device in ("foo", "cuda:99", "meta"):
         assert f"device is '{device}'; expected cpu" in failure(sample, [run, "--device", device], capsys)
 
