@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.data.cache import cache_folder
 from fastdiff.data.corpora import Corpus, Pair, open_corpus
+from fastdiff.data.disk import cache_folder, flush_to_disk
 from fastdiff.data.samples import Piece, Samples, Split
 from fastdiff.data.text_config import TextDataConfig, TokenizerConfig
 from fastdiff.data.text_parts import TextData, TextPart
@@ -119,7 +119,7 @@ def _make(
                 ready = load_tokenizer(tokenizer, split.training_texts())
             _write(temporary, data, split, ready)
             os.replace(temporary, folder)
-            _flush(folder.parent)
+            flush_to_disk(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -151,7 +151,7 @@ def _write(folder: Path, data: TextDataConfig, split: Split, tokenizer: "PreTrai
     }
     (folder / _META).write_text(json.dumps(meta, indent=2) + "\n")
     for path in (*folder.rglob("*"), folder):
-        _flush(path)
+        flush_to_disk(path)
 
 
 def _write_tokens(
@@ -207,14 +207,6 @@ def _batches(split: Split) -> Iterator[list[Piece]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open(folder: Path, data: TextDataConfig, tokenizer: "PreTrainedTokenizerBase") -> TextData:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff.data import EpochStream, ImageData, ImageSet
-from fastdiff.data.cache import cache_folder
+from fastdiff.data.disk import cache_folder
 from fastdiff.training.setup import computes_bf16
 
 VERSION = 1  # of network and training below: another number means another cache file

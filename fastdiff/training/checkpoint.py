@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastdiff.data.disk import flush_to_disk
 from fastdiff.models.checkpoints import check_state
 
 STATE_FILE = "trainer_state.json"
@@ -83,15 +84,6 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what an interrupted write or removal left behind."""
     for path in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from fastdiff.data.disk import flush_to_disk
 from fastdiff.training.checkpoint import (
-    flush_to_disk,
     list_checkpoints,
     remove_checkpoint,
     remove_leftovers,
