@@ -92,8 +92,8 @@ def generate(
         GenerationOutput: `sequences[:, :P]` are the prompts (padding as it came, mask tokens filled),
         `sequences[:, P:]` the new tokens.
 
-    A model with a timestep embedding is told the masked share of a row's generated positions: the time of the linear
-    schedule.
+    A model with a timestep embedding is told the time at which the mask rate of its `mask_schedule` is the masked share
+    of a row's generated positions.
 
     Raises:
         TypeError, ValueError: an argument does not fit, a prompt is empty or too long, nothing is to be generated, or

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.rows import Rows, Turn
 from fastdiff.nn import KeyValueCache
@@ -39,6 +40,8 @@ class Passes:
         self.guided = config.guidance_scale != 1
         self.shift = int(model.config.logit_shift)  # state i predicts token i + 1, and state 0 token 0
         self.cache = KeyValueCache() if config.prefix_cache or config.dual_cache else None
+        schedule = dict(schedule=model.config.mask_schedule, exponent=model.config.mask_schedule_exponent)
+        self.process = MaskedDiffusion(MaskedDiffusionConfig(**schedule), model.config.mask_token_id)
         self.count = self.short = 0
 
     def keep(self, before: int, rows: Tensor, width: int) -> None:
@@ -78,7 +81,7 @@ class Passes:
         turns = turns if members is None else [turns[row] for row in members]
         ids, inputs = of(rows.ids), {}
         if self.model.config.timestep_embedding:
-            inputs["timesteps"] = (ids == rows.mask_token_id).sum(1) / of(rows.generated)
+            inputs["timesteps"] = self.process.time_of((ids == rows.mask_token_id).sum(1) / of(rows.generated))
         places = torch.where(of(masked), rows.columns, width).sort(1).values[:, : max(turn.left for turn in turns)]
         wanted = (places - self.shift).clamp(min=0)
         given = of(rows.given) if self.guided else None

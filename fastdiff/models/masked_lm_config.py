@@ -39,6 +39,7 @@ _CHOICES = {
     "position_embedding": ("learned", "rope"),
     "hidden_act": tuple(ACTIVATIONS),
     "length_format": (None, *LENGTH_FORMATS),
+    "mask_schedule": ("linear", "cosine", "polynomial"),
 }
 _POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -68,6 +69,9 @@ class MaskedDiffusionLMConfig(PretrainedConfig):
         logit_shift: Logits of position i come from hidden state i - 1 (position 0 from itself), as in models adapted
             from autoregressive ones. `MaskedDiffusionLM.forward` undoes it: its logits at i predict token i.
         timestep_embedding: 1000·t is embedded and added to the tokens; the model then needs `timesteps`.
+        mask_schedule, mask_schedule_exponent: How mask rates belong to times in training, as in
+            `fastdiff.diffusion.MaskedDiffusionConfig`: decoding tells a model with a timestep embedding the time of its
+            share of masks.
         cross_attention_dim: Width of an encoder's states that every block attends to; None for none.
         num_encoder_layers: Blocks of the model's own text encoder (`MaskedDiffusionLM.encode`); then
             cross_attention_dim is hidden_size.
@@ -105,6 +109,8 @@ class MaskedDiffusionLMConfig(PretrainedConfig):
     tie_word_embeddings: bool | None = None
     logit_shift: bool | None = None
     timestep_embedding: bool = False
+    mask_schedule: str = "linear"
+    mask_schedule_exponent: float = 2.0
     cross_attention_dim: int | None = None
     num_encoder_layers: int = 0
     dropout: float = 0.0

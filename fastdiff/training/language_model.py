@@ -39,14 +39,20 @@ def build_model(recipe: MaskedLMRecipe, tokenizer: PreTrainedTokenizerBase) -> M
     wanted = recipe.model
     format_of_answers = None if recipe.data.sample == "documents" else recipe.data.length_format
     if wanted.init_from is None:
-        return MaskedDiffusionLM(_config(wanted, tokenizer, length_format=format_of_answers))
+        noise = dict(mask_schedule=recipe.diffusion.schedule, mask_schedule_exponent=recipe.diffusion.exponent)
+        return MaskedDiffusionLM(_config(wanted, tokenizer, length_format=format_of_answers, **noise))
     model = MaskedDiffusionLM.from_pretrained(checkpoint_folder(wanted.init_from), dtype=torch.float32)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"model.init_from {wanted.init_from!r} has {model.config.vocab_size} token embeddings, its tokenizer "
             f"{len(tokenizer)} tokens; expected at most as many"
         )
-    return _adapt(model, wanted, format_of_answers)
+    model = _adapt(model, wanted, format_of_answers)
+    model.config.mask_schedule, model.config.mask_schedule_exponent = (
+        recipe.diffusion.schedule,
+        recipe.diffusion.exponent,
+    )
+    return model
 
 
 def _config(wanted: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, **fields) -> MaskedDiffusionLMConfig:

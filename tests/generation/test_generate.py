@@ -1,5 +1,6 @@
 """`generate` beside the exact tests: infilling, guidance, streaming, early stop, other models, and bad input."""
 
+import math
 import re
 from pathlib import Path
 
@@ -140,13 +141,17 @@ def test_early_stop_ends_a_row_at_the_end_token_of_a_full_block(model):
     assert torch.equal(same.sequences, plain.sequences) and same.statistics.forward_passes == 9
 
 
-def test_a_model_with_timesteps_is_told_the_masked_share():
-    model = randomise(tiny("mdlm", timestep_embedding=True), 0)
+@pytest.mark.parametrize(
+    ("schedule", "time_of"),
+    [("linear", lambda r: r), ("cosine", lambda r: 2 / math.pi * torch.acos(1 - r)), ("polynomial", torch.sqrt)],
+)
+def test_a_model_with_timesteps_is_told_the_time_of_the_masked_share(schedule, time_of):
+    model = randomise(tiny("mdlm", timestep_embedding=True, mask_schedule=schedule), 0)
     (row,) = prompts(0, 3)
     x = torch.cat([row, torch.full((1, 4), MASK)], 1)
     with torch.no_grad():
         while (left := (x == MASK).sum()) > 0:
-            states = model.hidden_states(x, timesteps=(left / 4).reshape(1))
+            states = model.hidden_states(x, timesteps=time_of((left / 4).reshape(1)))
             logits = functional.linear(states, model.head_weight).index_fill(-1, torch.tensor(MASK), -torch.inf)
             best, token = logits.softmax(-1).max(-1)
             place = best.masked_fill(x != MASK, -1).argmax()
