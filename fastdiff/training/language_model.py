@@ -38,8 +38,8 @@ def build_model(recipe: MaskedLMRecipe, tokenizer: PreTrainedTokenizerBase) -> M
     """
     wanted = recipe.model
     format_of_answers = None if recipe.data.sample == "documents" else recipe.data.length_format
+    noise = dict(mask_schedule=recipe.diffusion.schedule, mask_schedule_exponent=recipe.diffusion.exponent)
     if wanted.init_from is None:
-        noise = dict(mask_schedule=recipe.diffusion.schedule, mask_schedule_exponent=recipe.diffusion.exponent)
         return MaskedDiffusionLM(_config(wanted, tokenizer, length_format=format_of_answers, **noise))
     model = MaskedDiffusionLM.from_pretrained(checkpoint_folder(wanted.init_from), dtype=torch.float32)
     if len(tokenizer) > model.config.vocab_size:
