@@ -48,10 +48,7 @@ def build_model(recipe: MaskedLMRecipe, tokenizer: PreTrainedTokenizerBase) -> M
             f"{len(tokenizer)} tokens; expected at most as many"
         )
     model = _adapt(model, wanted, format_of_answers)
-    model.config.mask_schedule, model.config.mask_schedule_exponent = (
-        recipe.diffusion.schedule,
-        recipe.diffusion.exponent,
-    )
+    model.config.update(noise)
     return model
 
 
