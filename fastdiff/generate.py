@@ -69,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> None:
-    from fastdiff.generation.config import MaskedDiffusionGenerationConfig
     from fastdiff.generation.options import generation_options
     from fastdiff.generation.text import TextGenerator
     from fastdiff.training.runs import language_model_recipe, load_language_model
@@ -83,7 +82,7 @@ def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> 
     options = generation_options(arguments, {"max_new_tokens": DEFAULT_NEW_TOKENS, **defaults})
     if options.get("seed") is None:
         options["seed"] = secrets.randbelow(2**31)
-    config = MaskedDiffusionGenerationConfig(**options)
+    config = _config(options, {name: value for name, value in defaults.items() if options.get(name) == value})
     loaded = load_language_model(
         arguments.model, weights=arguments.weights, device=arguments.device, dtype=arguments.dtype
     )
@@ -104,6 +103,8 @@ def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> 
                     print(f"--- prompt {sample.row + 1}, sample {sample.copy + 1}")
                 before = sample.prompt if sample.filled is None else sample.filled
                 print(_printable(before + ("\n" if apart else "") + sample.text), flush=True)
+                if not sample.text:
+                    print("(no text: it begins with an end token)", file=sys.stderr)
                 filled = {} if sample.filled is None else {"filled": sample.filled}
                 records.append({"prompt": sample.prompt, **filled, "text": sample.text, "tokens": sample.tokens,
                                 "sample": sample.copy, "seed": options["seed"], "options": options})  # fmt: skip
@@ -114,6 +115,20 @@ def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> 
         f"{done.tokens} tokens in {done.seconds:.1f} s ({done.tokens_per_second:.0f} tokens/s), "
         f"{done.forward_passes} forward passes" + ("" if output is None else f"; written to {output}")
     )
+
+
+def _config(options: dict[str, Any], of_the_recipe: dict[str, Any]) -> Any:
+    """The options checked; an error about a value that the run's recipe has says so."""
+    from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+
+    try:
+        return MaskedDiffusionGenerationConfig(**options)
+    except ValueError as error:
+        named = [name for name in of_the_recipe if str(error).startswith(f"{name}:")]
+        if not named:
+            raise
+        option = named[0].replace("_", "-")
+        raise ValueError(f"{error} ({named[0]} is the run's recipe's; pass --{option} for another)") from None
 
 
 def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: bool = False) -> list[str]:

@@ -55,8 +55,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[Any, type]:
     else:
         from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
 
-        kind, task, what = DiTRecipe, DiffusionTask, "a diffusion transformer"
-    about = f"Trains {what}; every field can be given as an option, for example --training.max_steps 200."
+        kind, task = DiTRecipe, DiffusionTask
+        what = "a diffusion transformer, or with a recipe of a language model (task: masked_lm) that one, whose fields "
+        what += "its own --help lists"
+    about = f"Trains {what}. Every field can be given as an option, for example --training.max_steps 200."
     return parse_recipe(kind, arguments, "train", about), task
 
 

@@ -71,9 +71,22 @@ def evaluate_language_model(arguments: Any) -> None:
         results["lm_eval"] = {"draws": arguments.draws, "limit": arguments.limit, "generation": options,
                               "results": scores["results"], "n-shot": scores["n-shot"]}  # fmt: skip
         tables.append(harness.table(scores))
+    results = _with_earlier(results, output)
     write_output(output, json.dumps(results, indent=1, default=str) + "\n")
     step = "" if loaded.step is None else f"step {loaded.step}, {arguments.weights} weights; "
     print("\n\n".join([*tables, f"{step}written to {output}"]))
+
+
+def _with_earlier(results: dict[str, Any], output: Path) -> dict[str, Any]:
+    """What an earlier call measured of the same weights stays in the file."""
+    try:
+        earlier = json.loads(output.read_text())
+    except (OSError, ValueError):  # there is none, or it is no result
+        return results
+    same = isinstance(earlier, dict) and all(
+        earlier.get(name) == results.get(name) for name in ("run", "model", "step", "weights")
+    )
+    return {**earlier, **results} if same else results
 
 
 def exact_match(

@@ -131,7 +131,8 @@ def _special_tokens(folder: Path | None, kind: str, config: dict, overrides: dic
         tokens["pad_token_id"] = vocab_size
     if tokens["mask_token_id"] is None and "mask_token_id" not in overrides:
         raise ValueError(
-            f"{folder or 'model'}: neither configuration nor tokenizer has a mask token: pass mask_token_id="
+            f"{folder or 'model'}: neither configuration nor tokenizer has a mask token: pass "
+            "mask_token_id= (in training --model.mask_token_id)"
         )
     return tokens
 
@@ -193,6 +194,11 @@ def _folder(path: Any, kwargs: dict[str, Any]) -> Path:
 def _from_hub(path: Any, kwargs: dict[str, Any], download: Callable[[dict], str]) -> str:
     if os.path.isfile(path):
         raise ValueError(f"{path}: a file; expected the folder that holds it and {CONFIG_NAME}")
+    parent = os.path.dirname(os.path.abspath(path)) if os.path.dirname(str(path)) else ""
+    if os.path.isdir(parent):  # the hub has no such names, and asking it takes a minute where it cannot be reached
+        raise FileNotFoundError(
+            f"{path}: no such folder; its parent {parent} is there: name a folder in it, or a hub id"
+        )
     try:
         return download({name: kwargs[name] for name in _HUB if name in kwargs})
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

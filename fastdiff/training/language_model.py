@@ -6,48 +6,33 @@ from transformers import PreTrainedTokenizerBase
 from fastdiff.models.masked_lm import MaskedDiffusionLM
 from fastdiff.models.masked_lm_config import SIZES, MaskedDiffusionLMConfig
 from fastdiff.training.masked_lm_recipe import LanguageModelConfig, MaskedLMRecipe
-from fastdiff.training.run_folder import RunFolder
+from fastdiff.training.runs import LanguageModel, load_language_model
 
 
-def checkpoint_folder(path: str) -> str:
-    """The newest checkpoint of a run's folder; anything else as it is."""
-    newest = RunFolder(path).latest()
-    return str(newest) if newest is not None else path
-
-
-def load_raw_tokenizer(recipe: MaskedLMRecipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint that a run goes on from, as it is: special tokens are those of the model."""
-    from transformers import AutoTokenizer
-
-    name = checkpoint_folder(recipe.model.init_from)
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"model.init_from {recipe.model.init_from!r} has no tokenizer that can be loaded ({reason}); save one "
-            "beside the weights"
-        ) from None
-
-
-def build_model(recipe: MaskedLMRecipe, tokenizer: PreTrainedTokenizerBase) -> MaskedDiffusionLM:
-    """The model of a run before its first step; random weights come from torch's generator.
+def load_start(recipe: MaskedLMRecipe) -> LanguageModel:
+    """The checkpoint that a run goes on from, with its tokenizer; of a run, the averaged weights.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint is missing or of an unknown format, or fields do not fit.
+        FileNotFoundError, ValueError: missing, of an unknown format, damaged, or without tokenizer or mask token.
     """
     wanted = recipe.model
+    fields = {} if wanted.mask_token_id is None else {"mask_token_id": wanted.mask_token_id}
+    return load_language_model(wanted.init_from, device="cpu", dtype=torch.float32, **fields)
+
+
+def build_model(
+    recipe: MaskedLMRecipe, tokenizer: PreTrainedTokenizerBase, start: LanguageModel | None = None
+) -> MaskedDiffusionLM:
+    """The model of a run before its first step, from `start` or with random weights from torch's generator.
+
+    Raises:
+        ValueError: fields do not fit.
+    """
     format_of_answers = None if recipe.data.sample == "documents" else recipe.data.length_format
     noise = dict(mask_schedule=recipe.diffusion.schedule, mask_schedule_exponent=recipe.diffusion.exponent)
-    if wanted.init_from is None:
-        return MaskedDiffusionLM(_config(wanted, tokenizer, length_format=format_of_answers, **noise))
-    model = MaskedDiffusionLM.from_pretrained(checkpoint_folder(wanted.init_from), dtype=torch.float32)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"model.init_from {wanted.init_from!r} has {model.config.vocab_size} token embeddings, its tokenizer "
-            f"{len(tokenizer)} tokens; expected at most as many"
-        )
-    model = _adapt(model, wanted, format_of_answers)
+    if start is None:
+        return MaskedDiffusionLM(_config(recipe.model, tokenizer, length_format=format_of_answers, **noise))
+    model = _adapt(start.model, recipe.model, format_of_answers)
     model.config.update(noise)
     return model
 

@@ -15,7 +15,7 @@ from fastdiff.diffusion.masked import MaskedDiffusion
 from fastdiff.models.masked_lm import IGNORED_LABEL
 from fastdiff.nn import annealed_attention_mask
 from fastdiff.training.held_out import likelihood_arguments, windows_of_pairs
-from fastdiff.training.language_model import build_model, load_raw_tokenizer
+from fastdiff.training.language_model import build_model, load_start
 from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
 from fastdiff.training.plain import plain
 from fastdiff.training.randomness import derive_seed, generator
@@ -45,14 +45,15 @@ class MaskedLMTask:
 
     def __init__(self, recipe: MaskedLMRecipe, data: TextData | None = None):
         self.config, training = recipe, recipe.training
+        # a checkpoint that cannot be used is known before any text is read
+        start = None if recipe.model.init_from is None else load_start(recipe)
         if data is None:
-            started = recipe.model.init_from
-            data = load_text_data(recipe.data, load_raw_tokenizer(recipe) if started else recipe.tokenizer)
+            data = load_text_data(recipe.data, recipe.tokenizer if start is None else start.tokenizer)
         self.data, self.tokenizer = data, data.tokenizer
         self.pairs = data.train.conditions is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
-            self.model = build_model(recipe, self.tokenizer)
+            self.model = build_model(recipe, self.tokenizer, start)
         check_fit(recipe, data, self.model.config)
         self.process = MaskedDiffusion(recipe.diffusion, self.model.config.mask_token_id)
         self.stream = None
@@ -71,7 +72,7 @@ class MaskedLMTask:
         """A whole step's batch: a process takes its part of what one process would have drawn."""
         recipe, seed, size = self.config, self.config.training.seed, self.config.training.batch_size
         length = window_length(recipe.data, generator(seed, step, _LENGTH))
-        batch, maskable, answer_lengths = self._clean(step, length)
+        batch, maskable = self._clean(step, length)
         clean = batch["input_ids"]
         t = self.process.sample_times(size, generator(seed, step, _TIMES))
         full = torch.rand(size, generator=generator(seed, step, _FULL)) < recipe.objective.fully_masked_fraction
@@ -81,7 +82,7 @@ class MaskedLMTask:
         masked = self.process.corrupt(clean, t, maskable, generator(seed, step, _MASKS))
         weight = masked.weight
         if recipe.objective.normalizer == "answer":
-            weight = weight / answer_lengths.clamp(min=1)
+            weight = weight / maskable.sum(1).clamp(min=1)
         batch |= {
             "input_ids": masked.input_ids,
             "labels": clean.masked_fill(~masked.mask, IGNORED_LABEL),
@@ -96,18 +97,18 @@ class MaskedLMTask:
             batch["attention_pattern"] = annealed_attention_mask(clean.shape[1], seen, generator=source)
         return batch
 
-    def _clean(self, step: int, length: int) -> tuple[Batch, Tensor, Tensor]:
-        """Clean text and what belongs to it; what may be masked [B, W]; how much of it is the answer [B]."""
+    def _clean(self, step: int, length: int) -> tuple[Batch, Tensor]:
+        """Clean text and what belongs to it, and what may be masked [B, W]."""
         if not self.pairs:
             ids = document_windows(self.data.train.targets, length, self._starts(step, length))
-            return {"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool), torch.full((len(ids),), length)
+            return {"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)
         windows = windows_of_pairs(self.config, self.model.config, self.data.train, self.stream.indices(step), length)
         batch = {"input_ids": windows.input_ids}
         if not windows.attention_mask.all():
             batch["attention_mask"] = windows.attention_mask
         if windows.condition_ids is not None:
             batch |= {"encoder_input_ids": windows.condition_ids, "encoder_attention_mask": windows.condition_mask}
-        return batch, windows.maskable, windows.answer_lengths
+        return batch, windows.maskable
 
     def _starts(self, step: int, length: int) -> Tensor:
         seed, size = self.config.training.seed, self.config.training.batch_size

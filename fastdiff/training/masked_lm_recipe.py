@@ -16,6 +16,8 @@ class LanguageModelConfig:
         init_from: folder or hub id of a checkpoint to go on from, in any layout of `MaskedDiffusionLM.from_pretrained`,
             such as "gpt2"; then its shape counts, and the other fields but dropout are not used. null: random
             weights.
+        mask_token_id: of `init_from`, where neither its configuration nor its tokenizer has a mask token; an id behind
+            its vocabulary (its size) is added. null: the checkpoint's own (OpenAI's GPT-2: 10541).
         architecture: "mdlm", "llada", "dream", "llama" or "gpt2".
         size: "tiny", "small", "medium", "large" or "xlarge": 256, 384, 512, 640, 768 wide; see hidden_size.
         hidden_size, num_hidden_layers, num_attention_heads: replace those of `size`.
@@ -28,6 +30,7 @@ class LanguageModelConfig:
     """
 
     init_from: str | None = None
+    mask_token_id: int | None = None
     architecture: str = "mdlm"
     size: Literal["tiny", "small", "medium", "large", "xlarge"] = "tiny"
     hidden_size: int | None = None
@@ -47,7 +50,8 @@ class ObjectiveConfig:
     Attributes:
         normalizer: what the sum of weighted cross entropies is divided by: "masked_tokens", "all_tokens" (all that may
             be masked, masked or not: B·L for packed windows, which with weights 1/t is the likelihood bound a token) or
-            "answer" (each sample's sum by its own length, then their mean; LLaDA's instruction tuning).
+            "answer" (each sample's sum by its answer's window, fill included, then the mean; LLaDA's
+            instruction tuning).
         fully_masked_fraction: share of the samples whose tokens are all masked (time 1), as decoding begins.
         annealing_steps: steps over which attention goes from causal to bidirectional (adaptation of autoregressive
             models, Gong et al. 2025); 0 is bidirectional from the start.

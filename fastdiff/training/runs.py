@@ -188,6 +188,7 @@ def load_language_model(
     weights: Literal["ema", "model"] = "ema",
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    **fields: Any,
 ) -> LanguageModel:
     """Loads a language model and its tokenizer; no code of a checkpoint is ever run.
 
@@ -197,6 +198,7 @@ def load_language_model(
         weights: of a run: the averaged ones ("ema") or those that the optimizer has.
         device: None takes a GPU where there is one.
         dtype: a torch.dtype or its name; None is as stored.
+        fields: of the configuration of a checkpoint in a foreign format, such as a mask_token_id that it lacks.
 
     Raises:
         FileNotFoundError: nothing there, no checkpoint, or no tokenizer.
@@ -217,7 +219,7 @@ def load_language_model(
     config = read_model_config(source, {})
     tokenizer = _tokenizer(source, config)
     if checkpoint is None:
-        model = MaskedDiffusionLM.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+        model = MaskedDiffusionLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **fields)
     else:
         name = "ema.safetensors" if weights == "ema" else "model.safetensors"
         tensors, config = read_tensors(checkpoint / name), MaskedDiffusionLM.config_class.from_pretrained(checkpoint)

@@ -7,7 +7,9 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-_COLUMNS, _LINE, _CHARACTER = 96, 0.21, 0.092  # characters a line; inches a line and a character of 9-point monospace
+_COLUMNS, _LINE, _CHARACTER = 110, 0.19, 0.0753  # characters a line; inches a line and a character of 9-point monospace
+_MOST_LINES = 14  # of a text; what follows is left out
+_NOTHING = "(nothing but end tokens)"
 _SHADES = colormaps["viridis"]
 
 
@@ -28,6 +30,8 @@ class TextSample:
 
 def save_text_samples(samples: Sequence[TextSample], path: str | Path, *, title: str | None = None) -> Path:
     """Writes a PNG of texts, one below the other: prompts grey, new tokens from dark (first step) to light (last).
+
+    Blank lines are left out, and what goes beyond 14 lines.
 
     Raises:
         ValueError: no samples, or a sample with as many pieces as steps.
@@ -58,7 +62,7 @@ def _lines(sample: TextSample) -> list[list[tuple[int, str, object]]]:
     coloured = [(piece, _SHADES(0.85 * step / last)) for piece, step in zip(sample.pieces, sample.steps, strict=True)]
     lines: list[list[tuple[int, str, object]]] = [[]]
     column = 0
-    for text, colour in [(sample.prompt, "#808080"), *coloured]:
+    for text, colour in [(sample.prompt, "#808080"), *(coloured or [(_NOTHING, "#c1542d")])]:
         run = ""
         for character in text.replace("\t", "    "):
             if character == "\n" or column == _COLUMNS:
@@ -68,6 +72,9 @@ def _lines(sample: TextSample) -> list[list[tuple[int, str, object]]]:
             if character != "\n":
                 run, column = run + character, column + 1
         lines[-1] += [(column - len(run), run, colour)] if run else []
+    lines = [line for line in lines if any(text.strip() for _, text, _ in line)]
+    if len(lines) > _MOST_LINES:
+        lines = [*lines[: _MOST_LINES - 1], [(0, "…", "#808080")]]
     return lines
 
 

@@ -146,10 +146,7 @@ def test_the_loss_is_the_one_that_the_recipe_names(make_task, normalizer, weight
         kept = batch["labels"][row] != -100
         nats = torch.nn.functional.cross_entropy(logits[row][kept], batch["labels"][row][kept], reduction="sum")
         weight = 1 / float(times[row]) if weighting == "elbo" else 1.0
-        pair = int(task.stream.indices(2)[row])
-        window = batch["maskable"].max()
-        answer = min(len(task.data.train.targets.document(pair)) + 1, int(window))
-        total += weight * nats.item() / (answer if normalizer == "answer" else 1)
+        total += weight * nats.item() / (int(batch["maskable"][row]) if normalizer == "answer" else 1)
         count += {"masked_tokens": int(kept.sum()), "all_tokens": int(batch["maskable"][row]), "answer": 1}[normalizer]
     assert loss.item() == pytest.approx(total / count, rel=2e-5)  # seen 2e-7: the weights are float32
 
@@ -194,20 +191,12 @@ def gpt2(tmp_path_factory, tiny_yaml):
 def test_gpt2_is_adapted(make_trainer, gpt2, tmp_path):
     from transformers import GPT2LMHeadModel
 
-    (tmp_path / "gpt2").mkdir()
-    for file in gpt2.iterdir():
-        (tmp_path / "gpt2" / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
-    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config | {"mask_token_id": 4}))
-    trainer = make_trainer(
-        tmp_path / "run",
-        "--model.init_from",
-        tmp_path / "gpt2",
-        "--objective.annealing_steps",
-        4,
-        "--model.dropout",
-        0.1,
-    )
+    options = ("--model.init_from", gpt2, "--objective.annealing_steps", 4, "--model.dropout", 0.1)
+    with pytest.raises(
+        ValueError, match=r"neither configuration nor tokenizer has a mask token.*--model.mask_token_id"
+    ):
+        make_trainer(tmp_path / "run", *options)
+    trainer = make_trainer(tmp_path / "run", *options, "--model.mask_token_id", 4)
     model, theirs = trainer.task.model, GPT2LMHeadModel.from_pretrained(gpt2).eval()
     assert model.config.logit_shift and model.config.mask_token_id == 4 and model.config.dropout == 0.1
     vocab = theirs.config.vocab_size
@@ -328,7 +317,8 @@ def test_a_model_learns_to_copy(make_trainer, tmp_path):
         (["--data.sample", "documents"], "data.sample is 'documents'; the data set numbers needs 'pairs'"),
         (["--data.name", "jsonl"], "data.path is missing; jsonl needs the file"),
         (["--model.architecture", "rnn"], "architecture: got 'rnn'; expected one of mdlm, gpt2, llada, dream, llama"),
-        (["--model.init_from", "/nowhere"], "/nowhere"),
+        (["--model.init_from", "/nowhere"], "/nowhere: no such folder in /; name one that is there"),
+        (["--model.init_from", "README.md"], "README.md: a file; expected the folder"),
         (["--objective.normalizer", "words"], "objective.normalizer"),
         (["--diffusion.schedule", "steep"], "diffusion.schedule"),
         (["--sampling.generation", "{block_length: 3, max_new_tokens: 8}"], "block_length: got 3; expected a divisor"),
