@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from fastdiff.nn import ACTIVATIONS
 
@@ -201,3 +201,7 @@ class MaskedDiffusionLMConfig(PretrainedConfig):
                 raise ValueError(
                     f"mask_token_id: got {self.mask_token_id}, which is {name} too; give one of them another id"
                 )
+
+
+# so that AutoTokenizer reads the tokenizer beside a model's config.json without a warning
+AutoConfig.register(MaskedDiffusionLMConfig.model_type, MaskedDiffusionLMConfig, exist_ok=True)
