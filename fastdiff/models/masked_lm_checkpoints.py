@@ -195,10 +195,8 @@ def _from_hub(path: Any, kwargs: dict[str, Any], download: Callable[[dict], str]
     if os.path.isfile(path):
         raise ValueError(f"{path}: a file; expected the folder that holds it and {CONFIG_NAME}")
     parent = os.path.dirname(os.path.abspath(path)) if os.path.dirname(str(path)) else ""
-    if os.path.isdir(parent):  # the hub has no such names, and asking it takes a minute where it cannot be reached
-        raise FileNotFoundError(
-            f"{path}: no such folder; its parent {parent} is there: name a folder in it, or a hub id"
-        )
+    if os.path.isdir(parent):  # meant as a path; asking the hub takes a minute where it cannot be reached
+        raise FileNotFoundError(f"{path}: no such folder in {parent}; name one that is there, or a hub id")
     try:
         return download({name: kwargs[name] for name in _HUB if name in kwargs})
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

@@ -88,7 +88,9 @@ def test_pairs(pairs_run, capsys):
         f"| exact match, 20 pairs | {match['accuracy']:.1%} | {match['standard_error']:.1%} |"
         in capsys.readouterr().out
     )
-    evaluate.main([str(pairs_run), "--num-pairs", "0"])
+    evaluate.main([str(pairs_run), "--num-pairs", "0"])  # what was measured of these weights stays
+    assert json.loads((pairs_run / "evaluation.json").read_text())["exact_match"] == match
+    evaluate.main([str(pairs_run), "--num-pairs", "0", "--weights", "model"])
     assert "exact_match" not in json.loads((pairs_run / "evaluation.json").read_text())
 
 
