@@ -96,8 +96,8 @@ def parse_recipe(recipe: type[Recipe], argv: Sequence[str] | None, command_name:
     if arguments[0] == "--recipe" and len(arguments) > 1:
         if not Path(arguments[1]).is_file():
             raise FileNotFoundError(
-                f"recipe {arguments[1]!r} is not a file; expected the path of a YAML recipe (a run goes on with its own "
-                "and --training.resume true)"
+                f"recipe {arguments[1]!r} is not a file; expected the path of a YAML recipe (a run goes on "
+                "with its own and --training.resume true)"
             )
         check_recipe_file(recipe, Path(arguments[1]))
     values = parser.parse_args(arguments)
