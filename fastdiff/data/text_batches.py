@@ -21,7 +21,6 @@ class PairBatch(NamedTuple):
     input_ids: Tensor  # int64 [B, W]
     attention_mask: Tensor  # bool [B, W], False on batch padding and on what eos_only pads a window with
     maskable: Tensor  # bool [B, W], True on the answer, its EoS and what the window is filled with
-    answer_lengths: Tensor  # int64 [B], tokens of the answer in the window with its EoS, without what fills it
     condition_ids: Tensor | None  # int64 [B, M], the prompts where they stand apart, padded on the right
     condition_mask: Tensor | None  # bool [B, M], False on padding
 
@@ -90,7 +89,6 @@ def pair_windows(
     indices = torch.as_tensor(indices).tolist()
     prompts = [part.conditions.document(i) for i in indices]
     answers = [_window(part.targets.document(i), length, eos_token_id) for i in indices]
-    answer_lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.int64)
     if length_format != "eos_only":
         fill = eos_token_id if length_format == "eos_fill" else pad_token_id
         answers = [torch.cat([answer, answer.new_full((length - len(answer),), fill)]) for answer in answers]
@@ -101,7 +99,7 @@ def pair_windows(
     input_ids, attended = _pad([torch.cat(row) for row in zip(prompts, answers, strict=True)], pad_token_id)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
     maskable = attended & (torch.arange(input_ids.shape[1]) >= prompt_lengths[:, None])
-    return PairBatch(input_ids, attended, maskable, answer_lengths, condition_ids, condition_mask)
+    return PairBatch(input_ids, attended, maskable, condition_ids, condition_mask)
 
 
 def _window(answer: Tensor, length: int, eos_token_id: int) -> Tensor:

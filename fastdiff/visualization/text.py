@@ -34,7 +34,7 @@ def save_text_samples(samples: Sequence[TextSample], path: str | Path, *, title:
     Blank lines are left out, and what goes beyond 14 lines.
 
     Raises:
-        ValueError: no samples, or a sample with as many pieces as steps.
+        ValueError: no samples, or a sample without a step for each piece.
     """
     if not samples or any(len(sample.pieces) != len(sample.steps) for sample in samples):
         raise ValueError(f"samples: got {len(samples)}; expected at least one, each with a step for each piece")
