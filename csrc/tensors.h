@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <limits>
 #include <optional>
+#include <type_traits>
 
 #include "kernels/common/dtype.h"
 #include "kernels/common/parallel_for.h"
@@ -88,6 +89,33 @@ inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
                       t.size(2) == x.size(2),
                   name, " does not fit; expected a contiguous tensor of x's shape [", x.size(0), ", ", x.size(1), ", ",
                   x.size(2), "]");
+}
+
+template <class T>
+const T* numbers(const OptionalTensor& t, const Tensor& like, int64_t count, const char* name) {
+  if (!t) return nullptr;
+  check_device(*t, like, name);
+  const ScalarType type = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Long;
+  STD_TORCH_CHECK(t->is_contiguous() && (count < 0 || t->numel() == count) && t->scalar_type() == type, name,
+                  " does not fit; expected contiguous ", std::is_same_v<T, float> ? "float32" : "int64",
+                  count < 0 ? "" : " of the number of rows");
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+inline bool on_cpu(const Tensor& t) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type == aoti_torch_device_type_cpu();
+}
+
+// Ids that are used as indices. Their values are looked at on the CPU alone: on a GPU that would wait for it.
+inline const int64_t* ids(const OptionalTensor& t, const Tensor& like, int64_t vocab, const char* name) {
+  const int64_t* values = numbers<int64_t>(t, like, -1, name);
+  if (values == nullptr || !on_cpu(like)) return values;
+  for (int64_t i = 0; i < t->numel(); i++)
+    STD_TORCH_CHECK(values[i] >= 0 && values[i] < vocab && (i == 0 || values[i] > values[i - 1]), name,
+                    " does not fit; expected ascending ids below ", vocab);
+  return values;
 }
 
 }  // namespace fastdiff::torch_binding

@@ -4,39 +4,12 @@
 #pragma once
 #include <tuple>
 
-#include "csrc/tensors.h"
+#include "csrc/head_product.h"
 #include "kernels/token_sampling/token_sampling.h"
 
 namespace fastdiff::torch_binding {
 
 using Samples = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <class T>
-const T* numbers(const OptionalTensor& t, const Tensor& like, int64_t count, const char* name) {
-  if (!t) return nullptr;
-  check_device(*t, like, name);
-  const ScalarType type = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Long;
-  STD_TORCH_CHECK(t->is_contiguous() && (count < 0 || t->numel() == count) && t->scalar_type() == type, name,
-                  " does not fit; expected contiguous ", std::is_same_v<T, float> ? "float32" : "int64",
-                  count < 0 ? "" : " of the number of rows");
-  return static_cast<const T*>(t->const_data_ptr());
-}
-
-inline bool on_cpu(const Tensor& t) {
-  int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-  return type == aoti_torch_device_type_cpu();
-}
-
-// Ids that are used as indices. Their values are looked at on the CPU alone: on a GPU that would wait for it.
-inline const int64_t* ids(const OptionalTensor& t, const Tensor& like, int64_t vocab, const char* name) {
-  const int64_t* values = numbers<int64_t>(t, like, -1, name);
-  if (values == nullptr || !on_cpu(like)) return values;
-  for (int64_t i = 0; i < t->numel(); i++)
-    STD_TORCH_CHECK(values[i] >= 0 && values[i] < vocab && (i == 0 || values[i] > values[i - 1]), name,
-                    " does not fit; expected ascending ids below ", vocab);
-  return values;
-}
 
 #define FASTDIFF_SAMPLE_ARGUMENTS                                                                                    \
   OptionalTensor suppress_tokens, OptionalTensor end_token_ids, OptionalTensor seeds, int64_t seed,                 \
@@ -116,27 +89,11 @@ Samples sample_tokens(Tensor logits, OptionalTensor temperatures, double tempera
   return result;
 }
 
-// The operands of the head's product, for the backend that makes it.
-struct Head {
-  const Tensor &hidden, &weight;  // [rows, D] contiguous, [V, D]
-  const OptionalTensor& bias;     // [V] contiguous
-};
-
 template <class Backend>
 Samples lm_head_sample(Tensor hidden, Tensor weight, OptionalTensor bias, OptionalTensor temperatures,
                        double temperature, FASTDIFF_SAMPLE_ARGUMENTS) {
-  STD_TORCH_CHECK(hidden.dim() == 3 && hidden.is_contiguous(), "hidden does not fit; expected contiguous [B, L, D]");
-  check_device(weight, hidden, "weight");
+  check_head(hidden, weight, bias);
   const int64_t dim = hidden.size(2), rows = hidden.size(0) * hidden.size(1);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == dim && (weight.stride(1) == 1 || dim == 1) &&
-                      weight.scalar_type() == hidden.scalar_type(),
-                  "weight does not fit; expected [V, ", dim, "] with a contiguous last dimension in hidden's dtype");
-  if (bias) {
-    check_device(*bias, hidden, "bias");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous() &&
-                        bias->scalar_type() == hidden.scalar_type(),
-                    "bias does not fit; expected contiguous [", weight.size(0), "] in hidden's dtype");
-  }
   LmHeadSampleParams h{};
   h.sample = sample_params(hidden, weight.size(0),
                            {temperatures, temperature, suppress_tokens, end_token_ids, seeds, seed, steps, step,

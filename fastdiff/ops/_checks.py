@@ -124,6 +124,44 @@ def token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device:
     """Ascending int64 ids, each once, or None where there are none."""
     if ids is None:
         return None
+    ids = _read_ids(name, ids, vocab, device)
+    if isinstance(ids, Tensor):
+        return ids
+    if not ids and name == "suppress_tokens":
+        return None
+    return _ids_on(tuple(sorted(set(ids))), device)
+
+
+def end_and_excluded_ids(
+    end_token_ids: int | Sequence[int] | Tensor,
+    suppress_tokens: Sequence[int] | Tensor | None,
+    vocab: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The end tokens, and they and the suppressed ids together; ascending int64, each once.
+
+    Raises where there is no end token, one is given twice, or one is suppressed.
+    """
+    if isinstance(end_token_ids, int) and not isinstance(end_token_ids, bool):
+        end_token_ids = (end_token_ids,)
+    end = _read_ids("end_token_ids", end_token_ids, vocab, device)
+    suppressed = _read_ids("suppress_tokens", () if suppress_tokens is None else suppress_tokens, vocab, device)
+    if len(end) == 0:
+        raise ValueError("end_token_ids is empty; expected at least one id: the tokenizer's end of text, say")
+    if isinstance(end, Tensor) or isinstance(suppressed, Tensor):
+        ids = [t if isinstance(t, Tensor) else _ids_on(tuple(sorted(set(t))), device) for t in (end, suppressed)]
+        return ids[0], torch.cat(ids).sort().values
+    ends, excluded = set(end), {*end, *suppressed}
+    if len(ends) < len(end):
+        twice = next(i for i in end if end.count(i) > 1)
+        raise ValueError(f"end_token_ids has {twice} twice; expected each id once")
+    if both := ends.intersection(suppressed):
+        raise ValueError(f"end_token_ids has {min(both)}, which suppress_tokens has too; take it out of one of them")
+    return _ids_on(tuple(sorted(ends)), device), _ids_on(tuple(sorted(excluded)), device)
+
+
+def _read_ids(name: str, ids: Sequence[int] | Tensor, vocab: int, device: torch.device) -> tuple[int, ...] | Tensor:
+    """The ids as ints from 0 to vocab - 1; a tensor, in order, where it cannot be read."""
     if isinstance(ids, Tensor):
         check_integers(name, ids, device)
         if ids.ndim > 1:
@@ -141,9 +179,7 @@ def token_ids(name: str, ids: Sequence[int] | Tensor | None, vocab: int, device:
             raise TypeError(f"{name} has an element of type {type(i).__name__}; expected ints")
         if not 0 <= i < vocab:
             raise ValueError(f"{name} has {i}; expected ids from 0 to {vocab - 1}")
-    if not ids and name == "suppress_tokens":
-        return None
-    return _ids_on(tuple(sorted(set(ids))), device)
+    return ids
 
 
 def _ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:

@@ -5,11 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#if defined(__CUDACC__)
-#define FD_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FD_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "kernels/common/host_device.h"
 
 namespace fastdiff {
 

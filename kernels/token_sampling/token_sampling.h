@@ -3,12 +3,13 @@
 #include <cstdint>
 
 #include "kernels/common/dtype.h"
+#include "kernels/common/logit_tiles.h"
 #include "kernels/common/parallel_for.h"
 
 namespace fastdiff {
 
-constexpr int64_t kSampleBlock = 1024;  // ids a block: the unit of the cumulative sum
-constexpr int64_t kSampleCell = 128;    // ids a cell: what a fused head computes again
+constexpr int64_t kSampleBlock = kLogitBlock;  // ids a block: the unit of the cumulative sum
+constexpr int64_t kSampleCell = kLogitCell;    // ids a cell: what a fused head computes again
 
 // One step for rows (b, l): the token, and its statistics under the softmax over the allowed ids at temperature 1.
 struct TokenSampleParams {
@@ -51,22 +52,6 @@ struct LmHeadSampleParams {
   int64_t weight_stride;  // elements from one id's row to the next
   int64_t dim;
   int64_t tile_size;      // a multiple of kSampleBlock
-};
-
-// Some rows' logits of some ids: [rows, end - begin] of sample.dtype, contiguous.
-struct HeadTile {
-  int64_t first_row;
-  int64_t rows;
-  int64_t begin;
-  int64_t end;
-  void* logits;
-};
-
-// Lent by the caller, who has a fast matrix product: fills a tile. The CPU kernel calls it from several threads at once,
-// each for a tile of its own.
-struct HeadProduct {
-  void (*run)(void* context, const HeadTile& tile);
-  void* context;
 };
 
 // What unmask_ reads its candidates' order from, best first; ties go to the lower position.

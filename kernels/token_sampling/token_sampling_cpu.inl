@@ -1,11 +1,11 @@
 // sample_tokens and lm_head_sample on the CPU, compiled once an instruction set (see kernels/common/vec.h).
 // A block of 1 024 logits is read from memory once; the second pass over it hits the L1 cache.
 #include <math.h>
-#include <stdlib.h>
 
 #include "kernels/common/double_sum.h"
 #include "kernels/common/exp.h"
 #include "kernels/common/lanes.h"
+#include "kernels/common/logit_blocks.h"
 #include "kernels/common/philox.h"
 #include "kernels/token_sampling/token_sampling.h"
 #include "kernels/token_sampling/token_sampling_cpu_block.inl"
@@ -13,18 +13,6 @@
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
-
-template <class T>
-struct Array {
-  T* data;
-  explicit Array(int64_t n) : data(static_cast<T*>(aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64))) {
-    if (data == nullptr) abort();  // as far gone as a stack overflow
-  }
-  ~Array() { free(data); }
-  Array(const Array&) = delete;
-};
-
-FD_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct RowTemperature {
   Temper temper;
@@ -203,8 +191,6 @@ struct RowState {
   Peak peak;
 };
 
-constexpr int64_t kHeadRows = 256;  // rows whose logits a tile holds: they stay in the core's cache
-
 template <class T>
 void see_row(const TokenSampleParams& p, const HeadTile& tile, int64_t r, Record* records, RowState* state,
              float* end_logits, float* pad) {
@@ -277,32 +263,21 @@ void finish_row(const LmHeadSampleParams& h, int64_t r, const Record* records, i
   store_row(p, r, s, argmax, token, logit, [&](int64_t i) { return end_logits[i]; });
 }
 
-// A thread makes a tile of logits and looks at it while it is in its cache, then the next: threads wait for one another
-// once. States are a thread's own (its part of the tiles), and put together afterwards.
+// States are a tile's own, and put together afterwards.
 void head_sample(const LmHeadSampleParams& h, const ParallelFor& parallel_for, const HeadProduct& product) {
   const TokenSampleParams& p = h.sample;
   const int64_t rows = p.batch * p.length, blocks = divide_up(p.vocab, kSampleBlock);
-  const int64_t tiles = divide_up(p.vocab, h.tile_size), at_once = rows < kHeadRows ? rows : kHeadRows;
+  const int64_t tiles = divide_up(p.vocab, h.tile_size);
   const Array<Record> records(rows * blocks);
   const Array<RowState> states(rows * tiles);
   const Array<float> end_logits(rows * p.end_count);
   with_type<Vec>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
-      const Array<float> pad(2 * kSampleBlock);
-      const Array<T> logits(at_once * h.tile_size);
-      for (int64_t k = from; k < to; k++) {
-        const int64_t begin = k * h.tile_size, last = begin + h.tile_size, end = last < p.vocab ? last : p.vocab;
-        for (int64_t first = 0; first < rows; first += at_once) {
-          const int64_t count = first + at_once < rows ? at_once : rows - first;
-          const HeadTile tile{first, count, begin, end, logits.data};
-          product.run(product.context, tile);
-          for (int64_t r = first; r < first + count; r++) {
-            RowState* state = states.data + r * tiles + k;
-            *state = {-INFINITY, 0, {0, -INFINITY, 0}};
-            see_row<T>(p, tile, r, records.data + r * blocks, state, end_logits.data + r * p.end_count, pad.data);
-          }
-        }
+    for_head_tiles<T>(rows, p.vocab, h.tile_size, parallel_for, product, [&](const HeadTile& tile, float* pad) {
+      for (int64_t r = tile.first_row; r < tile.first_row + tile.rows; r++) {
+        RowState* state = states.data + r * tiles + tile.begin / h.tile_size;
+        *state = {-INFINITY, 0, {0, -INFINITY, 0}};
+        see_row<T>(p, tile, r, records.data + r * blocks, state, end_logits.data + r * p.end_count, pad);
       }
     });
     parallel_for(0, rows, 1, [&](int64_t from, int64_t to) {

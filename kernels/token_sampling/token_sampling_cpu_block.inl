@@ -19,11 +19,8 @@ enum class Temper { kZero, kOne, kOther };
 template <Temper kTemper, bool kWithCells, class T>
 FD_INLINE Record block_record(const T* z, int64_t n, float inverse) {
   constexpr int kWidth = Vec::kWidth;
-  Vec top[4] = {Vec::set(-INFINITY), Vec::set(-INFINITY), Vec::set(-INFINITY), Vec::set(-INFINITY)};
-  for (int64_t i = 0; i < n; i += 4 * kWidth)
-    for (int k = 0; k < 4; k++) top[k] = max(Vec::load(z + i + k * kWidth), top[k]);
   Record r;
-  r.max = max(max(top[0], top[1]), max(top[2], top[3])).max();
+  r.max = block_maximum(z, n);
   // A block of -Inf alone is measured from 0, so that a NaN among them still shows.
   const Vec from = Vec::set(r.max == -INFINITY ? 0.0f : r.max), floor = Vec::set(kExpFloor), scale = Vec::set(inverse);
   DoubleSum sum, weighted, tempered;
@@ -104,42 +101,6 @@ int64_t scan(const T* z, int64_t n, float maximum, float inverse, float threshol
   }
   return last;
 }
-
-// Where in ascending ids the first one >= id stands.
-FD_INLINE int64_t first_not_below(const int64_t* ids, int64_t count, int64_t id) {
-  int64_t low = 0;
-  while (low < count) {
-    const int64_t middle = (low + count) / 2;
-    if (ids[middle] < id) low = middle + 1; else count = middle;
-  }
-  return low;
-}
-
-// Logits of one row as blocks: whole cells, -Inf beyond the vocabulary and at suppressed ids, widened into `pad` where
-// the logits themselves are not such.
-template <class T>
-struct Blocks {
-  const T* row;      // logits of ids begin, begin + 1, …, end - 1; begin is a multiple of kSampleBlock
-  int64_t begin, end;
-  const int64_t* suppress;
-  int64_t suppress_count;
-  float* pad;  // kSampleBlock floats
-
-  // f(pointer to logits, how many) with the logits of block b (from id b · kSampleBlock on)
-  template <class F>
-  FD_INLINE auto operator()(int64_t b, const F& f) const {
-    const int64_t first = b * kSampleBlock, left = end - first, n = left < kSampleBlock ? left : kSampleBlock;
-    const T* z = row + (first - begin);
-    int64_t s = first_not_below(suppress, suppress_count, first);
-    const bool clean = s == suppress_count || suppress[s] >= first + n;
-    if (clean && n % kSampleCell == 0) return f(z, n);
-    for_lanes<Vec>(n, [&](int64_t i, auto k) { store(load<Vec>(z + i, k), pad + i, k); });
-    const int64_t whole = (n + kSampleCell - 1) / kSampleCell * kSampleCell;
-    for (int64_t i = n; i < whole; i++) pad[i] = -INFINITY;
-    for (; s < suppress_count && suppress[s] < first + n; s++) pad[suppress[s] - first] = -INFINITY;
-    return f(static_cast<const float*>(pad), whole);
-  }
-};
 
 }  // namespace
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

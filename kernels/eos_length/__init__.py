@@ -1,0 +1,1 @@
+"""EoS-first length: reference and kernels."""
