@@ -22,7 +22,8 @@ struct Cpu {
 };
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff, m) {
-  m.def("eos_log_prob(Tensor hidden, Tensor weight, Tensor? bias, Tensor end_token_ids, Tensor excluded_ids) -> Tensor");
+  m.def("eos_log_prob(Tensor hidden, Tensor weight, Tensor? bias, Tensor end_token_ids, Tensor excluded_ids)"
+        " -> Tensor");
   m.def("eos_log_prob_from_logits(Tensor logits, Tensor end_token_ids, Tensor excluded_ids) -> Tensor");
 }
 

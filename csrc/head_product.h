@@ -1,5 +1,5 @@
-// What operators on hidden states share: the head's operands, checked. head_product_cpu.h and head_product_cuda.h multiply
-// them, a tile at a time.
+// What operators on hidden states share: the head's operands, checked. head_product_cpu.h and head_product_cuda.h
+// multiply them, a tile at a time.
 #pragma once
 #include "csrc/tensors.h"
 #include "kernels/common/logit_tiles.h"

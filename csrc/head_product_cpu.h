@@ -8,7 +8,8 @@ namespace fastdiff::torch_binding {
 
 inline Tensor borrow(const void* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                      ScalarType type) {
-  return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, {torch::headeronly::DeviceType::CPU, 0}, type);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU, 0);
+  return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, cpu, type);
 }
 
 // torch's product, on one thread as it is called on one of torch's own; on borrowed memory and below the dispatcher,

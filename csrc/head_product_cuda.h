@@ -10,8 +10,9 @@ namespace fastdiff::torch_binding {
 inline void cuda_head_product(void* context, const HeadTile& tile) {
   const Head& head = *static_cast<const Head*>(context);
   const int64_t ids = tile.end - tile.begin;
+  const ScalarType type = head.hidden.scalar_type();
   const torch::stable::Device device(torch::headeronly::DeviceType::CUDA, head.hidden.get_device_index());
-  const Tensor out = torch::stable::from_blob(tile.logits, {tile.rows, ids}, {ids, 1}, device, head.hidden.scalar_type());
+  const Tensor out = torch::stable::from_blob(tile.logits, {tile.rows, ids}, {ids, 1}, device, type);
   Tensor weight = head.weight;
   weight = torch::stable::narrow(weight, 0, tile.begin, ids);
   OptionalTensor bias = head.bias;

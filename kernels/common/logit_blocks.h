@@ -69,8 +69,8 @@ FD_INLINE float block_maximum(const T* z, int64_t n) {
   return max(max(top[0], top[1]), max(top[2], top[3])).max();
 }
 
-// A head's logits, T each: a thread makes a tile of them, f(tile, pad) looks at it while it is in the thread's cache, then
-// the next; threads wait for one another once. `pad`: 2 · kLogitBlock floats of the thread's own.
+// A head's logits, T each: a thread makes a tile of them, f(tile, pad) looks at it while it is in the thread's cache,
+// then the next; threads wait for one another once. `pad`: 2 · kLogitBlock floats of the thread's own.
 template <class T, class F>
 void for_head_tiles(int64_t rows, int64_t vocab, int64_t tile_size, const ParallelFor& parallel_for,
                     const HeadProduct& product, const F& f) {
@@ -78,7 +78,7 @@ void for_head_tiles(int64_t rows, int64_t vocab, int64_t tile_size, const Parall
   parallel_for(0, divide_up(vocab, tile_size) * parts, 1, [&](int64_t from, int64_t to) {
     const Array<float> pad(2 * kLogitBlock);
     const Array<T> logits(at_once * tile_size);
-    for (int64_t i = from; i < to; i++) {  // all rows of a tile, then the next: its part of the weight stays in the cache
+    for (int64_t i = from; i < to; i++) {  // all rows of some ids, then the next: their part of the weight stays cached
       const int64_t begin = i / parts * tile_size, end = begin + tile_size < vocab ? begin + tile_size : vocab;
       const int64_t first = i % parts * at_once, count = first + at_once < rows ? at_once : rows - first;
       const HeadTile tile{first, count, begin, end, logits.data};

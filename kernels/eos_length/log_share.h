@@ -6,8 +6,8 @@
 
 namespace fastdiff {
 
-// log(E / (E + O)) with E = end_sum · exp(end_max) and O alike: what log(O / E) says of it, with all digits where the share
-// is near one (-O / E) and where it is near zero. A sum of 0 comes with a maximum of -inf.
+// log(E / (E + O)) with E = end_sum · exp(end_max) and O alike: what log(O / E) says of it, with all digits where the
+// share is near one (-O / E) and where it is near zero. A sum of 0 comes with a maximum of -inf.
 FD_HOST_DEVICE float log_share(double end_max, double end_sum, double other_max, double other_sum) {
   const double odds = (other_max - end_max) + (::log(other_sum) - ::log(end_sum));
   const double loss = odds > 0 ? odds + ::log1p(::exp(-odds)) : ::log1p(::exp(odds));  // NaN stays

@@ -1,31 +1,11 @@
 // What a block of 1 024 ids leaves behind: one warp reads it once, 32 ids a lane, all in registers.
 #pragma once
-#include "kernels/common/cuda_dtype.cuh"
+#include "kernels/common/logit_block.cuh"
 #include "kernels/token_sampling/sampling_warp.cuh"
 
 namespace fastdiff::cuda::sampling {
 
-constexpr int kCells = static_cast<int>(kSampleBlock / kSampleCell);
-constexpr int kLaneIds = static_cast<int>(kSampleCell) / kWarp;  // neighbours that a lane has of every cell
-constexpr int kBlockWarps = 4;                                   // a CUDA block of sample_blocks_kernel
-
-// Of kN cells: z[c][k] is id kSampleCell * c + kLaneIds * lane + k, -inf where that does not exist or is suppressed.
-// The same for all dtypes and alignments, so that sums are too.
-template <int kN>
-using LaneLogits = float[kN][kLaneIds];
-using BlockLogits = LaneLogits<kCells>;
-using SuppressMask = uint32_t[kWarp];  // a bit for every id that a lane has
-
-__device__ __forceinline__ int offset_of(int cell, int k) {
-  return static_cast<int>(kSampleCell) * cell + kLaneIds * lane_id() + k;
-}
-
-// Logits of the ids begin <= id < end of all rows: the vocabulary, or a tile of it.
-struct Tile {
-  const void* logits;  // [batch, length, end - begin]
-  int64_t batch_stride, row_stride;
-  int64_t begin, end;  // begin: a multiple of kSampleBlock
-};
+constexpr int kBlockWarps = 4;  // a CUDA block of sample_blocks_kernel
 
 struct BlockRecord {
   double cell[kCells];  // sums of the kept ids' exp((z - maximum) / T); unwritten at T = 0
@@ -43,81 +23,13 @@ struct Workspace {
   const float* thresholds;  // [rows]: ids with logits below are not drawn; nullptr: all ids are kept
 };
 
-__host__ __device__ __forceinline__ int64_t blocks_of(int64_t ids) { return (ids + kSampleBlock - 1) / kSampleBlock; }
+__device__ __forceinline__ IdList suppressed_ids(const TokenSampleParams& p) { return {p.suppress, p.suppress_count}; }
 
 // What logits are multiplied with: 1/T, 0 where T = 0.
 __device__ __forceinline__ float inverse_temperature(const TokenSampleParams& p, float common, int64_t row) {
   if (!p.temperatures) return common;
   const float t = p.temperatures[row];
   return t > 0.0f ? fminf(1.0f / t, 3.40282347e38f) : 0.0f;
-}
-
-__device__ __forceinline__ int64_t row_offset(const TokenSampleParams& p, int64_t batch_stride, int64_t row_stride,
-                                              int64_t row) {
-  const int64_t b = divide(row, p.length);
-  return b * batch_stride + (row - b * p.length) * row_stride;
-}
-
-// kN cells from `at` on, where the row has `ids` more.
-template <int kN, class T>
-__device__ __forceinline__ void load_block(const T* at, int64_t ids, LaneLogits<kN>& z) {
-  const bool aligned = reinterpret_cast<uintptr_t>(at) % (kLaneIds * sizeof(T)) == 0;
-  if (aligned && ids >= kN * kSampleCell) {
-#pragma unroll
-    for (int c = 0; c < kN; ++c) load(at + offset_of(c, 0), z[c]);
-  } else {
-#pragma unroll
-    for (int c = 0; c < kN; ++c) {
-#pragma unroll
-      for (int k = 0; k < kLaneIds; ++k) {
-        z[c][k] = -kInfinity;
-        if (offset_of(c, k) < ids) z[c][k] = to_float(at[offset_of(c, k)]);
-      }
-    }
-  }
-}
-
-// Suppressed ids of the cells that begin with id `first` become -inf. `mask` is the warp's own.
-template <int kN>
-__device__ __forceinline__ void suppress(const TokenSampleParams& p, int64_t first, SuppressMask& mask,
-                                         LaneLogits<kN>& z) {
-  if (p.suppress_count == 0) return;
-  const int64_t from = count_below(p.suppress, p.suppress_count, first);
-  const int64_t to = from + count_below(p.suppress + from, p.suppress_count - from, first + kN * kSampleCell);
-  if (from == to) return;
-  mask[lane_id()] = 0;
-  __syncwarp();
-  for (int64_t i = from + lane_id(); i < to; i += kWarp) {
-    const int64_t offset = p.suppress[i] - first;
-    if (offset < 0 || offset >= kN * kSampleCell) continue;  // a list that is not in order
-    const int in_cell = static_cast<int>(offset % kSampleCell);
-    const int bit = static_cast<int>(offset / kSampleCell) * kLaneIds + in_cell % kLaneIds;
-    atomicOr(&mask[in_cell / kLaneIds], 1u << bit);
-  }
-  __syncwarp();
-  const uint32_t mine = mask[lane_id()];
-#pragma unroll
-  for (int c = 0; c < kN; ++c) {
-#pragma unroll
-    for (int k = 0; k < kLaneIds; ++k) {
-      if (mine >> (c * kLaneIds + k) & 1u) z[c][k] = -kInfinity;
-    }
-  }
-}
-
-// Cells from id `first` on, of a row that begins, with the tile's first id, at element `row`.
-template <int kN>
-__device__ __forceinline__ void load_allowed(const TokenSampleParams& p, const Tile& tile, int64_t row, int64_t first,
-                                             SuppressMask& mask, LaneLogits<kN>& z) {
-  const int64_t at = row + first - tile.begin, ids = tile.end - first;
-  if (p.dtype == DType::kFloat32) {
-    load_block(static_cast<const float*>(tile.logits) + at, ids, z);
-  } else if (p.dtype == DType::kBFloat16) {
-    load_block(static_cast<const __nv_bfloat16*>(tile.logits) + at, ids, z);
-  } else {
-    load_block(static_cast<const __half*>(tile.logits) + at, ids, z);
-  }
-  suppress(p, first, mask, z);
 }
 
 // The lane's sum for each cell becomes the cell's sum: lanes 4 c + (0 … 3) get that of cell c. At each step a lane
@@ -144,16 +56,15 @@ __device__ __forceinline__ double cell_sum(const float (&sums)[kCells]) {
 }
 
 // Their weight without the argmax, in fp64 throughout: they are few, and may be far below what fp32 holds.
-__device__ __forceinline__ double end_weight(const TokenSampleParams& p, const Tile& tile, int64_t row, int64_t first,
-                                             float maximum, int64_t argmax, bool& argmax_is_end) {
+__device__ __forceinline__ double end_weight(const TokenSampleParams& p, const LogitTile& tile, int64_t row,
+                                             int64_t first, float maximum, int64_t argmax, bool& argmax_is_end) {
   double sum = 0.0;
   bool found = false;
   const int64_t last = first + kSampleBlock < tile.end ? first + kSampleBlock : tile.end;
-  const int64_t from = count_below(p.end_tokens, p.end_count, first);
-  const int64_t to = from + count_below(p.end_tokens + from, p.end_count - from, last);
-  for (int64_t i = from + lane_id(); i < to; i += kWarp) {
-    const int64_t id = p.end_tokens[i], place = count_below(p.suppress, p.suppress_count, id);
-    if (id < first || id >= last || (place < p.suppress_count && p.suppress[place] == id)) continue;
+  const IdRange range = ids_between({p.end_tokens, p.end_count}, first, last);
+  for (int64_t i = range.from + lane_id(); i < range.to; i += kWarp) {
+    const int64_t id = p.end_tokens[i];
+    if (id < first || id >= last || has_id(suppressed_ids(p), id)) continue;
     float z[1];
     load(tile.logits, p.dtype, row + id - tile.begin, z);
     if (id == argmax) {
@@ -233,16 +144,17 @@ __device__ __forceinline__ void find_maximum(const BlockLogits& z, BlockRecord& 
 }
 
 // A warp for every block of ids of every row.
-__global__ __launch_bounds__(kBlockWarps * kWarp) void sample_blocks_kernel(const TokenSampleParams p, const Tile tile,
-                                                                            const Workspace w, float common_inverse) {
+__global__ __launch_bounds__(kBlockWarps * kWarp) void sample_blocks_kernel(const TokenSampleParams p,
+                                                                            const LogitTile tile, const Workspace w,
+                                                                            float common_inverse) {
   FD_SHARED(uint32_t, masks, [kBlockWarps][kWarp]);
   const int warp = threadIdx.x / kWarp;
   const int64_t blocks = blocks_of(tile.end - tile.begin), work = p.batch * p.length * blocks;
   for (int64_t i = int64_t{blockIdx.x} * kBlockWarps + warp; i < work; i += int64_t{gridDim.x} * kBlockWarps) {
     const int64_t row = divide(i, blocks), first = tile.begin + (i - row * blocks) * kSampleBlock;
-    const int64_t row_at = row_offset(p, tile.batch_stride, tile.row_stride, row);
+    const int64_t row_at = row_offset(p.length, tile.batch_stride, tile.row_stride, row);
     BlockLogits z;
-    load_allowed(p, tile, row_at, first, masks[warp], z);
+    load_allowed(tile, p.dtype, suppressed_ids(p), row_at, first, masks[warp], z);
 
     BlockRecord r{};
     find_maximum(z, r);

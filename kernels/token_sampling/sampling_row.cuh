@@ -112,9 +112,7 @@ __device__ __forceinline__ double uniform_of(const TokenSampleParams& p, int64_t
 }
 
 __device__ __forceinline__ bool is_allowed(const TokenSampleParams& p, int64_t id) {
-  if (id >= p.vocab) return false;
-  const int64_t place = count_below(p.suppress, p.suppress_count, id);
-  return place == p.suppress_count || p.suppress[place] != id;
+  return id < p.vocab && !has_id(suppressed_ids(p), id);
 }
 
 // One lane writes; drawn.id -1: the argmax.
@@ -145,7 +143,7 @@ __global__ __launch_bounds__(kRowWarps * kWarp, 4) void sample_rows_kernel(const
     Drawn drawn{-1, 0.0f};
     if (s.valid && inverse != 0.0f) {
       const DrawnCell cell = draw_cell(records, blocks, s.maximum, inverse, uniform_of(p, row));
-      const int64_t at = row_offset(p, p.batch_stride, p.row_stride, row) + cell.first;
+      const int64_t at = row_offset(p.length, p.batch_stride, p.row_stride, row) + cell.first;
       const auto logit = [&](int64_t i) {
         float z[1] = {-kInfinity};
         if (is_allowed(p, cell.first + i)) load(p.logits, p.dtype, at + i, z);

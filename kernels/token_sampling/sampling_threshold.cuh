@@ -43,13 +43,13 @@ __device__ __forceinline__ float float_of(uint32_t prefix, int bits) {
 
 // f(z) for the logits of the row; ids beyond its end and suppressed ones are -inf.
 template <class F>
-__device__ __forceinline__ void each_logit(const TokenSampleParams& p, const Tile& tile, int64_t row_at,
+__device__ __forceinline__ void each_logit(const TokenSampleParams& p, const LogitTile& tile, int64_t row_at,
                                            SelectScratch& scratch, const F& f) {
   const int warp = threadIdx.x / kWarp;
   constexpr int64_t kIds = kChunkCells * kSampleCell;
   for (int64_t first = warp * kIds; first < tile.end; first += kThresholdWarps * kIds) {
     LaneLogits<kChunkCells> z;
-    load_allowed(p, tile, row_at, first, scratch.masks[warp], z);
+    load_allowed(tile, p.dtype, suppressed_ids(p), row_at, first, scratch.masks[warp], z);
 #pragma unroll
     for (int c = 0; c < kChunkCells; ++c) {
 #pragma unroll
@@ -102,13 +102,13 @@ __device__ __forceinline__ float radix_select(int passes, SelectScratch& s, cons
 
 // A CUDA block for every row.
 __global__ __launch_bounds__(kThresholdThreads, 2) void sample_threshold_kernel(const TokenSampleParams p,
-                                                                                const Tile tile,
+                                                                                const LogitTile tile,
                                                                                 const ThresholdTask task) {
   FD_SHARED(SelectScratch, scratch, [1]);
   SelectScratch& s = scratch[0];
   const int warp = threadIdx.x / kWarp;
   for (int64_t row = blockIdx.x; row < p.batch * p.length; row += gridDim.x) {
-    const int64_t row_at = row_offset(p, tile.batch_stride, tile.row_stride, row);
+    const int64_t row_at = row_offset(p.length, tile.batch_stride, tile.row_stride, row);
     const auto each = [&](const auto& f) { each_logit(p, tile, row_at, s, f); };
 
     float maximum = -kInfinity;

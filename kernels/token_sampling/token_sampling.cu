@@ -46,7 +46,7 @@ Workspace workspace_of(const TokenSampleParams& p) {
   return {static_cast<BlockRecord*>(p.workspace), needs_thresholds(p) ? thresholds : nullptr};
 }
 
-int launch_threshold(const TokenSampleParams& p, const Tile& tile, float* thresholds, Stream stream) {
+int launch_threshold(const TokenSampleParams& p, const LogitTile& tile, float* thresholds, Stream stream) {
   int bits = 44;  // of a weight below 1; 2^18 ids of them fit in 62 bits, and more ids get fewer
   for (int64_t ids = p.vocab >> 18; ids > 0; ids >>= 1) --bits;
   const int passes = p.dtype == DType::kFloat32 ? 4 : p.dtype == DType::kFloat16 ? 3 : 2;  // of float's bits
@@ -56,7 +56,7 @@ int launch_threshold(const TokenSampleParams& p, const Tile& tile, float* thresh
   return launch_status();
 }
 
-int launch_blocks(const TokenSampleParams& p, const Tile& tile, const Workspace& w, Stream stream) {
+int launch_blocks(const TokenSampleParams& p, const LogitTile& tile, const Workspace& w, Stream stream) {
   const dim3 grid = grid_of(rows_of(p) * blocks_of(tile.end - tile.begin), kBlockWarps);
   const dim3 block(kBlockWarps * kWarp, 1, 1);
   FD_LAUNCH(sample_blocks_kernel, grid, block, 0, stream, p, tile, w, common_inverse(p));
@@ -95,7 +95,7 @@ int sample_tokens(const TokenSampleParams& p, Stream stream) {
   if (rows_of(p) == 0) return 0;
   if (!has_operands(p) || !p.logits) return kInvalidValue;
   const Workspace w = workspace_of(p);
-  const Tile all{p.logits, p.batch_stride, p.row_stride, 0, p.vocab};
+  const LogitTile all{p.logits, p.batch_stride, p.row_stride, 0, p.vocab};
   int status = 0;
   if (w.thresholds) status = launch_threshold(p, all, const_cast<float*>(w.thresholds), stream);
   if (status == 0) status = launch_blocks(p, all, w, stream);
@@ -115,7 +115,7 @@ int lm_head_sample(const LmHeadSampleParams& h, Stream stream, const HeadProduct
   for (int64_t begin = 0; begin < p.vocab; begin += h.tile_size) {
     const int64_t end = begin + h.tile_size < p.vocab ? begin + h.tile_size : p.vocab;
     product.run(product.context, {0, p.batch * p.length, begin, end, h.tile});
-    const Tile tile{h.tile, p.length * (end - begin), end - begin, begin, end};
+    const LogitTile tile{h.tile, p.length * (end - begin), end - begin, begin, end};
     const int status = launch_blocks(p, tile, w, stream);
     if (status) return status;
   }

@@ -37,7 +37,8 @@ int fd_sample_tokens(const fastdiff::TokenSampleParams* p) {
   return guarded([&] { return fastdiff::cuda::sample_tokens(*p, nullptr); });
 }
 int fd_lm_head_sample(fastdiff::LmHeadSampleParams* p) {
-  return guarded([&] { return fastdiff::cuda::lm_head_sample(*p, nullptr, {cuda_on_cpu::run_head_product, p}); });
+  cuda_on_cpu::HeadOperands h{p->hidden, p->weight, p->bias, p->weight_stride, p->dim, p->sample.dtype};
+  return guarded([&] { return fastdiff::cuda::lm_head_sample(*p, nullptr, {cuda_on_cpu::run_head_product, &h}); });
 }
 
 // `chosen` [32]: what every lane got

@@ -23,14 +23,6 @@ constexpr Case kCases[] = {
     {3, 1100, 0.5, 1.0, 0, true},   {2, 7, 0.0, 1.0, 0, true},
 };
 
-// Numbers in [-2, 2) that differ from place to place.
-std::vector<float> numbers(int64_t count) {
-  std::vector<float> v(count);
-  uint32_t state = 1;
-  for (float& x : v) x = static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-22f - 2.0f;
-  return v;
-}
-
 int run_case(const Case& c) {
   constexpr int64_t kDim = 12, kSuppress[] = {1, 3}, kEnd[] = {0, 4};
   const std::vector<float> logits = numbers(c.rows * c.vocab), hidden = numbers(c.rows * kDim);
@@ -64,7 +56,8 @@ int run_case(const Case& c) {
   const int64_t bytes = c.head ? cuda::lm_head_sample_workspace_bytes(h) : cuda::sample_tokens_workspace_bytes(p);
   std::vector<double> workspace(bytes / 8 + 1);
   p.workspace = workspace.data();
-  if (c.head) return cuda::lm_head_sample(h, nullptr, {cuda_on_cpu::run_head_product, &h});
+  cuda_on_cpu::HeadOperands operands{h.hidden, h.weight, h.bias, h.weight_stride, h.dim, p.dtype};
+  if (c.head) return cuda::lm_head_sample(h, nullptr, {cuda_on_cpu::run_head_product, &operands});
   return cuda::sample_tokens(p, nullptr);
 }
 

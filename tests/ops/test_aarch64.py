@@ -10,7 +10,7 @@ import torch
 
 from fastdiff import use_backend
 from fastdiff.kernels.adaln import reference
-from fastdiff.ops import sample_tokens
+from fastdiff.ops import eos_log_prob_from_logits, sample_tokens
 from ops.unmask_cases import MASK, NUMBERS, ORDERS, RULES, problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,11 @@ def sampling_program(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unmask_program(tmp_path_factory):
     return build(tmp_path_factory.mktemp("unmask"), "token_sampling/unmask", "aarch64_unmask.cpp")
+
+
+@pytest.fixture(scope="module")
+def eos_program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("eos"), "eos_length/eos_length", "aarch64_eos_length.cpp")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,3 +107,18 @@ def test_sample_tokens_under_qemu(sampling_program, dtype, vocab, temperature, t
     assert torch.equal(token, exact.token)
     for result, truth in zip(floats, exact[1:4], strict=True):
         torch.testing.assert_close(result, truth, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [5, 1500, 3001])
+def test_eos_log_prob_under_qemu(eos_program, dtype, vocab):
+    end, suppressed, rows = (0, vocab - 1), (1, vocab // 2), 300  # more rows than a tile holds
+    logits = (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * 6).to(dtype)
+    excluded = sorted({*end, *suppressed})
+    data = struct.pack(f"{7 + len(excluded)}q", rows, vocab, DTYPES[dtype], 2, len(excluded), *end, *excluded)
+    done = bytearray(run(eos_program, data + logits.view(torch.uint8).numpy().tobytes()))
+    from_logits, from_hidden = torch.frombuffer(done, dtype=torch.float32).view(2, rows)
+    with use_backend("reference"):
+        exact = eos_log_prob_from_logits(logits, end, suppress_tokens=suppressed)
+    torch.testing.assert_close(from_logits, exact, rtol=1e-6, atol=0)
+    assert torch.equal(from_logits, from_hidden)
