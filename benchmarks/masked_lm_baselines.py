@@ -41,6 +41,11 @@ def softmax_sample(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return token, confidence, -(p * torch.log(p + 1e-10)).sum(dim=-1)
 
 
+def end_log_prob(logits: Tensor, end_token_ids: tuple[int, ...]) -> Tensor:  # [..., V] -> [...]
+    """log P(an end token) as length predictors read it off a softmax of the whole window."""
+    return logits.float().log_softmax(-1)[..., list(end_token_ids)].logsumexp(-1)
+
+
 @torch.no_grad()
 def llada_generate(
     model, prompts: Tensor, new_tokens: int, block_length: int, steps: int, mask_token_id: int

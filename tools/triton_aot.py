@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastdiff.kernels.adaln import triton_kernels
+from fastdiff.kernels.eos_length import triton_kernels as eos_kernels
 from fastdiff.kernels.masked_loss import triton_kernels as loss_kernels
 from fastdiff.kernels.token_sampling import triton_kernels as sampling_kernels
 
@@ -243,6 +244,16 @@ def masked_loss_variants(vocab: int, dtype: torch.dtype, full: bool, want_grad: 
     return variants
 
 
+def eos_length_variants(vocab: int, dtype: torch.dtype, length: int = 64, dim: int = 768) -> list[Variant]:
+    """The kernels that eos_log_prob and eos_log_prob_from_logits launch."""
+    ids = meta(2, dtype=INT64)
+    logits, hidden, weight = (meta(*s, dtype=dtype) for s in ((2, length, vocab), (2, length, dim), (vocab, dim)))
+    with recorded_launches() as variants:
+        eos_kernels.eos_log_prob_from_logits(logits, ids, ids)
+        eos_kernels.eos_log_prob(hidden, weight, None, ids, ids)
+    return variants
+
+
 def labelled_variants() -> dict[Variant, str]:
     """Every kernel variant of every operator that is compiled, with the label of the first case that launches it."""
     labels: dict[Variant, str] = {}
@@ -263,6 +274,8 @@ def labelled_variants() -> dict[Variant, str]:
     for vocab, dtype, full, grad in itertools.product((300, 50257, 126464), (F32, BF16, F16), (False, True), (True,)):
         add("masked_loss", masked_loss_variants(vocab, dtype, full, grad), f"V={vocab} {dtype} full={full}", "TILE")
     add("masked_loss", masked_loss_variants(50257, F32, True, False), "V=50257 without gradient", "TILE")
+    for vocab, dtype in itertools.product((5, 50257, 126464, sampling_kernels.MAX_VOCAB), (F32, BF16, F16)):
+        add("eos_length", eos_length_variants(vocab, dtype), f"V={vocab} {dtype}", "NBLOCKS")
     return labels
 
 

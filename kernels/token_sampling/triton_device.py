@@ -1,9 +1,8 @@
 """Token sampling in Triton: the device code. triton_kernels.py launches it; README.md has the mathematics.
 
 A program of `block_kernel` reads one block of 1 024 ids of one row and leaves a record in a workspace; a program of a
-draw kernel combines a row's records, draws a block, and scans that block again. Ids and their logits are [LANES, 8]: 8
-terms are added in fp32, the lanes and the blocks in fp64. `kinds` says of each id whether it is suppressed or an end
-token (None: neither). An absent operand is None, which compiles away.
+draw kernel combines a row's records, draws a block, and scans that block again. An absent operand is None, which
+compiles away.
 Row and block numbers fit in 32 bits (the launch functions check it); offsets in elements have 64.
 Arguments that change with the batch or the request are not specialised on, so that neither compiles anything.
 """
@@ -11,15 +10,19 @@ Arguments that change with the batch or the request are not specialised on, so t
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.common.triton_logits import (
+    BLOCK,
+    END,
+    SUPPRESSED,
+    WIDTH,
+    block_ids,
+    lane_sums,
+    load_logits,
+    row_offset,
+)
 from fastdiff.kernels.common.triton_math import DRAW_TOKEN, as_double, as_int64, expm1, log1p, philox, uniform53
 
-BLOCK = tl.constexpr(1024)  # README.md: the unit of the cumulative sum
 CELL = tl.constexpr(128)  # what a fused head computes again
-LANES = tl.constexpr(128)
-WIDTH = tl.constexpr(8)
-
-SUPPRESSED = tl.constexpr(1)  # kinds
-END = tl.constexpr(2)
 
 # Fields of the records [FIELDS, rows, blocks], fp64. All but the maximum and SUM leave the block's first argmax out.
 MAXIMUM = tl.constexpr(0)  # NaN where the block has NaN or +inf
@@ -33,36 +36,6 @@ FIELDS = 6
 _CALL = ["rows", "length", "batch_stride", "row_stride", "temperature_low", "temperature_high"]
 _TILE = ["first_block", "tile_blocks"]
 _RANDOM = ["seed_low", "seed_high", "step_number"]
-
-
-@triton.jit
-def _row_offset(row, length, batch_stride, row_stride, ALIGNED: tl.constexpr):
-    """Where the logits of row b * length + l start, in elements. ALIGNED: both strides are multiples of 16."""
-    offset = (row // length).to(tl.int64) * batch_stride + (row % length).to(tl.int64) * row_stride
-    if ALIGNED:
-        offset = tl.multiple_of(offset, 16)
-    return offset
-
-
-@triton.jit
-def _load_logits(ptr, ids, vocab, kinds_ptr):
-    """ptr[ids] as fp32; -inf where an id is suppressed or past the last one."""
-    inside = ids < vocab
-    z = tl.load(ptr + ids, mask=inside, other=float("-inf")).to(tl.float32)
-    if kinds_ptr is not None:
-        z = tl.where(tl.load(kinds_ptr + ids, mask=inside, other=0) == SUPPRESSED, float("-inf"), z)
-    return z
-
-
-@triton.jit
-def _block_ids(first):
-    return first + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-
-
-@triton.jit
-def _lane_sums(t):
-    """[LANES, WIDTH] -> [LANES]: 8 terms in fp32, then fp64."""
-    return tl.sum(t, axis=1).to(tl.float64)
 
 
 @triton.jit
@@ -107,9 +80,9 @@ def block_kernel(
     program = tl.program_id(0)
     row = program // tile_blocks
     block = first_block + program % tile_blocks
-    offset = _row_offset(row, length, batch_stride, row_stride, ALIGNED) - first_block.to(tl.int64) * BLOCK
-    ids = _block_ids(block * BLOCK)
-    z = _load_logits(logits_ptr + offset, ids, vocab, kinds_ptr)
+    offset = row_offset(row, length, batch_stride, row_stride, ALIGNED) - first_block.to(tl.int64) * BLOCK
+    ids = block_ids(block * BLOCK)
+    z = load_logits(logits_ptr + offset, ids, vocab, kinds_ptr)
 
     invalid = tl.max(((z != z) | (z == float("inf"))).to(tl.int32))
     z = tl.where(z != z, float("-inf"), z)
@@ -120,8 +93,8 @@ def block_kernel(
     second = tl.max(tl.where(is_top, float("-inf"), z))
     weights = tl.exp(z - origin)
     others = tl.where(is_top, 0.0, weights)
-    sum_of_others = tl.sum(_lane_sums(others))
-    weighted = tl.sum(_lane_sums(tl.where(others > 0, others * (z - origin), 0.0)))
+    sum_of_others = tl.sum(lane_sums(others))
+    weighted = tl.sum(lane_sums(tl.where(others > 0, others * (z - origin), 0.0)))
 
     field = rows.to(tl.int64) * blocks
     at = row.to(tl.int64) * blocks + block
@@ -132,9 +105,9 @@ def block_kernel(
     tl.store(records_ptr + WEIGHTED * field + at, weighted)
     if ENDS:
         is_end = tl.load(kinds_ptr + ids, mask=ids < vocab, other=0) == END
-        tl.store(records_ptr + END_MASS * field + at, tl.sum(_lane_sums(tl.where(is_end, others, 0.0))))
+        tl.store(records_ptr + END_MASS * field + at, tl.sum(lane_sums(tl.where(is_end, others, 0.0))))
     if SUMS:
-        lanes = _lane_sums(_weights(z, origin, _inverse(_temperature(
+        lanes = lane_sums(_weights(z, origin, _inverse(_temperature(
             temperatures_ptr, row, temperature_low, temperature_high)), SCALED))  # fmt: skip
         tl.store(records_ptr + SUM * field + at, tl.sum(lanes))
         if cells_ptr is not None:
@@ -264,8 +237,8 @@ def draw_kernel(
         )  # fmt: skip
         temperature = _temperature(temperatures_ptr, row, temperature_low, temperature_high)
         index = tl.arange(0, BLOCK)
-        offset = _row_offset(row, length, batch_stride, row_stride, ALIGNED)
-        z = _load_logits(logits_ptr + offset, chosen * BLOCK + index, vocab, kinds_ptr)
+        offset = row_offset(row, length, batch_stride, row_stride, ALIGNED)
+        z = load_logits(logits_ptr + offset, chosen * BLOCK + index, vocab, kinds_ptr)
         weights = _weights(z, block_maximum, _inverse(temperature), SCALED)
         if thresholds_ptr is not None:
             weights = tl.where(z >= tl.load(thresholds_ptr + row), weights, 0.0)

@@ -12,17 +12,16 @@ import torch
 import triton
 from torch import Tensor
 
+from fastdiff.kernels.common import triton_logits as logits_of
 from fastdiff.kernels.common.triton_math import double_words, seed_words, word
 
 from . import triton_device as device
 from . import triton_threshold_device as threshold_device
 from .triton_unmask import unmask_ as unmask_
 
-BLOCK = 1024
+BLOCK = logits_of.BLOCK.value
 CELL = 128
-MAX_PROGRAMS = 2**31 - 1  # a grid's first dimension
-MAX_VOCAB = 1024 * BLOCK  # a row's records are combined in registers
-MIN_RECORDS = 16
+MAX_VOCAB = logits_of.MAX_VOCAB
 HEAD_TILE = 8192  # ids a matrix product of lm_head_sample makes: 64 thread blocks of 128 columns, 6 % of 126 464 ids
 SPAN = 4  # blocks that the search of a threshold reads at a time
 DRAW_WARPS, HEAD_WARPS = 4, 8
@@ -30,29 +29,9 @@ MAX_REGISTERS = 255  # a thread; told so, ptxas does not spill a register or two
 HEAD_CHUNK = 64  # columns of hidden at a time, where a cell's logits are computed again
 
 
-def _check(rows: int, vocab: int) -> int:
-    """The number of blocks a row. Raises ValueError where a launch cannot count the programs."""
-    blocks = triton.cdiv(vocab, BLOCK)
-    if vocab > MAX_VOCAB:
-        raise ValueError(f"logits: {vocab} ids; the triton backend takes at most {MAX_VOCAB}: use another backend")
-    if rows * blocks > MAX_PROGRAMS:
-        most = MAX_PROGRAMS // blocks
-        raise ValueError(
-            f"logits: {rows} rows; the triton backend takes at most {most} of {vocab} ids: split the batch"
-        )
-    return blocks
-
-
 def _kinds(vocab: int, suppress_tokens: Tensor | None, end_token_ids: Tensor | None, device: torch.device):
     """uint8 [V]: SUPPRESSED (end tokens too), END or 0 for each id; None where neither is given."""
-    if suppress_tokens is None and end_token_ids is None:
-        return None
-    kinds = torch.zeros(vocab, dtype=torch.uint8, device=device)
-    if end_token_ids is not None:
-        kinds.index_fill_(0, end_token_ids, 2)
-    if suppress_tokens is not None:
-        kinds.index_fill_(0, suppress_tokens, 1)
-    return kinds
+    return logits_of.kinds_of(vocab, device, (end_token_ids, logits_of.END), (suppress_tokens, logits_of.SUPPRESSED))
 
 
 def _random(seeds, seed: int, steps, step: int, sequence_ids, positions) -> dict[str, object]:
@@ -95,11 +74,6 @@ def _records(rows: int, blocks: int, like: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _aligned(tensor: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 elements from the first."""
-    return all(stride % 16 == 0 for stride in tensor.stride()[:-1])
-
-
 def sample_tokens(
     logits: Tensor,  # [B, L, V]
     temperatures: Tensor | None,  # fp32 [B * L]
@@ -122,7 +96,7 @@ def sample_tokens(
     """
     batch, length, vocab = logits.shape
     rows = batch * length
-    blocks = _check(rows, vocab)
+    blocks = logits_of.count_blocks(rows, vocab)
     out = _Outputs(logits, end_token_ids is not None)
     if rows == 0:
         return out.tensors()
@@ -133,10 +107,10 @@ def sample_tokens(
     records = _records(rows, blocks, logits)
     common = {
         "logits_ptr": logits, "kinds_ptr": kinds, "rows": rows, "length": length, "vocab": vocab, "blocks": blocks,
-        "batch_stride": logits.stride(0), "row_stride": logits.stride(1), "ALIGNED": _aligned(logits), **heat,
+        "batch_stride": logits.stride(0), "row_stride": logits.stride(1), "ALIGNED": logits_of.aligned(logits), **heat,
     }  # fmt: skip
     thresholds = None
-    nblocks = max(triton.next_power_of_2(blocks), MIN_RECORDS)
+    nblocks = logits_of.padded_blocks(blocks)
     with torch.cuda.device_of(logits):
         device.block_kernel[(rows * blocks,)](
             **common, **records, cells_ptr=None, first_block=0, tile_blocks=blocks, ENDS=end_token_ids is not None,
@@ -191,7 +165,7 @@ def lm_head_sample(
     """
     batch, length, dim = hidden.shape
     rows, vocab = batch * length, weight.shape[0]
-    blocks = _check(rows, vocab)
+    blocks = logits_of.count_blocks(rows, vocab)
     out = _Outputs(hidden, end_token_ids is not None)
     if rows == 0:
         return out.tensors()
@@ -206,15 +180,9 @@ def lm_head_sample(
     sizes = {"rows": rows, "length": length, "vocab": vocab, "blocks": blocks}
     random = _random(seeds, seed, steps, step, sequence_ids, positions)
     flat = hidden.view(rows, dim)
-    nblocks = max(triton.next_power_of_2(blocks), MIN_RECORDS)
+    nblocks = logits_of.padded_blocks(blocks)
     with torch.cuda.device_of(hidden):
-        for begin in range(0, vocab, tile):
-            end = min(begin + tile, vocab)
-            part, view = weight[begin:end].t(), logits[:, : end - begin]
-            if bias is None:
-                torch.mm(flat, part, out=view)
-            else:
-                torch.addmm(bias[begin:end], flat, part, out=view)
+        for begin, end in logits_of.head_tiles(flat, weight, bias, logits):
             tile_blocks = triton.cdiv(end - begin, BLOCK)
             device.block_kernel[(rows * tile_blocks,)](
                 logits_ptr=logits, kinds_ptr=kinds, cells_ptr=cells, **records, **heat, rows=rows, length=rows,

@@ -7,23 +7,18 @@ readings for each of the two; one of `kept_sum_kernel` completes a block's recor
 import triton
 import triton.language as tl
 
-from fastdiff.kernels.common.triton_math import as_double
-
-from .triton_device import (
-    _CALL,
+from fastdiff.kernels.common.triton_logits import (
     BLOCK,
     LANES,
-    MAXIMUM,
-    SUM,
     WIDTH,
-    _block_ids,
-    _inverse,
-    _lane_sums,
-    _load_logits,
-    _row_offset,
-    _temperature,
-    _weights,
+    block_ids,
+    lane_sums,
+    load_logits,
+    row_offset,
 )
+from fastdiff.kernels.common.triton_math import as_double
+
+from .triton_device import _CALL, MAXIMUM, SUM, _inverse, _temperature, _weights
 
 _THRESHOLD = ["top_k", "top_p_low", "top_p_high"]
 
@@ -55,12 +50,12 @@ def _above(
         block = first + tl.arange(0, SPAN)
         if tl.max(tl.load(maxima_ptr + block, mask=block < blocks, other=float("-inf"))) >= threshold:
             ids = first * BLOCK + tl.arange(0, SPAN * LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-            z = _load_logits(ptr, ids, vocab, kinds_ptr)
+            z = load_logits(ptr, ids, vocab, kinds_ptr)
             kept = (z >= threshold) & (z > float("-inf"))
             if COUNT:
-                total += _lane_sums(kept.to(tl.float32))
+                total += lane_sums(kept.to(tl.float32))
             else:
-                total += _lane_sums(tl.where(kept, _weights(z, maximum, inverse, SCALED), 0.0))
+                total += lane_sums(tl.where(kept, _weights(z, maximum, inverse, SCALED), 0.0))
     return tl.sum(total)
 
 
@@ -74,7 +69,7 @@ def threshold_kernel(
 ):  # fmt: skip
     """The smallest logit that top-k, then top-p keep: bisection over all fp32 numbers. Grid: (rows,)."""
     row = tl.program_id(0)
-    ptr = logits_ptr + _row_offset(row, length, batch_stride, row_stride, ALIGNED)
+    ptr = logits_ptr + row_offset(row, length, batch_stride, row_stride, ALIGNED)
     maxima_ptr = records_ptr + row.to(tl.int64) * blocks  # MAXIMUM is the first field
     block = tl.arange(0, NBLOCKS)
     maxima = tl.load(maxima_ptr + block, mask=block < blocks, other=float("-inf"))
@@ -124,8 +119,8 @@ def kept_sum_kernel(
     maximum = tl.load(records_ptr + MAXIMUM * (rows.to(tl.int64) * blocks) + at).to(tl.float32)
     total = tl.zeros([], tl.float64)
     if (maximum >= threshold) & (tl.abs(maximum) < float("inf")):
-        offset = _row_offset(row, length, batch_stride, row_stride, ALIGNED)
-        z = _load_logits(logits_ptr + offset, _block_ids(block * BLOCK), vocab, kinds_ptr)
+        offset = row_offset(row, length, batch_stride, row_stride, ALIGNED)
+        z = load_logits(logits_ptr + offset, block_ids(block * BLOCK), vocab, kinds_ptr)
         inverse = _inverse(_temperature(temperatures_ptr, row, temperature_low, temperature_high))
-        total = tl.sum(_lane_sums(tl.where(z >= threshold, _weights(z, maximum, inverse, SCALED), 0.0)))
+        total = tl.sum(lane_sums(tl.where(z >= threshold, _weights(z, maximum, inverse, SCALED), 0.0)))
     tl.store(records_ptr + SUM * (rows.to(tl.int64) * blocks) + at, total)

@@ -19,9 +19,9 @@ def _ids(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def compare(results, exact, inputs: Inputs, tolerance: float) -> None:
-    """One by one, in relative terms: near 0 and far below it all digits count. `inputs` may allow for the product's."""
+    """One by one, in relative terms: near 0 and far below it all digits count; a head's logits have their own error."""
     result, truth = results[0].double().cpu(), exact[0]
-    absolute = 0.0 if "logits" in inputs else 1e-5  # seen: 1.9e-6, from the products' order of sums
+    absolute = 0.0 if "logits" in inputs else 1e-5  # seen: 3.3e-6, from the products' order of sums
     same = (result == truth) | (result.isnan() & truth.isnan())
     bad = ((result - truth).abs() > tolerance * truth.abs() + absolute) & ~same
     assert not bad.any(), f"{result[bad][:3]} for {truth[bad][:3]}"
@@ -113,7 +113,7 @@ EOS_LOGITS = Operator(
     lambda logits, **kw: (ops.eos_log_prob_from_logits(logits, **kw),),
     lambda **kw: (reference.eos_log_prob_from_logits(kw["logits"], *_ids(kw)),),
     _logits_cases(),
-    tolerance={F32: 1e-6, BF16: 1e-6, F16: 1e-6},
+    tolerance={F32: 2e-7, BF16: 2e-7, F16: 2e-7},  # seen: 6.9e-8
     dtypes=[Dtypes(F32, F32), Dtypes(BF16, BF16), Dtypes(F16, F16)],
     batch="batch",
     second=_second,
