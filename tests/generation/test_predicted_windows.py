@@ -21,7 +21,8 @@ class Told(LengthPredictor):
 
     def __call__(self, input_ids, attention_mask=None, **encoder):
         prediction = super().__call__(input_ids, attention_mask, **encoder)
-        lengths = attention_mask.sum(1).tolist() if attention_mask is not None else [input_ids.shape[1]] * len(input_ids)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        lengths = real.sum(1).tolist()
         bounds = [BOUNDS[length] for length in lengths]
         return LengthPrediction(bounds, prediction.probe, prediction.passes, prediction.reading)
 
