@@ -3,8 +3,8 @@
 FASTDIFF_LENGTH_RUN=folder is a run of recipe length_numbers with a calibration (`python -m fastdiff.evaluate RUN
 --length` makes it): held-out prompts, a window of 256 tokens, blocks of 16, one token a step but where a threshold is
 named. FASTDIFF_LENGTH_PROMPTS (16) are as many prompts; batches have prompts of one length, since the public loop takes
-no others. "one block" are bounds forced to a single block: rows must grow. FASTDIFF_LENGTH_ANSWERS (512) are the prompts
-of a table of exact matches.
+no others. "one block" are bounds forced to a single block: rows must grow. FASTDIFF_LENGTH_ANSWERS (512) prompts are in
+a table of exact matches.
 """
 
 import os
