@@ -19,6 +19,7 @@ _WATCHED = 3  # sequences shown by --watch
 def make_parser() -> ArgumentParser:
     """The command's arguments; decoding options that are None are what the run's recipe says."""
     from fastdiff.generation.options import add_generation_options
+    from fastdiff.models.masked_lm_config import LENGTH_FORMATS
 
     parser = ArgumentParser(
         prog="python -m fastdiff.generate",
@@ -41,6 +42,11 @@ def make_parser() -> ArgumentParser:
     add("--chat", action="store_true", help="each prompt is a user's message, put into the tokenizer's chat template")
     add("--num-samples", type=int, default=1, help="samples of each prompt")
     add("--batch-size", type=int, default=16, help="samples decoded at once; it does not change them")
+    add(
+        "--length-format",
+        choices=LENGTH_FORMATS,
+        help="of --length auto, for a checkpoint whose config does not say how answers ended in training",
+    )
     add("--watch", action="store_true", help="show the text as it takes shape")
     add("--output", type=str, help="a .jsonl file to write the samples to")
     add("--weights", choices=("ema", "model"), default="ema", help="of a run: averaged or plain weights")
@@ -82,11 +88,13 @@ def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> 
     options = generation_options(arguments, {"max_new_tokens": DEFAULT_NEW_TOKENS, **defaults})
     if options.get("seed") is None:
         options["seed"] = secrets.randbelow(2**31)
+    if arguments.length_format is not None and options.get("length") != "auto":
+        raise ValueError(f"--length-format is {arguments.length_format}, which is of --length auto; pass that, too")
     config = _config(options, {name: value for name, value in defaults.items() if options.get(name) == value})
     loaded = load_language_model(
         arguments.model, weights=arguments.weights, device=arguments.device, dtype=arguments.dtype
     )
-    predictor = load_length_predictor(loaded, config)
+    predictor = load_length_predictor(loaded, config, arguments.length_format)
     if predictor is not None and not predictor.calibrated:
         print(
             f"length: {loaded.source} has no calibration, so coverage {config.coverage} is the model's own word; "

@@ -238,11 +238,14 @@ def load_language_model(
     return LanguageModel(model.to(device), tokenizer, step, None if recipe is None else folder, recipe, Path(source))
 
 
-def load_length_predictor(loaded: LanguageModel, config: "MaskedDiffusionGenerationConfig") -> "LengthPredictor | None":
+def load_length_predictor(
+    loaded: LanguageModel, config: "MaskedDiffusionGenerationConfig", length_format: str | None = None
+) -> "LengthPredictor | None":
     """What length="auto" is decoded with: the rule "cdf", by the calibration beside the checkpoint where there is one.
 
     None for length="fixed". Without a calibration the predictor takes the model at its word, in a window of
-    max_new_tokens; a calibrated one reads the window that it was calibrated on.
+    max_new_tokens; a calibrated one reads the window that it was calibrated on. `length_format` is that of a checkpoint
+    whose config names none.
 
     Raises:
         ValueError: the calibration was made for another checkpoint or tokenizer, or from too few pairs for the coverage
@@ -256,7 +259,9 @@ def load_length_predictor(loaded: LanguageModel, config: "MaskedDiffusionGenerat
     if (loaded.source / CALIBRATION_FILE).is_file():
         calibration = load_calibration(loaded.source, "cdf", loaded.model, loaded.tokenizer)
         window = calibration.window
-    return LengthPredictor(loaded.model, window=window, calibration=calibration, coverage=config.coverage)
+    return LengthPredictor(
+        loaded.model, window=window, length_format=length_format, calibration=calibration, coverage=config.coverage
+    )
 
 
 def _place(path: Path) -> tuple[RunFolder, Path | None]:
