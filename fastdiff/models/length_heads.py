@@ -15,7 +15,7 @@ from fastdiff.version import __version__
 _MODEL_TYPE = "fastdiff_length_head"  # transformers' key, so that a loader of language models can name what it refuses
 
 
-def save_length_head(head: nn.Module, folder: str | Path, **about: Any) -> None:
+def save_length_head(head: nn.Module, folder: str | Path, /, **about: Any) -> None:
     """Writes an `EndClassifier` or `LengthRegressor`, each file whole or not at all.
 
     Args:

@@ -12,7 +12,8 @@ from fastdiff.data.stream import EpochStream
 from fastdiff.data.text import load_text_data
 from fastdiff.data.text_batches import pair_windows, window_length
 from fastdiff.data.text_parts import TextData, TextPart
-from fastdiff.generation.calibration import model_hash, prompt_mean
+from fastdiff.generation.calibration import model_hash
+from fastdiff.generation.length_probe import mean_embedding
 from fastdiff.models.length_heads import read_length_head, save_length_head
 from fastdiff.nn.length_heads import LENGTH_HEADS
 from fastdiff.training.held_out import evenly_spaced, text_of_run
@@ -124,7 +125,7 @@ class LengthHeadTask:
         dtype = autocast_dtype(self.config.training, device.type)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             if self.config.head == "regression":
-                return prompt_mean(model, batch["prompt_ids"], batch["prompt_mask"])
+                return mean_embedding(model, batch["prompt_ids"], batch["prompt_mask"])
             inputs = {}
             if model.config.num_encoder_layers:
                 inputs["encoder_hidden_states"] = model.encode(batch["prompt_ids"], batch["prompt_mask"])

@@ -16,8 +16,7 @@ def save_loss_curve(
         metrics: a run's metrics.jsonl.
         path: of the PNG.
         decay: of the moving average; None takes one that fits the number of steps.
-        validation: a run's validation.jsonl; its nats_per_token are drawn with their standard error, or, where there are
-            none, its loss.
+        validation: a run's validation.jsonl; its nats_per_token are drawn with their standard error, else its loss.
 
     Raises:
         ValueError: the file has no steps.

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from fastdiff import evaluate, generate, sample, train
 from fastdiff.cli import load_recipe, parse_recipe
+from fastdiff.generation.calibration import prompt_inputs
+from fastdiff.generation.length import LengthPredictor
 from fastdiff.models.length_heads import read_length_head, save_length_head
 from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
 from fastdiff.training import Trainer
@@ -222,7 +224,8 @@ def test_a_head_is_loaded_for_its_own_model_alone(trained, run, tmp_path):
         assert all(torch.equal(tensor, averaged[name]) for name, tensor in head.state_dict().items())
     plain = load_length_head(outcome.checkpoint, model, weights="model")
     assert torch.equal(plain.out.weight, load_file(outcome.checkpoint / "model.safetensors")["out.weight"])
-    save_length_head(head, tmp_path / "head", **{**read_length_head(outcome.checkpoint)[1], "note": "of a test"})
+    save_length_head(head, tmp_path / "head", model_hash=task.model_hash, note="of a test")
+    assert read_length_head(tmp_path / "head")[1]["note"] == "of a test"
     again = load_length_head(tmp_path / "head", model.to(torch.bfloat16))  # the same model in another type
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in again.state_dict().items())
     states = torch.randn(3, 5, 48, dtype=torch.bfloat16)
@@ -230,6 +233,19 @@ def test_a_head_is_loaded_for_its_own_model_alone(trained, run, tmp_path):
     assert output.shape == ((3, 5) if kind is EndClassifier else (3,)) and output.dtype == torch.float32
     with pytest.raises(ValueError, match="a length head for another model than this one"):
         load_length_head(outcome.checkpoint, load_language_model(run, weights="model").model)
+
+
+def test_bounds_of_a_trained_head(trained, run):
+    task, _, outcome = trained
+    model = load_language_model(run).model
+    predictor = LengthPredictor(
+        model, window=WINDOW, rule=task.config.head, head=load_length_head(outcome.checkpoint, model)
+    )
+    part = task.data.held_out
+    prompts = [part.conditions.document(i).tolist() for i in range(len(part))]
+    bounds = torch.tensor(predictor(**prompt_inputs(model, prompts)).bounds)
+    lengths = part.targets.document_lengths.clamp(max=WINDOW)
+    assert ((bounds - lengths).abs() <= 1).float().mean() > 0.9
 
 
 def test_what_is_no_head(run, trained, tmp_path):
@@ -294,7 +310,8 @@ def test_a_model_that_is_no_run_with_pairs_of_ones_own(run, make_recipe, pairs, 
     loaded = load_language_model(run)
     loaded.model.save_pretrained(tmp_path / "foreign")
     loaded.tokenizer.save_pretrained(tmp_path / "foreign")
-    data = ("--data.name", "jsonl", "--data.path", pairs, "--data.sample", "pairs", "--data.max_length", 9)
+    data = ("--data.name", "jsonl", "--data.path", pairs, "--data.sample", "pairs")
+    data += ("--data.min_length", 2, "--data.max_length", 9)
     steps = ("--training.max_steps", 2, "--training.output_dir", tmp_path / "out")
     recipe = make_recipe("--run", tmp_path / "foreign", *data, *steps)
     task = LengthHeadTask(recipe)
