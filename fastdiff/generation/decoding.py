@@ -19,7 +19,7 @@ from torch.nn import functional
 from fastdiff.generation.canvas import Canvas, padding_last
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts, condition_names
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
-from fastdiff.generation.length import LengthPredictor
+from fastdiff.generation.length import LengthPredictor, mean_embedding
 from fastdiff.generation.passes import Passes, Predicting, on_cpu, probed
 from fastdiff.generation.rows import Rows, Turn, planned_turns
 from fastdiff.generation.stopping import Stopping
@@ -126,15 +126,17 @@ def generate(
     model.eval()
     try:
         names = condition_names(encoder_input_ids, encoder_mask, encoder_hidden_states)
+        prompt_mean = None
         if encoder_input_ids is not None:
             if encoder_mask is not None:
                 encoder_input_ids = padding_last(encoder_input_ids, encoder_mask)
                 encoder_mask = padding_last(encoder_mask, encoder_mask)
+            prompt_mean = mean_embedding(model, encoder_input_ids, encoder_mask)
             encoder_hidden_states = model.encode(encoder_input_ids, encoder_mask)
         context = (encoder_hidden_states, encoder_mask)
         predicted = None
         if predictor is not None:
-            predicted = predict_windows(predictor, config, input_ids, attention_mask, *context)
+            predicted = predict_windows(predictor, config, input_ids, attention_mask, *context, prompt_mean)
         canvas = Canvas(
             input_ids,
             attention_mask,

@@ -27,13 +27,18 @@ def predict_windows(
     attention_mask: Tensor | None,  # bool [B, P]
     encoder_states: Tensor | None,  # [B, M, D]
     encoder_mask: Tensor | None,  # bool [B, M]
+    prompt_mean: Tensor | None,  # [B, D]
 ) -> PredictedWindows:
     """A row's bound and an end token, rounded up to `config.growth`, at most max_new_tokens.
 
     A bound of the predictor's whole window says nothing: that window is taken.
     """
     prediction = predictor(
-        input_ids, attention_mask, encoder_hidden_states=encoder_states, encoder_attention_mask=encoder_mask
+        input_ids,
+        attention_mask,
+        encoder_hidden_states=encoder_states,
+        encoder_attention_mask=encoder_mask,
+        prompt_mean=prompt_mean,
     )
     growth, windows = config.growth, []
     for bound in prediction.bounds:
