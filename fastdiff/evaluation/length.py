@@ -1,4 +1,4 @@
-"""How good bounds on the lengths of answers are: how often right, how tight, how many tokens of the window they save."""
+"""How good bounds on the lengths of answers are: how often right, how tight, how many tokens they save."""
 
 import math
 from collections.abc import Sequence
@@ -52,19 +52,19 @@ class LengthMeasures:
 
 
 def length_measures(
-    bounds: Sequence[int] | NDArray,
-    lengths: Sequence[int] | NDArray,
+    bounds: Sequence[int] | NDArray,  # [N]
+    lengths: Sequence[int] | NDArray,  # [N]
     window: int,
     *,
     resamples: int = 1000,
     seed: int = 0,
 ) -> LengthMeasures:
-    """Measures of the bounds [N] on the answers' lengths [N] in a window of so many tokens.
+    """Measures of bounds on the lengths of answers in a window of so many tokens.
 
-    Intervals are percentiles of a bootstrap over the rows; equal `seed`s and numbers of rows draw the same rows, so that
-    rules are compared on the same resamples. They tell what other answers of this kind would give with the same bounds'
-    rule: which pairs calibrated it is taken as given. Where every row agrees, all bounds correct, say, an interval has
-    no width.
+    Intervals are percentiles of a bootstrap over the rows; equal `seed`s and numbers of rows draw the same rows, so
+    that rules are compared on the same resamples. They tell how much other answers of the kind would change the measure of
+    these bounds' rule as it is: which pairs calibrated it counts as given. Where all rows agree (every bound is
+    correct), an interval has no width.
 
     Raises:
         ValueError: no rows, not as many bounds as lengths, a negative length, bounds outside of 0 … window, or fewer

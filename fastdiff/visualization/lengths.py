@@ -14,8 +14,8 @@ from PIL import Image
 
 from fastdiff.cli import write_output
 
-# Okabe & Ito's colours, which colour-blind readers tell apart, without their yellow, too light on white; a marker of its
-# own tells each rule without colour
+# Okabe & Ito's colours, which colour-blind readers tell apart, without their yellow, too light on white; markers tell
+# the rules apart without colour
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#7F7F7F", "#8C6D31")
 _MARKERS = ("o", "s", "^", "D", "v", "<", ">", "p", "h")
 _RIGHT, _CUT = "#0072B2", "#D55E00"
@@ -56,7 +56,7 @@ class RuleTradeoff:
 
 
 def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: str | Path, *, title: str = "") -> Path:
-    """Writes a PNG with a panel a rule: bound against true length, one dot for equal pairs of them, its area their count.
+    """Writes a PNG with a panel a rule: bound against true length. Equal answers share a dot; its area is their number.
 
     Dots below the diagonal are answers that the bound would cut.
 
