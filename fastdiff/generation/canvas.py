@@ -5,11 +5,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def padding_last(ids: Tensor, real: Tensor) -> Tensor:  # int64 [B, P], bool [B, P] -> int64 [B, P]
     """The real tokens of each row at its beginning, in their order, so that they have the positions they have alone."""
     return ids.gather(1, (~real).to(torch.int8).argsort(dim=1, stable=True))
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:  # int64, bool [B, P]
+    """Rows of ids, padded on the right, and where they are not padding."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
 
 
 class Canvas:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from fastdiff.generation.canvas import padded
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.decoding import GenerationStatistics, Streamer, generate
 
@@ -207,10 +207,3 @@ def end_token_ids(model: nn.Module, tokenizer: Any, config: MaskedDiffusionGener
 def until_end(tokens: list[int], end: Sequence[int]) -> list[int]:
     """The tokens before the first end token."""
     return tokens[: next((i for i, token in enumerate(tokens) if token in end), len(tokens))]
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:  # int64, bool [B, P]
-    """Rows of ids, padded on the right, and where they are not padding."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
