@@ -62,8 +62,8 @@ def length_measures(
     """Measures of bounds on the lengths of answers in a window of so many tokens.
 
     Intervals are percentiles of a bootstrap over the rows; equal `seed`s and numbers of rows draw the same rows, so
-    that rules are compared on the same resamples. They tell how much other answers of the kind would change the measure of
-    these bounds' rule as it is: which pairs calibrated it counts as given. Where all rows agree (every bound is
+    that rules are compared on the same resamples. They tell how much other answers of the kind would change the
+    measure of a rule as it is: which pairs calibrated it counts as given. Where all rows agree (every bound is
     correct), an interval has no width.
 
     Raises:
