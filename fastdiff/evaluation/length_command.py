@@ -19,9 +19,10 @@ from fastdiff.generation.length_rules import EXPANSION_RULES, LENGTH_RULES
 from fastdiff.training.held_out import evenly_spaced
 from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model
 
-# Options that mean something with --length; any other one that is given is refused.
-USED = {"run", "weights", "device", "output", "seed", "length", "coverage", "window", "length_heads", "num_pairs",
-        "length_expansion_pairs", "batch_size"}  # fmt: skip
+# Fields of `LengthOptions` and the options of the command line that set them.
+_OPTIONS = {"window": "window", "coverage": "coverage", "num_pairs": "num_pairs", "heads": "length_heads",
+            "expansion_pairs": "length_expansion_pairs", "batch_size": "batch_size", "seed": "seed"}  # fmt: skip
+_USED = {"run", "weights", "device", "output", "length", *_OPTIONS.values()}  # any other one that is given is refused
 RESAMPLES = 1000
 
 
@@ -49,11 +50,12 @@ class LengthOptions:
 
     def __post_init__(self):
         check_coverage(self.coverage)
-        for name, option, least in (("window", "window", 1), ("num_pairs", "num-pairs", 2), ("batch_size",) * 2 + (1,),
-                                    ("expansion_pairs", "length-expansion-pairs", 0), ("seed", "seed", 0)):  # fmt: skip
+        least = {"window": 1, "num_pairs": 2, "batch_size": 1, "expansion_pairs": 0, "seed": 0}
+        for name, lowest in least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{option.replace('_', '-')} is {value}; expected at least {least}")
+            if value is not None and value < lowest:
+                option = _OPTIONS[name].replace("_", "-")
+                raise ValueError(f"--{option} is {value}; expected at least {lowest}")
 
 
 def evaluate_lengths(arguments: Any) -> None:
@@ -101,13 +103,10 @@ def evaluate_lengths(arguments: Any) -> None:
 def length_options(arguments: Any) -> LengthOptions:
     """The options of a command line. Raises ValueError, naming one that is out of range or has no use here."""
     for name, value in vars(arguments).items():
-        if name not in USED and value is not None:
-            raise ValueError(
-                f"--{name.replace('_', '-')} has no use with --length, an evaluation of its own; leave one of them out"
-            )
-    names = {"num_pairs": "num_pairs", "length_expansion_pairs": "expansion_pairs", "length_heads": "heads"}
-    names |= {name: name for name in ("window", "coverage", "batch_size", "seed")}
-    given = {field: getattr(arguments, name, None) for name, field in names.items()}
+        if name not in _USED and value is not None:
+            option = ("--no-" if value is False else "--") + name.replace("_", "-")
+            raise ValueError(f"{option} has no use with --length, an evaluation of its own; leave one of them out")
+    given = {field: getattr(arguments, option, None) for field, option in _OPTIONS.items()}
     given = {field: tuple(value) if field == "heads" else value for field, value in given.items() if value is not None}
     return LengthOptions(**given)
 

@@ -122,17 +122,16 @@ def save_length_tradeoff(
         width = 2.4 if index == 0 else 1.3
         points = np.array(rule.calibrated, dtype=float).reshape(-1, 2)
         axes.plot(*points.T, color=colour, linewidth=width, zorder=len(rules) - index + 2)
-        for point, face in ((rule.chosen, colour), (rule.published, "white")):
+        # the hollow marker is larger and below: both are seen where they meet
+        for point, face, size in ((rule.published, "white", 10), (rule.chosen, colour, 6.5)):
             if point is not None:
-                axes.plot(
-                    *point, marker, color=colour, markerfacecolor=face, markersize=7.5, markeredgewidth=1.5, zorder=30,
-                    clip_on=False,
-                )  # fmt: skip
+                style = dict(color=colour, markerfacecolor=face, markersize=size, markeredgewidth=1.4)
+                axes.plot(*point, marker, zorder=40 - size, clip_on=False, **style)
         handles.append(Line2D([], [], color=colour, marker=marker, linewidth=width, label=rule.name))
     grey = dict(color="#444444", linewidth=0, marker="o", markersize=7)
     handles += [
         Line2D([], [], **grey, label=f"calibrated for {coverage:g}"),
-        Line2D([], [], **grey, markerfacecolor="white", markeredgewidth=1.5, label="as published"),
+        Line2D([], [], **grey | {"markersize": 10}, markerfacecolor="white", markeredgewidth=1.4, label="as published"),
         Line2D([], [], color="#444444", linewidth=0.9, linestyle=":", label=f"coverage {coverage:g}"),
     ]
     if exact is not None:
