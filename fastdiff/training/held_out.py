@@ -26,6 +26,7 @@ def windows_of_pairs(
         pad_token_id=config.pad_token_id,
         separate_conditions=config.num_encoder_layers > 0,
         bos_token_id=config.bos_token_id,
+        mask_token_id=config.mask_token_id,
     )
 
 
