@@ -12,11 +12,12 @@ from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
 from fastdiff.cli import command, quiet_libraries, run_parser
 
 _IMAGES = {"num_samples", "sampler"}
-_LENGTHS = {"coverage", "window", "length_heads", "length_expansion_pairs"}
+_ONLY_RULES = {"window", "length_heads", "length_expansion_pairs"}
 
 
 def make_parser() -> ArgumentParser:
     """The command's arguments. Those of one kind of run alone have no default, so that others can be told apart."""
+    from fastdiff.generation.config import LENGTHS
     from fastdiff.generation.options import add_generation_options
 
     parser = run_parser(
@@ -44,11 +45,14 @@ def make_parser() -> ArgumentParser:
         "--length": dict(
             nargs="?",
             const="rules",
-            choices=["rules"],
-            metavar="rules",
-            help="measures every rule of length prediction on held-out pairs and saves their calibrations",
+            choices=("rules", *LENGTHS),
+            metavar="{rules,fixed,auto}",
+            help="alone (rules): measures every rule of length prediction on held-out pairs and saves their "
+            "calibrations, and does nothing else; fixed or auto: how answers are generated (default: fixed)",
         ),
-        "--coverage": dict(type=float, help="that --length calibrates the rules for (default: 0.95)"),
+        "--coverage": dict(
+            type=float, help="that --length calibrates for, or --length auto decodes with (default: 0.95)"
+        ),
         "--window": dict(type=int, help="of --length, in tokens (default: the recipe's data.max_length)"),
         "--length-heads": dict(type=str, nargs="+", help="of --length: runs of recipes/eos_head_*.yaml"),
         "--length-expansion-pairs": dict(
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from fastdiff.evaluation.length_command import evaluate_lengths
 
         return evaluate_lengths(arguments)
-    for name in _LENGTHS & set(vars(arguments)):
+    for name in _ONLY_RULES & set(vars(arguments)):
         raise ValueError(f"--{name.replace('_', '-')} is for --length; pass that too, or leave it out")
     from fastdiff.evaluation.language_command import DEFAULT_DRAWS, DEFAULT_PAIRS, evaluate_language_model
 

@@ -17,8 +17,10 @@ from fastdiff.evaluation.length_command import LengthOptions, held_out_halves
 from fastdiff.evaluation.length_comparison import read_rules
 from fastdiff.evaluation.length_report import describe_threshold
 from fastdiff.generation.calibration import prompt_inputs
-from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration
-from fastdiff.training.runs import load_language_model
+from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration, model_hash
+from fastdiff.models.length_heads import save_length_head
+from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
+from fastdiff.training.runs import load_language_model, load_length_head
 
 RECIPE = {
     "task": "masked_lm",
@@ -143,6 +145,38 @@ def test_other_results_of_the_same_weights_stay(evaluated):
     again = json.loads((run / "evaluation.json").read_text())
     assert again["likelihood"] == both["likelihood"] and again["length"]["window"] == 8
     assert {entry["rule"] for entry in again["length"]["rules"]} == {*LENGTH_RULES[:5]}
+
+
+def test_fixed_or_auto_is_how_answers_are_generated(pairs_run):
+    options = ["--num-pairs", "4", "--max-new-tokens", "12", "--coverage", "0.7"]
+    evaluate.main([str(pairs_run), "--length", "auto", *options])
+    match = json.loads((pairs_run / "evaluation.json").read_text())["exact_match"]
+    assert match["generation"]["length"] == "auto" and match["generation"]["coverage"] == 0.7 and match["pairs"] == 4
+
+
+def test_learned_heads(evaluated, tmp_path, capsys):
+    run, _ = evaluated
+    model = load_language_model(run, device="cpu").model
+    for head in (EndClassifier(32), LengthRegressor(32)):
+        torch.manual_seed(0)
+        for parameter in head.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        save_length_head(head, tmp_path / head.kind, model_hash=model_hash(model))
+    heads = [str(tmp_path / "classifier"), str(tmp_path / "regression")]
+    output = ["--output", str(tmp_path / "scores.json")]
+    evaluate.main([str(run), "--length", "--length-expansion-pairs", "0", "--length-heads", *heads, *output])
+    assert all((tmp_path / name).is_file() for name in OUTPUTS[1:])  # beside the JSON
+    rules = json.loads((tmp_path / "scores.json").read_text())["length"]["rules"]
+    assert [entry["rule"] for entry in rules if entry["bounds"] == "published"][-2:] == ["classifier", "regression"]
+    loaded = load_language_model(run, device="cpu")
+    for path in heads:
+        head = load_length_head(path, loaded.model)
+        saved = load_calibration(run / "checkpoints" / "step_12", head.kind, loaded.model, loaded.tokenizer, head)
+        assert saved.num_pairs == 65
+    _fails([str(run), "--length", "--length-heads", *heads, heads[0]], "is a second classifier", capsys)
+    _fails([str(run), "--length", "--length-heads", str(tmp_path / "no")], "length head .*no' is not a folder", capsys)
+    save_length_head(EndClassifier(32), tmp_path / "other", model_hash="another")
+    _fails([str(run), "--length", "--length-heads", str(tmp_path / "other")], "for another model than this", capsys)
 
 
 class _Classifier(nn.Module):
