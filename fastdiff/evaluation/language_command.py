@@ -14,7 +14,7 @@ from fastdiff.evaluation.likelihood import LikelihoodBound, likelihood_bound
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.options import generation_options
 from fastdiff.generation.text import TextGenerator
-from fastdiff.training.held_out import evenly_spaced, likelihood_arguments, likelihood_process
+from fastdiff.training.held_out import evenly_spaced, likelihood_arguments, likelihood_process, text_of_run
 from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model
 
 DEFAULT_PAIRS, DEFAULT_DRAWS = 500, 128
@@ -116,7 +116,7 @@ def exact_match(
 
 
 def _held_out(loaded: LanguageModel, arguments: Any, config: Any, options: dict, results: dict[str, Any]) -> str:
-    recipe, data = loaded.recipe, held_out_data(loaded)
+    recipe, data = loaded.recipe, text_of_run(loaded)
     bound = likelihood_bound(
         loaded.model,
         **likelihood_arguments(recipe, loaded.model.config, data, arguments.likelihood_samples),
@@ -143,19 +143,6 @@ def markdown(bound: LikelihoodBound, match: ExactMatch | None = None) -> str:
     if match is not None:
         rows.append((f"exact match, {match.pairs} pairs", f"{match.accuracy:.1%}", f"{match.standard_error:.1%}"))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def held_out_data(loaded: LanguageModel) -> TextData:
-    """The run's text, in its own tokenizer; the token files of its training where they are still there."""
-    from fastdiff.data.text import load_text_data
-    from fastdiff.data.tokenization import tokenizer_fingerprint
-
-    recipe = loaded.recipe
-    if recipe.model.init_from is None:
-        data = load_text_data(recipe.data, recipe.tokenizer)
-        if tokenizer_fingerprint(data.tokenizer) == tokenizer_fingerprint(loaded.tokenizer):
-            return data
-    return load_text_data(recipe.data, loaded.tokenizer)
 
 
 def run_folder(path: str) -> Path:

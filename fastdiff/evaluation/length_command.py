@@ -16,7 +16,7 @@ from fastdiff.evaluation.length_report import LengthReport
 from fastdiff.generation.calibration import CALIBRATION_FILE, check_coverage, pairs_needed, save_calibrations
 from fastdiff.generation.length import LengthPredictor
 from fastdiff.generation.length_rules import EXPANSION_RULES, LENGTH_RULES
-from fastdiff.training.held_out import evenly_spaced
+from fastdiff.training.held_out import evenly_spaced, text_of_run
 from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model
 
 # Fields of `LengthOptions` and the options of the command line that set them.
@@ -60,7 +60,7 @@ class LengthOptions:
 
 def evaluate_lengths(arguments: Any) -> None:
     """Calibrates and measures every rule; prints a table, writes table, JSON, two pictures and the calibrations."""
-    from fastdiff.evaluation.language_command import held_out_data, run_folder, with_earlier
+    from fastdiff.evaluation.language_command import run_folder, with_earlier
 
     options, recipe = length_options(arguments), language_model_recipe(arguments.run)
     if recipe is None:
@@ -77,7 +77,7 @@ def evaluate_lengths(arguments: Any) -> None:
         raise PermissionError(f"{checkpoint} cannot be written; the calibrations belong there")
     options = dataclasses.replace(options, window=options.window or recipe.data.max_length)
     predictors = make_predictors(loaded, options)
-    calibration, test = held_out_halves(loaded, held_out_data(loaded), options)
+    calibration, test = held_out_halves(loaded, text_of_run(loaded), options)
     rules = compare(predictors, calibration, test, loaded, options)
     calibrations = checkpoint / CALIBRATION_FILE
     try:
