@@ -30,7 +30,7 @@ from fastdiff.generation.calibration import (
     save_calibrations,
 )
 from fastdiff.generation.length_options import SHAPING_RULES, check_parameter, end_token_ids_of, length_format_of
-from fastdiff.generation.length_probe import Probe, mean_embedding, probe_window
+from fastdiff.generation.length_probe import Probe, check_window, mean_embedding, probe_window
 from fastdiff.generation.length_rules import LENGTH_RULES
 
 __all__ = [
@@ -195,8 +195,10 @@ class LengthPredictor:
     def scores(self, predicted: Probe | LengthPrediction, lengths: Tensor | Sequence[int]) -> Tensor:  # float64 [B]
         """Conformal scores of reference lengths, infinite where a length is the window's or more.
 
-        A bound from a threshold is right exactly where the score is at most the threshold (and where the length is 0,
-        or the threshold that of F = 0.5 instead, below which none is). Raises ValueError as `bounds` does.
+        The bound at a threshold is right where the score is at most the threshold; for predictions also where the
+        length is 0, for curves also where the score is at most the level of F = 0.5.
+
+        Raises ValueError as `bounds` does.
         """
         reading = predicted.reading if isinstance(predicted, LengthPrediction) else self._read(predicted)
         lengths = rules.as_lengths(lengths, len(reading), reading.device)
@@ -211,13 +213,14 @@ class LengthPredictor:
         One pass; none for "constant". "daedal" and "rho" pass growing or shrinking windows of the rows that are not
         done, at most one pass a step of 8 tokens.
         """
+        mask = check_window(self.model, input_ids, attention_mask, self.window)  # before any pass of a smaller window
         if self.rule in rules.EXPANSION_RULES:
-            reading, passes = self._expand(input_ids, attention_mask, encoder)
+            reading, passes = self._expand(input_ids, mask, encoder)
             return LengthPrediction(self._bounds(reading), None, passes, reading)
         if self.rule == "constant":
             reading = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
             return LengthPrediction(self._bounds(reading), None, 0, reading)
-        probe = self.probe(input_ids, attention_mask, **encoder)
+        probe = self.probe(input_ids, mask, **encoder)
         reading = self._read(probe)
         return LengthPrediction(self._bounds(reading), probe, 1, reading)
 

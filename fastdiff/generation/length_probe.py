@@ -30,6 +30,11 @@ class Probe:
     end_is_likeliest: Tensor | None = None
 
 
+def check_window(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, window: int) -> Tensor | None:
+    """The mask as bool. Raises TypeError or ValueError where a prompt is empty or leaves no room for the window."""
+    return check_prompts(model, input_ids, attention_mask, MaskedDiffusionGenerationConfig(max_new_tokens=window))
+
+
 @torch.no_grad()
 def probe_window(
     model: nn.Module,
@@ -44,7 +49,7 @@ def probe_window(
     prompt_mean: Tensor | None,
 ) -> Probe:
     """See `LengthPredictor.probe`; likeliest: whether `end_is_likeliest` is wanted."""
-    mask = check_prompts(model, input_ids, attention_mask, MaskedDiffusionGenerationConfig(max_new_tokens=window))
+    mask = check_window(model, input_ids, attention_mask, window)
     encoder_mask = check_encoder_inputs(model, len(input_ids), None, encoder_attention_mask, encoder_hidden_states)
     canvas = Canvas(input_ids, mask, window, model.config.mask_token_id, model.config.pad_token_id)
     offsets = torch.arange(window, device=input_ids.device) - int(model.config.logit_shift)

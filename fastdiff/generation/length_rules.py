@@ -56,8 +56,8 @@ def cdf_levels(end_log_prob: Tensor, length_format: str) -> Tensor:  # [B, W] ->
 def crossing_levels(end_log_prob: Tensor, width: int = CROSSING_WINDOW) -> Tensor:  # [B, W] -> float64 [B, W]
     """Mean of P(end token) over the `width` positions from j on (fewer at the end), as levels.
 
-    The rule (published for the first step of diffusion LMs; system 004): the first j whose mean is at least τ. Here it
-    is above τ, as in every rule of this kind.
+    A published rule for the first step: the first j whose mean is at least τ. Here it is above τ, as in every rule of
+    this kind.
     """
     survival = -torch.expm1(end_log_prob.double().clamp(max=0))
     length = survival.shape[1]
