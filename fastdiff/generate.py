@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> None:
     from fastdiff.generation.options import generation_options
     from fastdiff.generation.text import TextGenerator
-    from fastdiff.training.runs import language_model_recipe, load_language_model
+    from fastdiff.training.runs import language_model_recipe, load_language_model, load_length_predictor
 
     for name in ("num_samples", "batch_size"):
         if getattr(arguments, name) < 1:
@@ -86,7 +86,14 @@ def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> 
     loaded = load_language_model(
         arguments.model, weights=arguments.weights, device=arguments.device, dtype=arguments.dtype
     )
-    generator = TextGenerator(loaded.model, loaded.tokenizer, config)
+    predictor = load_length_predictor(loaded, config)
+    if predictor is not None and not predictor.calibrated:
+        print(
+            f"length: {loaded.source} has no calibration, so coverage {config.coverage} is the model's own word; "
+            "python -m fastdiff.evaluate RUN --length makes one",
+            file=sys.stderr,
+        )
+    generator = TextGenerator(loaded.model, loaded.tokenizer, config, predictor)
     rows = generator.encode(prompts, chat=arguments.chat, unconditional=arguments.unconditional)
     # a prompt that is no part of the text stands on a line of its own
     apart = arguments.chat or generator.has_encoder or (recipe is not None and recipe.data.sample == "pairs")
@@ -111,9 +118,14 @@ def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> 
     if output is not None:
         _save(output, records)
     done = generator.statistics
+    saved = ""
+    if done.window_tokens:
+        share, grew = done.saved_tokens / done.window_tokens, done.extended_rows
+        saved = f"; {done.saved_tokens} of {done.window_tokens} window tokens saved ({share:.0%}), "
+        saved += f"{grew} sample{'' if grew == 1 else 's'} grew"
     print(
         f"{done.tokens} tokens in {done.seconds:.1f} s ({done.tokens_per_second:.0f} tokens/s), "
-        f"{done.forward_passes} forward passes" + ("" if output is None else f"; written to {output}")
+        f"{done.forward_passes} forward passes{saved}" + ("" if output is None else f"; written to {output}")
     )
 
 

@@ -160,13 +160,14 @@ def _open_datasets(config: TextDataConfig) -> Corpus:
 
 
 def _open_numbers(config: TextDataConfig) -> Corpus:
-    key = f"{config.max_digits} {config.num_pairs} {config.languages} {number_words_version()}"
+    key = f"{config.max_digits} {config.num_pairs} {config.languages} {config.grouped_digits} {number_words_version()}"
     check_languages(config.languages)
     pairs: list[Pair] = []
 
     def read() -> Iterator[Pair]:
         if not pairs:
-            pairs.extend(Pair(*pair) for pair in number_pairs(config.max_digits, config.num_pairs, config.languages))
+            made = number_pairs(config.max_digits, config.num_pairs, config.languages, config.grouped_digits)
+            pairs.extend(Pair(*pair) for pair in made)
         return iter(pairs)
 
     return Corpus("numbers", key, read)

@@ -28,10 +28,12 @@ def check_languages(languages: Sequence[str]) -> None:
             raise ValueError(f"data.languages has {language!r}, which num2words does not know; it has {known}")
 
 
-def number_pairs(max_digits: int, num_pairs: int, languages: Sequence[str] = ("en",)) -> list[tuple[str, str]]:
+def number_pairs(
+    max_digits: int, num_pairs: int, languages: Sequence[str] = ("en",), grouped: bool = False
+) -> list[tuple[str, str]]:
     """("123", "one hundred and twenty-three"), …: no number twice, in an order of no meaning, always the same.
 
-    With several languages ("de 123", "einhundertdreiundzwanzig"), …: in turn.
+    With several languages ("de 123", "einhundertdreiundzwanzig"), …: in turn. `grouped` writes 1,234,567.
 
     Each count of digits is as likely as far as there are as many numbers: of 1 digit there are ten, and what they leave
     over goes to the longer ones.
@@ -45,7 +47,8 @@ def number_pairs(max_digits: int, num_pairs: int, languages: Sequence[str] = ("e
         quota = (num_pairs - len(numbers)) // (max_digits - digits + 1)
         numbers.extend(generator.sample(candidates, min(quota, len(candidates))))
     generator.shuffle(numbers)
-    if len(languages) == 1:
-        return [(str(number), num2words(number, lang=languages[0])) for number in numbers]
-    turns = zip(numbers, itertools.cycle(languages))
-    return [(f"{language} {number}", num2words(number, lang=language)) for number, language in turns]
+    pairs = []
+    for number, language in zip(numbers, itertools.cycle(languages)):
+        digits = f"{number:,}" if grouped else str(number)
+        pairs.append((f"{language} {digits}" if len(languages) > 1 else digits, num2words(number, lang=language)))
+    return pairs

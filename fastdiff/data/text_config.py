@@ -40,6 +40,7 @@ class TextDataConfig:
         held_out_fraction: of the documents or pairs; of the end of each document where there are fewer than 100.
         languages: of "numbers": codes of num2words, such as en, de, fr. With several each number gets one of them, and
             its prompt begins with it.
+        grouped_digits: of "numbers": whether prompts are written 1,234,567 instead of 1234567.
         max_digits: of "numbers", which has 0 … 10^max_digits - 1, drawn so that each count of digits is as likely.
         num_pairs: of "numbers": pairs drawn (fewer where there are not as many numbers).
     """
@@ -58,6 +59,7 @@ class TextDataConfig:
     held_out_fraction: float = 0.05
     window_distribution: Literal["uniform", "log_uniform"] = "uniform"
     languages: list[str] = field(default_factory=lambda: ["en"])
+    grouped_digits: bool = False
     max_digits: int = 6
     num_pairs: int = 50_000
 

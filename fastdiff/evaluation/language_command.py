@@ -14,8 +14,13 @@ from fastdiff.evaluation.likelihood import LikelihoodBound, likelihood_bound
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.options import generation_options
 from fastdiff.generation.text import TextGenerator
+<<<<<<< HEAD
 from fastdiff.training.held_out import evenly_spaced, likelihood_arguments, likelihood_process, text_of_run
 from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model
+=======
+from fastdiff.training.held_out import evenly_spaced, likelihood_arguments, likelihood_process
+from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model, load_length_predictor
+>>>>>>> main
 
 DEFAULT_PAIRS, DEFAULT_DRAWS = 500, 128
 
@@ -126,7 +131,8 @@ def _held_out(loaded: LanguageModel, arguments: Any, config: Any, options: dict,
     results["likelihood"] = dataclasses.asdict(bound)
     match = None
     if data.held_out.conditions is not None and arguments.num_pairs:
-        generator = TextGenerator(loaded.model, loaded.tokenizer, config)
+        predictor = load_length_predictor(loaded, config)
+        generator = TextGenerator(loaded.model, loaded.tokenizer, config, predictor)
         match = exact_match(generator, data, arguments.num_pairs, batch_size=arguments.batch_size, progress=True)
         results["exact_match"] = {**dataclasses.asdict(match), "generation": options}
     return markdown(bound, match)

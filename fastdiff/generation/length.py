@@ -88,7 +88,8 @@ class LengthPredictor:
         head: the learned head of "classifier" (states `[B, W, D]` to logits `[B, W]` of P(length ≤ i)) and
             "regression" (`prompt_mean` `[B, D]` to expected lengths `[B]`, in tokens).
 
-    `threshold` is what the rule's curve is compared with, as a level -log(1 - F), or what is added to its prediction.
+    `threshold` is what the rule's curve is compared with, as a level -log(1 - F), or what is added to its prediction;
+    `calibrated` whether it comes from a calibration.
 
     Raises:
         ValueError: an argument does not fit, the format or the end token is missing, or the calibration was made for
@@ -124,7 +125,8 @@ class LengthPredictor:
         if rule in SHAPING_RULES:
             default = SHAPING_RULES[rule] if calibration is None else calibration.parameter
             self.parameter = default if parameter is None else float(parameter)
-        self.threshold = self._threshold() if calibration is None else self._calibrated(calibration)
+        self.calibrated = calibration is not None
+        self.threshold = self._calibrated(calibration) if self.calibrated else self._threshold()
 
     def identity(self) -> dict[str, Any]:
         """What a calibration of this predictor belongs to, beside the weights."""

@@ -37,7 +37,8 @@ def probed(rows: Rows, masked: Tensor, states: Tensor) -> Predicting:
     places = masked.nonzero()
     row, column = places.unbind(1)
     offsets = column - rows.starts[row]
-    return Predicting(row * rows.width + column, states[torch.tensor(rows.index, device=row.device)[row], offsets], None)
+    probed_row = torch.tensor(rows.index, device=row.device)[row]
+    return Predicting(row * rows.width + column, states[probed_row, offsets], None)
 
 
 class Passes:

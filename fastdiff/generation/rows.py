@@ -95,7 +95,8 @@ class Rows:
             return rows
         for name in _OF_COLUMNS:
             whole = getattr(self, name)
-            setattr(self, name, (whole if rows is None else whole.index_select(0, rows))[:, :width].contiguous())
+            own = whole.clone() if rows is None else whole.index_select(0, rows)
+            setattr(self, name, own[:, :width].contiguous())
         for name in _OF_ROWS if rows is not None else ():
             if getattr(self, name, None) is not None:
                 setattr(self, name, getattr(self, name).index_select(0, rows))

@@ -22,6 +22,8 @@ from fastdiff.training.setup import autocast_dtype, check_device
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+    from fastdiff.generation.length import LengthPredictor
     from fastdiff.models.masked_lm import MaskedDiffusionLM
 
 
@@ -151,6 +153,7 @@ class LanguageModel:
         step: optimizer steps behind it; None for what is not a checkpoint of fastdiff.train.
         folder: the run's folder, or None.
         recipe: what the run was trained by, or None.
+        source: the folder (or hub id) that the weights came from; a length calibration lies there.
     """
 
     model: "MaskedDiffusionLM"
@@ -158,6 +161,7 @@ class LanguageModel:
     step: int | None = None
     folder: RunFolder | None = None
     recipe: MaskedLMRecipe | None = None
+    source: Path = Path()
 
 
 def run_kind(path: str | Path) -> Literal["dit", "masked_lm"]:
@@ -237,7 +241,28 @@ def load_language_model(
             "tokenizer that the model was trained with"
         )
     step = None if state is None else state["step"]
-    return LanguageModel(model.to(device), tokenizer, step, None if recipe is None else folder, recipe)
+    return LanguageModel(model.to(device), tokenizer, step, None if recipe is None else folder, recipe, Path(source))
+
+
+def load_length_predictor(loaded: LanguageModel, config: "MaskedDiffusionGenerationConfig") -> "LengthPredictor | None":
+    """What length="auto" is decoded with: the rule "cdf", by the calibration beside the checkpoint where there is one.
+
+    None for length="fixed". Without a calibration the predictor takes the model at its word, in a window of
+    max_new_tokens; a calibrated one reads the window that it was calibrated on.
+
+    Raises:
+        ValueError: the calibration was made for another checkpoint or tokenizer, or from too few pairs for the coverage
+            asked; the model's config names no length format or end token.
+    """
+    from fastdiff.generation.length import CALIBRATION_FILE, LengthPredictor, load_calibration
+
+    if config.length == "fixed":
+        return None
+    calibration, window = None, config.max_new_tokens
+    if (loaded.source / CALIBRATION_FILE).is_file():
+        calibration = load_calibration(loaded.source, "cdf", loaded.model, loaded.tokenizer)
+        window = calibration.window
+    return LengthPredictor(loaded.model, window=window, calibration=calibration, coverage=config.coverage)
 
 
 def load_length_head(

@@ -211,6 +211,9 @@ def test_numbers_of_several_languages():
         assert answer == num2words(int(number), lang=language)
         counts[language] += 1
     assert set(counts.values()) == {10}
+    grouped = read("numbers", sample="pairs", max_digits=7, num_pairs=14, grouped_digits=True)
+    assert all(answer == num2words(int(prompt.replace(",", ""))) for prompt, answer in grouped)
+    assert {prompt[-4] for prompt, _ in grouped if len(prompt) > 3} == {","}
     german = read("numbers", sample="pairs", max_digits=3, num_pairs=30, languages=["de"])
     assert all(answer == num2words(int(prompt), lang="de") for prompt, answer in german)
     refused(ValueError, "data.languages has 'xx', which num2words", "numbers", sample="pairs", languages=["en", "xx"])
