@@ -14,13 +14,8 @@ from fastdiff.evaluation.likelihood import LikelihoodBound, likelihood_bound
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.options import generation_options
 from fastdiff.generation.text import TextGenerator
-<<<<<<< HEAD
 from fastdiff.training.held_out import evenly_spaced, likelihood_arguments, likelihood_process, text_of_run
-from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model
-=======
-from fastdiff.training.held_out import evenly_spaced, likelihood_arguments, likelihood_process
 from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model, load_length_predictor
->>>>>>> main
 
 DEFAULT_PAIRS, DEFAULT_DRAWS = 500, 128
 

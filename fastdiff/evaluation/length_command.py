@@ -72,14 +72,13 @@ def evaluate_lengths(arguments: Any) -> None:
         )
     output = output_path(arguments.output, run_folder(arguments.run) / "evaluation.json")
     loaded = load_language_model(arguments.run, weights=arguments.weights, device=arguments.device)
-    checkpoint = loaded.folder.checkpoints / f"step_{loaded.step}"
-    if not os.access(checkpoint, os.W_OK):
-        raise PermissionError(f"{checkpoint} cannot be written; the calibrations belong there")
+    if not os.access(loaded.source, os.W_OK):
+        raise PermissionError(f"{loaded.source} cannot be written; the calibrations belong there")
     options = dataclasses.replace(options, window=options.window or recipe.data.max_length)
     predictors = make_predictors(loaded, options)
     calibration, test = held_out_halves(loaded, text_of_run(loaded), options)
     rules = compare(predictors, calibration, test, loaded, options)
-    calibrations = checkpoint / CALIBRATION_FILE
+    calibrations = loaded.source / CALIBRATION_FILE
     try:
         save_calibrations(calibrations, [rule.calibration for rule in rules])
     except OSError as error:

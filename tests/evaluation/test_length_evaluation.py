@@ -6,28 +6,29 @@ import shutil
 
 import pytest
 import torch
-import yaml
-from language_runs import tiny_model
+from language_runs import make_runs, tiny_model
 from PIL import Image
 from torch import nn
 
-from fastdiff import evaluate, train
+from fastdiff import evaluate
 from fastdiff.data.text import load_text_data
 from fastdiff.evaluation.length_command import LengthOptions, held_out_halves
 from fastdiff.evaluation.length_comparison import read_rules
 from fastdiff.evaluation.length_report import describe_threshold
+from fastdiff.generation import MaskedDiffusionGenerationConfig
 from fastdiff.generation.calibration import prompt_inputs
 from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration, model_hash
 from fastdiff.models.length_heads import save_length_head
 from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
-from fastdiff.training.runs import load_language_model, load_length_head
+from fastdiff.training.runs import load_language_model, load_length_head, load_length_predictor
 
 RECIPE = {
     "task": "masked_lm",
     "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32},
     "tokenizer": {"name": "characters"},
-    "objective": {"likelihood_samples": 16},
-    "training": {"batch_size": 8, "max_steps": 12, "warmup_steps": 1, "learning_rate": 5e-3, "ema_decay": 0.5,
+    "data": {"min_length": 4, "max_length": 12, "held_out_fraction": 0.5},
+    "objective": {"likelihood_samples": 16, "fully_masked_fraction": 0.5},
+    "training": {"batch_size": 8, "max_steps": 60, "warmup_steps": 1, "learning_rate": 1e-2, "ema_decay": 0.5,
                  "mixed_precision": "no", "device": "cpu", "preview_every": 0},
     "sampling": {"generation": {"max_new_tokens": 12}},
 }  # fmt: skip
@@ -37,24 +38,17 @@ OUTPUTS = ("evaluation.json", "length.md", "length_predictions.png", "length_tra
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory):
     """make_run(**data) → the folder of a run of a few steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-        def make(**data):
-            folder = tmp_path_factory.mktemp("runs")
-            recipe = RECIPE | {"data": {"min_length": 4, "max_length": 12, "held_out_fraction": 0.5, **data}}
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-            train.main([str(folder / "recipe.yaml"), "--training.output_dir", str(folder / "run")])
-            return folder / "run"
-
-        yield make
+    yield from make_runs(tmp_path_factory, RECIPE)
 
 
 @pytest.fixture(scope="module")
 def pairs_run(make_run, tmp_path_factory):
-    """The prompt's first letter tells the answer's length; two in 26 do not fit into 12 tokens with their EoS."""
+    """The prompt's first letter tells the answer's length; one in 26 does not fit into 12 tokens with its EoS."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [{"prompt": f"{chr(97 + i % 26)}{i}", "answer": "x" * (1 + i % 26 // 2)} for i in range(260)]
+    rows = [
+        {"prompt": f"{chr(97 + i % 26)}{i}", "answer": "x" * (14 if i % 26 == 25 else 1 + i % 26 // 3)}
+        for i in range(260)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return make_run(name="jsonl", path=str(path), sample="pairs", max_prompt_length=8)
 
@@ -73,7 +67,7 @@ def test_files(evaluated, capsys):
     table = [line for line in (run / "length.md").read_text().splitlines() if line.startswith("|")]
     assert json.loads((run / "evaluation.json").read_text()) == results  # no draw but by the seed
     assert all(line in printed for line in table) and len(table) == 2 + len(results["length"]["rules"]) == 2 + 13
-    checkpoint = run / "checkpoints" / "step_12"
+    checkpoint = run / "checkpoints" / "step_60"
     assert str(checkpoint / "length_calibration.json") in printed
     for name in OUTPUTS[2:]:
         with Image.open(run / name) as picture:
@@ -102,11 +96,12 @@ def test_numbers(evaluated):
         predictor = LengthPredictor(loaded.model, window=12, rule=rule)
         half = slice(0, 30 if rule == "daedal" else None)
         expected = calibrate(predictor, calibration[half], 0.9, tokenizer=loaded.tokenizer)
-        saved = load_calibration(run / "checkpoints" / "step_12", rule, loaded.model, loaded.tokenizer)
+        saved = load_calibration(run / "checkpoints" / "step_60", rule, loaded.model, loaded.tokenizer)
         assert saved.scores == pytest.approx(expected.scores, rel=1e-5) and saved.num_pairs == len(calibration[half])
         calibrated = LengthPredictor(loaded.model, window=12, rule=rule, calibration=saved, coverage=0.9)
         bounds = calibrated(**prompt_inputs(loaded.model, [prompt for prompt, _ in test[half]])).bounds
         entry, rows = entries[rule, "calibrated"], len(bounds)
+        assert math.isfinite(entry["threshold"]) and min(bounds) < 12
         assert entry["rows"] == rows and entry["calibration_pairs"] == len(calibration[half])
         right = sum(bound >= min(length, 12) for bound, length in zip(bounds, lengths, strict=False))
         assert entry["correctness"]["value"] == pytest.approx(right / rows)
@@ -116,6 +111,8 @@ def test_numbers(evaluated):
         (point,) = (point for point in found["tradeoff"][rule] if point["coverage"] == 0.9)
         assert point["saved_share"] == pytest.approx(saved_tokens / 12)
         assert point["correctness"] == entry["correctness"]["value"]
+    config = MaskedDiffusionGenerationConfig(max_new_tokens=12, length="auto", coverage=0.9)
+    assert load_length_predictor(loaded, config).threshold == entries["cdf", "calibrated"]["threshold"]
     assert ("constant", "published") not in entries and ("cdf", "published") in entries
     assert entries["constant", "calibrated"]["forward_passes_a_row"] == 0
     # 65 pairs are enough for .98, 30 for .96
@@ -136,8 +133,10 @@ def test_halves_are_mixed_and_disjoint(evaluated):
     assert first == again and first != other
 
 
-def test_other_results_of_the_same_weights_stay(evaluated):
-    run, results = evaluated
+def test_other_results_of_the_same_weights_stay(evaluated, tmp_path):
+    run, results = shutil.copytree(evaluated[0], tmp_path / "run"), evaluated[1]
+    evaluated_as = {"model": str(run)}  # the file says which run it is about
+    (run / "evaluation.json").write_text(json.dumps(results | evaluated_as))
     evaluate.main([str(run), "--num-pairs", "0"])
     both = json.loads((run / "evaluation.json").read_text())
     assert both["length"] == results["length"] and "likelihood" in both
@@ -147,15 +146,16 @@ def test_other_results_of_the_same_weights_stay(evaluated):
     assert {entry["rule"] for entry in again["length"]["rules"]} == {*LENGTH_RULES[:5]}
 
 
-def test_fixed_or_auto_is_how_answers_are_generated(pairs_run):
+def test_fixed_or_auto_is_how_answers_are_generated(pairs_run, tmp_path):
+    run = shutil.copytree(pairs_run, tmp_path / "run")
     options = ["--num-pairs", "4", "--max-new-tokens", "12", "--coverage", "0.7"]
-    evaluate.main([str(pairs_run), "--length", "auto", *options])
-    match = json.loads((pairs_run / "evaluation.json").read_text())["exact_match"]
+    evaluate.main([str(run), "--length", "auto", *options])
+    match = json.loads((run / "evaluation.json").read_text())["exact_match"]
     assert match["generation"]["length"] == "auto" and match["generation"]["coverage"] == 0.7 and match["pairs"] == 4
 
 
-def test_learned_heads(evaluated, tmp_path, capsys):
-    run, _ = evaluated
+def test_learned_heads(pairs_run, tmp_path, capsys):
+    run = shutil.copytree(pairs_run, tmp_path / "run")
     model = load_language_model(run, device="cpu").model
     for head in (EndClassifier(32), LengthRegressor(32)):
         torch.manual_seed(0)
@@ -171,7 +171,7 @@ def test_learned_heads(evaluated, tmp_path, capsys):
     loaded = load_language_model(run, device="cpu")
     for path in heads:
         head = load_length_head(path, loaded.model)
-        saved = load_calibration(run / "checkpoints" / "step_12", head.kind, loaded.model, loaded.tokenizer, head)
+        saved = load_calibration(run / "checkpoints" / "step_60", head.kind, loaded.model, loaded.tokenizer, head)
         assert saved.num_pairs == 65
     _fails([str(run), "--length", "--length-heads", *heads, heads[0]], "is a second classifier", capsys)
     _fails([str(run), "--length", "--length-heads", str(tmp_path / "no")], "length head .*no' is not a folder", capsys)
@@ -277,7 +277,7 @@ def test_options_of_length_alone(pairs_run, capsys):
 
 
 def test_runs_without_held_out_pairs(make_run, pairs_run, tmp_path, capsys):
-    taken = shutil.copytree(pairs_run / "checkpoints" / "step_12", tmp_path / "taken")
+    taken = shutil.copytree(pairs_run / "checkpoints" / "step_60", tmp_path / "taken")
     _fails([str(taken), "--length"], "is no run, and has no held-out pairs; expected a run's folder", capsys)
     (tmp_path / "a.txt").write_text("\n".join(f"line {j}." for j in range(60)))
     documents = make_run(name="text_folder", path=str(tmp_path), min_length=4, max_length=8)
@@ -290,7 +290,7 @@ def test_runs_without_held_out_pairs(make_run, pairs_run, tmp_path, capsys):
 
 def test_a_checkpoint_without_length_format(pairs_run, tmp_path, capsys):
     run = shutil.copytree(pairs_run, tmp_path / "run")
-    config = run / "checkpoints" / "step_12" / "config.json"
+    config = run / "checkpoints" / "step_60" / "config.json"
     text = config.read_text()
     assert '"length_format": "eos_fill"' in text
     config.write_text(text.replace('"length_format": "eos_fill"', '"length_format": null      '))  # of the same size
