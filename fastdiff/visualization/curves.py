@@ -34,10 +34,10 @@ def save_loss_curve(
     if validation is not None and Path(validation).exists():
         measures = [json.loads(line) for line in Path(validation).read_text().splitlines()]
         style = dict(color="#c1542d", marker="o", markersize=4, linewidth=1.2, capsize=2)
-        name, label = ("loss", "held-out loss")
+        name, label, errors = "loss", "held-out loss", None
         if measures and "nats_per_token" in measures[0]:
-            name, label = ("nats_per_token", "held-out bound, nats/token")
-        errors = [line.get("standard_error", 0.0) for line in measures]
+            name, label = "nats_per_token", "held-out bound, nats/token"
+            errors = [line["standard_error"] for line in measures]
         measured = [line["step"] for line in measures], [line[name] for line in measures]
         axes.errorbar(*measured, errors, label=label, **style)
     if min(losses) > 0 and max(losses) > 4 * min(smooth):  # the first steps would flatten the rest of a linear axis
