@@ -236,7 +236,7 @@ def output_path(given: str | None, default: Path) -> Path:
     return path
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, content: str | bytes) -> None:
     """Writes a result whole or not at all: what was there before stays until the new file is on the disk.
 
     Raises:
@@ -244,8 +244,8 @@ def write_output(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".writing-{path.name}"[:255])
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -45,7 +45,7 @@ def evaluate_language_model(arguments: Any) -> None:
         from fastdiff.integrations import lm_eval as harness
 
         manager = harness.find_tasks(tasks, arguments.lm_eval_include_path)
-    default = Path("evaluation.json") if recipe is None else _run_folder(arguments.run) / "evaluation.json"
+    default = Path("evaluation.json") if recipe is None else run_folder(arguments.run) / "evaluation.json"
     output = output_path(arguments.output, default)  # before work that would be lost
     loaded = load_language_model(arguments.run, weights=arguments.weights, device=arguments.device)
     results: dict[str, Any] = {"model": str(arguments.run), "step": loaded.step, "weights": arguments.weights}
@@ -71,13 +71,13 @@ def evaluate_language_model(arguments: Any) -> None:
         results["lm_eval"] = {"draws": arguments.draws, "limit": arguments.limit, "generation": options,
                               "results": scores["results"], "n-shot": scores["n-shot"]}  # fmt: skip
         tables.append(harness.table(scores))
-    results = _with_earlier(results, output)
+    results = with_earlier(results, output)
     write_output(output, json.dumps(results, indent=1, default=str) + "\n")
     step = "" if loaded.step is None else f"step {loaded.step}, {arguments.weights} weights; "
     print("\n\n".join([*tables, f"{step}written to {output}"]))
 
 
-def _with_earlier(results: dict[str, Any], output: Path) -> dict[str, Any]:
+def with_earlier(results: dict[str, Any], output: Path) -> dict[str, Any]:
     """What an earlier call measured of the same weights stays in the file."""
     try:
         earlier = json.loads(output.read_text())
@@ -146,7 +146,8 @@ def markdown(bound: LikelihoodBound, match: ExactMatch | None = None) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _run_folder(path: str) -> Path:
+def run_folder(path: str) -> Path:
+    """The folder of the run that a path names, or a checkpoint in it."""
     given = Path(path)
     return given.parent.parent if given.parent.name == "checkpoints" else given
 
