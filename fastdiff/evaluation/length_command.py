@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,11 +79,9 @@ def evaluate_lengths(arguments: Any) -> None:
     predictors = make_predictors(loaded, options)
     calibration, test = held_out_halves(loaded, text_of_run(loaded), options)
     rules = compare(predictors, calibration, test, loaded, options)
-    calibrations = loaded.source / CALIBRATION_FILE
-    try:
-        save_calibrations(calibrations, [rule.calibration for rule in rules])
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(calibrations)) from None
+    calibrations = "calibrations: none saved, since they are for the averaged weights"
+    if arguments.weights == "ema":  # that generate --length auto reads
+        calibrations = f"calibrations, for `generate --length auto`, to {_save(loaded, rules)}"
     report = LengthReport(
         rules, options.window, predictors[0].length_format, options.coverage, len(calibration), options.seed, RESAMPLES
     )
@@ -95,8 +94,17 @@ def evaluate_lengths(arguments: Any) -> None:
     report.save_pictures(output.parent)
     print(
         f"{table}\n\n{origin}; written to {output}, length.md, length_predictions.png and length_tradeoff.png beside "
-        f"it;\ncalibrations, for `generate --length auto`, to {calibrations}"
+        f"it;\n{calibrations}"
     )
+
+
+def _save(loaded: LanguageModel, rules: Sequence[RuleComparison]) -> Path:
+    file = loaded.source / CALIBRATION_FILE
+    try:
+        save_calibrations(file, [rule.calibration for rule in rules])
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    return file
 
 
 def length_options(arguments: Any) -> LengthOptions:

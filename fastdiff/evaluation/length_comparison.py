@@ -117,7 +117,7 @@ def read_rules(
                 else:
                     if predictor.end_token_ids not in probes:
                         probes[predictor.end_token_ids] = predictor.probe(**inputs)
-                    reading = predictor._read(probes[predictor.end_token_ids])
+                    reading = predictor.read(probes[predictor.end_token_ids])
                 parts.append(reading.cpu())
             bar.update(len(rows))
     back = torch.tensor(order).argsort()

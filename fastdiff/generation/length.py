@@ -192,7 +192,7 @@ class LengthPredictor:
 
         Raises ValueError for "daedal" and "rho", which make passes of their own: call the predictor.
         """
-        return self._bounds(self._read(probe))
+        return self._bounds(self.read(probe))
 
     def scores(self, predicted: Probe | LengthPrediction, lengths: Tensor | Sequence[int]) -> Tensor:  # float64 [B]
         """Conformal scores of reference lengths, infinite where a length is the window's or more.
@@ -202,7 +202,7 @@ class LengthPredictor:
 
         Raises ValueError as `bounds` does.
         """
-        reading = predicted.reading if isinstance(predicted, LengthPrediction) else self._read(predicted)
+        reading = predicted.reading if isinstance(predicted, LengthPrediction) else self.read(predicted)
         lengths = rules.as_lengths(lengths, len(reading), reading.device)
         if self.rule in rules.CURVE_RULES:
             return rules.curve_scores(reading, lengths)
@@ -223,7 +223,7 @@ class LengthPredictor:
             reading = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
             return LengthPrediction(self._bounds(reading), None, 0, reading)
         probe = self.probe(input_ids, mask, **encoder)
-        reading = self._read(probe)
+        reading = self.read(probe)
         return LengthPrediction(self._bounds(reading), probe, 1, reading)
 
     def _bounds(self, reading: Tensor) -> list[int]:
@@ -232,7 +232,11 @@ class LengthPredictor:
         return rules.length_bounds(reading, self.threshold, self.window).tolist()
 
     @torch.no_grad()
-    def _read(self, probe: Probe) -> Tensor:  # float64 [B, W] levels or [B] lengths
+    def read(self, probe: Probe) -> Tensor:  # float64 [B, W] levels or [B] lengths
+        """What the rule makes of a pass over the whole window, before any threshold; see `LengthPrediction.reading`.
+
+        Raises ValueError as `bounds` does.
+        """
         ends, rule = probe.end_log_prob, self.rule
         if rule in rules.EXPANSION_RULES:
             raise ValueError(f"probe: the rule {rule!r} makes passes of its own; call the predictor with the prompts")
