@@ -58,7 +58,7 @@ class RuleTradeoff:
 def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: str | Path, *, title: str = "") -> Path:
     """Writes a PNG with a panel a rule: bound against true length. Equal answers share a dot; its area is their number.
 
-    Dots below the diagonal are answers that the bound would cut.
+    Dots below the diagonal are answers that the bound would cut. Bounds above twice the longest length are counted.
 
     Raises ValueError without rules, or for a rule without rows.
     """
@@ -70,9 +70,13 @@ def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: st
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     most = max(_dots(rule)[2].max() for rule in rules)
     right = max(max(rule.lengths) for rule in rules)
+    top = min(window, 2 * right)  # bounds far above all lengths would press the others onto the axis
     for axes, rule in zip(panels.flat, rules, strict=False):
         lengths, bounds, counts = _dots(rule)
         cut = bounds < np.minimum(lengths, window)
+        beyond = int(counts[bounds > top].sum())
+        if beyond:
+            axes.text(right / 2, 0.97 * top, f"↑ {beyond / counts.sum():.0%} above", ha="center", va="top", fontsize=8.5)
         for chosen, colour, alpha in ((~cut, _RIGHT, 0.55), (cut, _CUT, 0.9)):
             area = 4 + 76 * counts[chosen] / most
             axes.scatter(lengths[chosen], bounds[chosen], area, colour, alpha=alpha, linewidths=0)
@@ -83,7 +87,7 @@ def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: st
         axes.set_visible(False)
     for column in range(columns):  # the lowest panel of each column has the numbers
         panels[(len(rules) - 1 - column) // columns, column].tick_params(labelbottom=True)
-    panels[0, 0].set(xlim=(-0.03 * right, 1.03 * right), ylim=(-0.03 * window, 1.06 * window))
+    panels[0, 0].set(xlim=(-0.03 * right, 1.03 * right), ylim=(-0.03 * top, 1.03 * top))
     figure.supxlabel("true length, tokens", fontsize=10)
     figure.supylabel("bound, tokens", fontsize=10)
     handles = [_dot(_RIGHT, "bound ≥ length"), _dot(_CUT, "bound too low: answer cut")]
