@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def save_length_scatter(
@@ -31,6 +32,8 @@ def save_length_scatter(
     margin = 0.03 * most
     axes.set(xlim=(-margin, most + margin), ylim=(-margin, most + margin))
     axes.set(xlabel="true length, tokens", ylabel="expected length, tokens")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_title(title or "", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -23,6 +23,7 @@ from fastdiff.training.length_head import LengthHeadTask
 from fastdiff.training.length_head_recipe import LengthHeadRecipe
 from fastdiff.training.run_folder import RunFolder
 from fastdiff.training.runs import load_language_model, load_length_head
+from fastdiff.visualization import save_length_scatter
 
 HEADS = ("classifier", "regression")
 WINDOW = 12  # digit n → n tokens for n = 1 … 9, and one answer that does not fit
@@ -248,6 +249,12 @@ def test_bounds_of_a_trained_head(trained, run):
     assert ((bounds - lengths).abs() <= 1).float().mean() > 0.9
 
 
+def test_a_picture_needs_answers(tmp_path):
+    for predicted, lengths in (([], []), ([1.0], [1, 2])):
+        with pytest.raises(ValueError, match="predicted and"):
+            save_length_scatter(predicted, lengths, tmp_path / "x.png")
+
+
 def test_what_is_no_head(run, trained, tmp_path):
     model = load_language_model(run).model
     with pytest.raises(FileNotFoundError, match="is not a folder; expected a run of recipes/eos_head"):
@@ -289,7 +296,9 @@ def test_what_cannot_be_trained_on(run, pairs, tmp_path, capsys):
 
     jsonl = {"name": "jsonl", "path": str(pairs)}
     assert "run is missing; expected the folder of a finished run" in refuse()
-    assert "no such folder" in refuse(run=str(tmp_path / "none"))
+    assert "which is no folder; train it first" in refuse(run=str(tmp_path / "none"))
+    pairs_of = {**jsonl, "sample": "pairs"}
+    assert "no such folder" in refuse(run=str(tmp_path / "none"), data=pairs_of)
     images = tmp_path / "images"
     (images / "checkpoints").mkdir(parents=True)
     (images / "config.yaml").write_text("data: {name: digits}")
