@@ -23,7 +23,7 @@ from fastdiff.generation.length import LengthPredictor, mean_embedding
 from fastdiff.generation.passes import Passes, Predicting, on_cpu, probed
 from fastdiff.generation.rows import Rows, Turn, planned_turns
 from fastdiff.generation.stopping import Stopping
-from fastdiff.generation.windows import PredictedWindows, buckets, predict_windows
+from fastdiff.generation.windows import PredictedWindows, buckets, default_predictor, predict_windows
 from fastdiff.ops import TokenSample, lm_head_sample, sample_tokens, unmask_
 
 Streamer = Callable[[Tensor, int], None]
@@ -163,12 +163,10 @@ def generate(
 def _predictor(
     model: torch.nn.Module, config: MaskedDiffusionGenerationConfig, given: LengthPredictor | None
 ) -> LengthPredictor | None:
-    if config.length == "fixed":
-        if given is not None:
-            raise ValueError('length_predictor: got one with length="fixed"; set length="auto", or leave it out')
-        return None
     if given is None:
-        return LengthPredictor(model, window=config.max_new_tokens, coverage=config.coverage)
+        return default_predictor(model, config)
+    if config.length == "fixed":
+        raise ValueError('length_predictor: got one with length="fixed"; set length="auto", or leave it out')
     if given.model is not model or given.coverage != config.coverage:
         what = "of another model" if given.model is not model else f"of coverage {given.coverage}"
         raise ValueError(f"length_predictor: got one {what}; expected this model's, of coverage {config.coverage}")

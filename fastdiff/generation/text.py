@@ -13,6 +13,7 @@ from fastdiff.generation.canvas import padded
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.decoding import GenerationStatistics, Streamer, generate
 from fastdiff.generation.length import LengthPredictor
+from fastdiff.generation.windows import default_predictor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,8 +65,7 @@ class TextGenerator:
         length_predictor: LengthPredictor | None = None,
     ) -> None:
         config.validate()
-        if config.length == "auto" and length_predictor is None:
-            length_predictor = LengthPredictor(model, window=config.max_new_tokens, coverage=config.coverage)
+        length_predictor = length_predictor or default_predictor(model, config)
         self.length_predictor = length_predictor
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.mask_token_id: int = model.config.mask_token_id

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.length import LengthPredictor
@@ -18,6 +18,20 @@ class PredictedWindows(NamedTuple):
     windows: list[int]
     passes: int
     states: Tensor | None
+
+
+def default_predictor(model: nn.Module, config: MaskedDiffusionGenerationConfig) -> LengthPredictor | None:
+    """Of length="auto" the rule "cdf", which takes the model at its word; None for "fixed".
+
+    End tokens are those of the generation config, else of the model's. Raises what `LengthPredictor` raises.
+    """
+    if config.length == "fixed":
+        return None
+    ends = config.eos_token_id
+    if ends is not None:
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        ends += [model.config.pad_token_id] if model.config.length_format == "pad_fill" else []
+    return LengthPredictor(model, window=config.max_new_tokens, end_token_ids=ends, coverage=config.coverage)
 
 
 def predict_windows(

@@ -76,7 +76,9 @@ def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: st
         cut = bounds < np.minimum(lengths, window)
         beyond = int(counts[bounds > top].sum())
         if beyond:
-            axes.text(right / 2, 0.97 * top, f"↑ {beyond / counts.sum():.0%} above", ha="center", va="top", fontsize=8.5)
+            axes.text(
+                right / 2, 0.97 * top, f"↑ {beyond / counts.sum():.0%} above", ha="center", va="top", fontsize=8.5
+            )
         for chosen, colour, alpha in ((~cut, _RIGHT, 0.55), (cut, _CUT, 0.9)):
             area = 4 + 76 * counts[chosen] / most
             axes.scatter(lengths[chosen], bounds[chosen], area, colour, alpha=alpha, linewidths=0)

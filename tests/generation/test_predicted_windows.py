@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.length import LengthPrediction, LengthPredictor
-from fastdiff.generation.windows import PASS_OVERHEAD, buckets
+from fastdiff.generation.windows import PASS_OVERHEAD, buckets, default_predictor
 
 EOS, MASK, ROOM = 2, 3, 16
 ENDS = [EOS, *range(5, 15)]
@@ -95,6 +95,10 @@ def test_a_predictor_of_its_own(model):
     output = generate(model, ids, None, auto(coverage=0.6))
     again = generate(model, ids, None, auto(coverage=0.6), length_predictor=told)
     assert torch.equal(output.sequences, again.sequences)
+    for length_format, pad in (("eos_fill", set()), ("pad_fill", {0})):  # the generation config's end tokens
+        model.config.length_format = length_format
+        assert set(default_predictor(model, auto(eos_token_id=9)).end_token_ids) == {9} | pad
+    assert default_predictor(model, MaskedDiffusionGenerationConfig()) is None
 
 
 @pytest.mark.parametrize("options", [dict(prefix_cache=True), dict(dual_cache=True)])
