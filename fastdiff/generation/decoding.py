@@ -151,6 +151,7 @@ def generate(
         decoding = _Decoding(model, canvas, config, stopping, context, predicted)
         for step, _ in enumerate(decoding.steps()):
             if streamer is not None:
+                decoding.rows.write_back()
                 streamer(canvas.sequences(), step)
     finally:
         model.train(training)
@@ -194,7 +195,7 @@ class _Decoding:
         self.extended: set[int] = set()
 
     def steps(self) -> Iterator[None]:
-        """Decodes, a step at a time; the canvas is up to date after each."""
+        """Decodes, a step at a time; `rows` are those under way."""
         if self.predicted is None:
             return (yield from self._decode(None, None, None))
         pending, blocks = list(range(len(self.canvas.ids))), None
@@ -210,11 +211,9 @@ class _Decoding:
             self.extended.update(pending)
 
     def _decode(self, rows: list[int] | None, blocks: list[int] | None, states: Tensor | None) -> Iterator[None]:
-        under_way = Rows(self.canvas, self.config, *self.context, rows, blocks)
-        decoder = _Decoder(self.model, under_way, self.config, self.stopping, self.seed, states)
-        for _ in decoder.steps():
-            under_way.write_back()
-            yield
+        self.rows = Rows(self.canvas, self.config, *self.context, rows, blocks)
+        decoder = _Decoder(self.model, self.rows, self.config, self.stopping, self.seed, states)
+        yield from decoder.steps()
         self.passes, self.short_passes = self.passes + decoder.passes.count, self.short_passes + decoder.passes.short
 
     def _unended(self, rows: list[int]) -> list[int]:
@@ -259,7 +258,7 @@ class _Decoder:
             lengths = zip(canvas.infilled, canvas.prompt_lengths, strict=True)
             self.plan = [planned_turns(infilled, prompt, config) for infilled, prompt in lengths]
 
-    def steps(self) -> Iterator[int]:
+    def steps(self) -> Iterator[None]:
         """Decodes, a step at a time."""
         for step in range(self.rows.canvas.width):  # each step commits at least one token a row
             masked = self.rows.begin_step()
@@ -276,7 +275,7 @@ class _Decoder:
             else:
                 predicting = self.passes(self.rows, masked, turns)
             self._step(predicting, step)
-            yield step
+            yield
         self.rows.write_back()
 
     def _turns(self, masked: Tensor, step: int) -> list[Turn | None]:
