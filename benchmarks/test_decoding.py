@@ -12,16 +12,12 @@ Both cases first compare the tokens of the public loop and of the exact mode.
 """
 
 import os
-from collections.abc import Callable
 
 import measure
 import pytest
 import torch
-from masked_lm_baselines import llada_generate
-from torch import Tensor
+from decoding_cases import contender, exact_matches, held_out, public, rates
 
-from fastdiff.data.text import load_text_data
-from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig
 
 PROMPT, BLOCK = 64, 32
@@ -43,25 +39,6 @@ def gpt2_small() -> MaskedDiffusionLM:
     return MaskedDiffusionLM(config).to(measure.DEVICE).eval()
 
 
-def contender(model: MaskedDiffusionLM, prompts: list[Tensor], **options) -> Callable[[], list[Tensor]]:
-    """New tokens of each batch of prompts, by fastdiff."""
-    config = MaskedDiffusionGenerationConfig(**options)
-    return lambda: [generate(model, ids, None, config).sequences[:, ids.shape[1] :] for ids in prompts]
-
-
-def public(model: MaskedDiffusionLM, prompts: list[Tensor], new: int, block: int, steps: int) -> Callable:
-    """The same by the public loop."""
-    arguments = (new, block, steps, model.config.mask_token_id)
-    return lambda: [llada_generate(model, ids, *arguments)[:, ids.shape[1] :] for ids in prompts]
-
-
-def rates(case: str, seconds: dict[str, float], tokens: int, targets: dict[str, float]) -> measure.Row:
-    """A row in tokens/s; speed-ups over the public loop of every contender."""
-    values = {name: tokens / value for name, value in seconds.items()}
-    speedups = {name: value / values["public loop"] for name, value in values.items() if name != "public loop"}
-    return measure.Row(case, "tokens/s", values, speedups, targets)
-
-
 def test_gpt2_small(benchmark, report):
     model, new = gpt2_small(), BLOCK * BLOCKS
     prompts = [torch.randint(MASK, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(measure.DEVICE)]
@@ -80,30 +57,6 @@ def test_gpt2_small(benchmark, report):
     report(rates(case, seconds, new, {"exact": 1.6}))
 
 
-def held_out(recipe, tokenizer, batch: int) -> tuple[list[Tensor], list[list[int]]]:
-    """Batches of prompts of one length each, and the answers, in the order of the prompts."""
-    part = load_text_data(recipe.data, tokenizer).held_out
-    by_length, prompts, answers = {}, [], []
-    for i in range(len(part)):
-        by_length.setdefault(len(part.conditions.document(i)), []).append(i)
-    for indices in by_length.values():
-        for start in range(0, len(indices) - 15, 16):  # the same prompts for every size of batch
-            for first in range(start, start + 16, batch):
-                chosen = indices[first : first + batch]
-                prompts.append(torch.stack([part.conditions.document(i) for i in chosen]).to(measure.DEVICE))
-                answers += [part.targets.document(i).tolist() for i in chosen]
-            if len(answers) >= PROMPTS:
-                return prompts, answers
-    return prompts, answers
-
-
-def exact_matches(batches: list[Tensor], answers: list[list[int]], eos: int) -> float:
-    """The share of rows that are the answer up to their first end token."""
-    rows = [row for batch in batches for row in batch.tolist()]
-    ended = [row[: row.index(eos)] if eos in row else row for row in rows]
-    return sum(row == answer for row, answer in zip(ended, answers, strict=True)) / len(answers)
-
-
 @pytest.mark.skipif(RUN is None, reason="FASTDIFF_NUMBERS_RUN names no run of recipe mdlm_numbers")
 @pytest.mark.parametrize("batch", [1, 16])
 def test_numbers(batch, benchmark, report):
@@ -111,7 +64,7 @@ def test_numbers(batch, benchmark, report):
 
     loaded = load_language_model(RUN, device=measure.DEVICE)
     model, generation = loaded.model, loaded.recipe.sampling.generation
-    prompts, answers = held_out(loaded.recipe, loaded.tokenizer, batch)
+    prompts, answers = held_out(loaded.recipe, loaded.tokenizer, batch, PROMPTS)
     new, block = generation["max_new_tokens"], generation["block_length"]
     options = dict(max_new_tokens=new, block_length=block)
     contenders = {

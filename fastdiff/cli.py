@@ -9,13 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 Recipe = TypeVar("Recipe")
-RECIPE_KINDS = ("dit", "masked_lm")
+RECIPE_KINDS = ("dit", "masked_lm", "length_head")
 # What a user can cause; anything else keeps its traceback, since it is a fault of ours.
 _USER_ERRORS = (
     ValueError,
@@ -130,29 +130,35 @@ def recipe_kind(path: Path) -> str:
     content = _read_recipe_file(path)
     task = content.get("task", "dit") if isinstance(content, dict) else "dit"
     if task not in RECIPE_KINDS:
-        raise ValueError(f"{path}: task is {task!r}; expected {' or '.join(RECIPE_KINDS)} (dit where it is left out)")
+        raise ValueError(
+            f"{path}: task is {task!r}; expected one of {', '.join(RECIPE_KINDS)} (dit where it is left out)"
+        )
     return task
 
 
 def check_recipe_file(recipe: type, path: Path) -> None:
     """Checks that a file is YAML, and has no other sections and fields than the dataclass `recipe`.
 
-    Fields of `recipe` that are no dataclasses themselves, such as `task`, stand in the file beside the sections.
+    Fields of `recipe` that are no dataclasses themselves, such as `task`, stand in the file beside the sections. A
+    section that may be left out may be null.
 
     Raises:
         ValueError: it names the file and what is wrong in it.
     """
     content = _read_recipe_file(path)
-    sections = {field.name: field.type for field in dataclasses.fields(recipe)}
+    sections = {field.name: _section(field.type) for field in dataclasses.fields(recipe)}
+    optional = {field.name for field in dataclasses.fields(recipe) if field.default is None}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {content!r}; expected the sections {', '.join(sections)}")
     for section, fields in content.items():
         section, _, field = str(section).partition(".")  # "model.depth: 2" is "model: {depth: 2}"
         if section not in sections:
             raise ValueError(f"{path}: there is no section {section!r}; expected {', '.join(sections)}")
-        if not dataclasses.is_dataclass(sections[section]):
+        if sections[section] is None:
             if field or isinstance(fields, dict):
                 raise ValueError(f"{path}: {section} has fields below it; expected one value, as in {section}: VALUE")
+            continue
+        if fields is None and section in optional:
             continue
         fields = {field: fields} if field else fields
         if not isinstance(fields, dict):
@@ -184,9 +190,14 @@ def build(recipe: type[Recipe], values: Any) -> Recipe:
     """Dataclasses from jsonargparse's namespace; their own checks run here."""
     parts = {}
     for field in dataclasses.fields(recipe):
-        value = getattr(values, field.name)
-        parts[field.name] = field.type(**vars(value)) if dataclasses.is_dataclass(field.type) else value
+        value, section = getattr(values, field.name), _section(field.type)
+        parts[field.name] = value if section is None or value is None else section(**vars(value))
     return recipe(**parts)
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass that a field of a recipe holds, also where it may be None; None for a plain value."""
+    return next((each for each in (kind, *get_args(kind)) if dataclasses.is_dataclass(each)), None)
 
 
 def run_parser(command_name: str, description: str) -> ArgumentParser:
@@ -225,7 +236,7 @@ def output_path(given: str | None, default: Path) -> Path:
     return path
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, content: str | bytes) -> None:
     """Writes a result whole or not at all: what was there before stays until the new file is on the disk.
 
     Raises:
@@ -233,8 +244,8 @@ def write_output(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".writing-{path.name}"[:255])
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -19,6 +19,7 @@ _WATCHED = 3  # sequences shown by --watch
 def make_parser() -> ArgumentParser:
     """The command's arguments; decoding options that are None are what the run's recipe says."""
     from fastdiff.generation.options import add_generation_options
+    from fastdiff.models.masked_lm_config import LENGTH_FORMATS
 
     parser = ArgumentParser(
         prog="python -m fastdiff.generate",
@@ -41,6 +42,11 @@ def make_parser() -> ArgumentParser:
     add("--chat", action="store_true", help="each prompt is a user's message, put into the tokenizer's chat template")
     add("--num-samples", type=int, default=1, help="samples of each prompt")
     add("--batch-size", type=int, default=16, help="samples decoded at once; it does not change them")
+    add(
+        "--length-format",
+        choices=LENGTH_FORMATS,
+        help="of --length auto, for a checkpoint whose config does not say how answers ended in training",
+    )
     add("--watch", action="store_true", help="show the text as it takes shape")
     add("--output", type=str, help="a .jsonl file to write the samples to")
     add("--weights", choices=("ema", "model"), default="ema", help="of a run: averaged or plain weights")
@@ -71,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> None:
     from fastdiff.generation.options import generation_options
     from fastdiff.generation.text import TextGenerator
-    from fastdiff.training.runs import language_model_recipe, load_language_model
+    from fastdiff.training.runs import language_model_recipe, load_language_model, load_length_predictor
 
     for name in ("num_samples", "batch_size"):
         if getattr(arguments, name) < 1:
@@ -82,11 +88,20 @@ def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> 
     options = generation_options(arguments, {"max_new_tokens": DEFAULT_NEW_TOKENS, **defaults})
     if options.get("seed") is None:
         options["seed"] = secrets.randbelow(2**31)
+    if arguments.length_format is not None and options.get("length") != "auto":
+        raise ValueError(f"--length-format is {arguments.length_format}, which is of --length auto; pass that, too")
     config = _config(options, {name: value for name, value in defaults.items() if options.get(name) == value})
     loaded = load_language_model(
         arguments.model, weights=arguments.weights, device=arguments.device, dtype=arguments.dtype
     )
-    generator = TextGenerator(loaded.model, loaded.tokenizer, config)
+    predictor = load_length_predictor(loaded, config, arguments.length_format)
+    if predictor is not None and not predictor.calibrated:
+        print(
+            f"length: {loaded.source} has no calibration, so coverage {config.coverage} is the model's own word; "
+            "python -m fastdiff.evaluate RUN --length makes one",
+            file=sys.stderr,
+        )
+    generator = TextGenerator(loaded.model, loaded.tokenizer, config, predictor)
     rows = generator.encode(prompts, chat=arguments.chat, unconditional=arguments.unconditional)
     # a prompt that is no part of the text stands on a line of its own
     apart = arguments.chat or generator.has_encoder or (recipe is not None and recipe.data.sample == "pairs")
@@ -111,9 +126,14 @@ def _run(arguments: Any, output: Path | None, records: list[dict[str, Any]]) -> 
     if output is not None:
         _save(output, records)
     done = generator.statistics
+    saved = ""
+    if done.window_tokens:
+        share, grew = done.saved_tokens / done.window_tokens, done.extended_rows
+        saved = f"; {done.saved_tokens} of {done.window_tokens} window tokens saved ({share:.0%}), "
+        saved += f"{grew} sample{'' if grew == 1 else 's'} grew"
     print(
         f"{done.tokens} tokens in {done.seconds:.1f} s ({done.tokens_per_second:.0f} tokens/s), "
-        f"{done.forward_passes} forward passes" + ("" if output is None else f"; written to {output}")
+        f"{done.forward_passes} forward passes{saved}" + ("" if output is None else f"; written to {output}")
     )
 
 

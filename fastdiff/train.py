@@ -1,6 +1,7 @@
 """Trains by a recipe: `python -m fastdiff.train recipes/dit_mnist.yaml --training.max_steps 200`.
 
-A recipe with `task: masked_lm` trains a masked diffusion language model, any other a DiT.
+A recipe with `task: masked_lm` trains a masked diffusion language model, one with `task: length_head` a head that
+tells the length of such a model's answers, any other a DiT.
 Several processes: `accelerate launch --num_processes 2 -m fastdiff.train …` (or torchrun).
 """
 
@@ -47,17 +48,24 @@ def _parse(argv: Sequence[str] | None) -> tuple[Any, type]:
     arguments = list(sys.argv[1:] if argv is None else argv)
     given = arguments[1:] if arguments[:1] == ["--recipe"] else arguments
     path = Path(given[0]) if given and not given[0].startswith("-") else None
-    if path is not None and path.is_file() and recipe_kind(path) == "masked_lm":
+    chosen = recipe_kind(path) if path is not None and path.is_file() else "dit"
+    if chosen == "masked_lm":
         from fastdiff.training.masked_lm import MaskedLMTask
         from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
 
         kind, task, what = MaskedLMRecipe, MaskedLMTask, "a masked diffusion language model"
+    elif chosen == "length_head":
+        from fastdiff.training.length_head import LengthHeadTask
+        from fastdiff.training.length_head_recipe import LengthHeadRecipe
+
+        kind, task = LengthHeadRecipe, LengthHeadTask
+        what = "a head that tells an answer's length from the states of a finished masked diffusion language model"
     else:
         from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
 
         kind, task = DiTRecipe, DiffusionTask
-        what = "a diffusion transformer, or with a recipe of a language model (task: masked_lm) that one, whose fields "
-        what += "its own --help lists"
+        what = "a diffusion transformer, or with a recipe of a language model (task: masked_lm) or of a length head "
+        what += "(task: length_head) that one, whose fields its own --help lists"
     about = f"Trains {what}. Every field can be given as an option, for example --training.max_steps 200."
     return parse_recipe(kind, arguments, "train", about), task
 

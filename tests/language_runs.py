@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fastdiff import train
 from fastdiff.data.text_config import TextDataConfig
 from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig
 from fastdiff.training.checkpoint import write_checkpoint
@@ -71,3 +73,18 @@ def write_run(
 
         write_checkpoint(folder / "checkpoints", step, {"task": {}}, write, keep_last=2)
     return folder
+
+
+def make_runs(tmp_path_factory: pytest.TempPathFactory, recipe: dict):
+    """Of a fixture: yields make(**data) → the folder of a run trained by `recipe`, with a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+        def make(**data) -> Path:
+            folder = tmp_path_factory.mktemp("runs")
+            content = recipe | {"data": {**recipe["data"], **data}}
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+            train.main([str(folder / "recipe.yaml"), "--training.output_dir", str(folder / "run")])
+            return folder / "run"
+
+        yield make

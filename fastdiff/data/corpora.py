@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastdiff.data.number_words import number_pairs, number_words_version
+from fastdiff.data.glosses import GLOSSES_FILE, read_glosses
+from fastdiff.data.number_words import check_languages, number_pairs, number_words_version
 from fastdiff.data.shakespeare import find_shakespeare
 from fastdiff.data.text_config import TextDataConfig
 
@@ -53,6 +54,7 @@ def open_corpus(config: TextDataConfig) -> Corpus:
         "jsonl": _open_jsonl,
         "datasets": _open_datasets,
         "numbers": _open_numbers,
+        "glosses": _open_glosses,
     }
     if config.name not in openers:
         raise ValueError(f"data.name is {config.name!r}; expected one of {', '.join(openers)}")
@@ -158,15 +160,26 @@ def _open_datasets(config: TextDataConfig) -> Corpus:
 
 
 def _open_numbers(config: TextDataConfig) -> Corpus:
-    key = f"{config.max_digits} {config.num_pairs} {number_words_version()}"
+    key = f"{config.max_digits} {config.num_pairs} {config.languages} {config.grouped_digits} {number_words_version()}"
+    check_languages(config.languages)
     pairs: list[Pair] = []
 
     def read() -> Iterator[Pair]:
         if not pairs:
-            pairs.extend(Pair(*pair) for pair in number_pairs(config.max_digits, config.num_pairs))
+            made = number_pairs(config.max_digits, config.num_pairs, config.languages, config.grouped_digits)
+            pairs.extend(Pair(*pair) for pair in made)
         return iter(pairs)
 
     return Corpus("numbers", key, read)
+
+
+def _open_glosses(config: TextDataConfig) -> Corpus:
+    file = Path(config.path).expanduser() if config.path else GLOSSES_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is not a file; run `apt install dict-wn`, or pass its wn.dict.dz as --data.path"
+        )
+    return Corpus(str(file), _files_key([file], file.parent), lambda: (Pair(*pair) for pair in read_glosses(file)))
 
 
 def _fields(config: TextDataConfig) -> tuple[str, ...]:

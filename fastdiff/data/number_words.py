@@ -1,6 +1,8 @@
-"""Numbers and their English words: pairs whose answers can be checked."""
+"""Numbers and their words: pairs whose answers can be checked."""
 
+import itertools
 import random
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 _SEED = 20260601  # fixed: every run has the same numbers
@@ -16,8 +18,22 @@ def number_words_version() -> str:
         ) from None
 
 
-def number_pairs(max_digits: int, num_pairs: int) -> list[tuple[str, str]]:
+def check_languages(languages: Sequence[str]) -> None:
+    """Raises ValueError for a code that num2words does not know."""
+    from num2words import CONVERTER_CLASSES
+
+    for language in languages:
+        if language not in CONVERTER_CLASSES:
+            known = ", ".join(sorted(CONVERTER_CLASSES))
+            raise ValueError(f"data.languages has {language!r}, which num2words does not know; it has {known}")
+
+
+def number_pairs(
+    max_digits: int, num_pairs: int, languages: Sequence[str] = ("en",), grouped: bool = False
+) -> list[tuple[str, str]]:
     """("123", "one hundred and twenty-three"), …: no number twice, in an order of no meaning, always the same.
+
+    With several languages ("de 123", "einhundertdreiundzwanzig"), …: in turn. `grouped` writes 1,234,567.
 
     Each count of digits is as likely as far as there are as many numbers: of 1 digit there are ten, and what they leave
     over goes to the longer ones.
@@ -31,4 +47,8 @@ def number_pairs(max_digits: int, num_pairs: int) -> list[tuple[str, str]]:
         quota = (num_pairs - len(numbers)) // (max_digits - digits + 1)
         numbers.extend(generator.sample(candidates, min(quota, len(candidates))))
     generator.shuffle(numbers)
-    return [(str(number), num2words(number)) for number in numbers]
+    pairs = []
+    for number, language in zip(numbers, itertools.cycle(languages)):
+        digits = f"{number:,}" if grouped else str(number)
+        pairs.append((f"{language} {digits}" if len(languages) > 1 else digits, num2words(number, lang=language)))
+    return pairs

@@ -42,6 +42,12 @@ class Samples:
             yield from self._kept(self.corpus.read(), str.strip, "empty documents")
         elif self.kind == "pairs":
             yield from self._kept(self.corpus.read(), _both_sides, "pairs with an empty prompt or answer")
+        elif self.kind == "plain_line":
+            lines = (line.strip() for document in self.corpus.read() for line in document.splitlines())
+            seen: set[str] = set()
+            lines = self._kept(lines, lambda line: not (line in seen or seen.add(line)), "repeated lines")
+            pairs = (Pair(plain_line(line), line) for line in lines)
+            yield from self._kept(pairs, _both_sides, "lines without a letter or digit")
         else:
             documents = self._kept(self.corpus.read(), str.strip, "empty documents")
             if self.corpus.long_documents:
@@ -60,6 +66,12 @@ class Samples:
 
 def _both_sides(pair: Pair) -> bool:
     return bool(pair.prompt.strip() and pair.answer.strip())
+
+
+def plain_line(line: str) -> str:
+    """The words of a line in lower case, one space between them, without punctuation: "o'er-run" is "oer run"."""
+    spaced = re.sub(r"[-–—_]", " ", line.lower())
+    return " ".join("".join(char for char in spaced if char.isalnum() or char.isspace()).split())
 
 
 def paragraphs(text: str) -> list[str]:

@@ -19,17 +19,22 @@ class PairBatch(NamedTuple):
     """
 
     input_ids: Tensor  # int64 [B, W]
-    attention_mask: Tensor  # bool [B, W], False on batch padding and on what eos_only pads a window with
-    maskable: Tensor  # bool [B, W], True on the answer, its EoS and what the window is filled with
+    attention_mask: Tensor  # bool [B, W], False on batch padding
+    maskable: Tensor  # bool [B, W], True on the answer, its EoS and the EoS or PAD that fill the window
+    is_end: Tensor  # bool [B, W], True from the EoS on to the end of the window
     condition_ids: Tensor | None  # int64 [B, M], the prompts where they stand apart, padded on the right
     condition_mask: Tensor | None  # bool [B, M], False on padding
 
 
 def window_length(config: TextDataConfig, generator: torch.Generator | None = None) -> int:
-    """The length of a step's window: uniform on min_length … max_length tokens, whatever the texts.
+    """The length of a step's window: drawn from min_length … max_length tokens, whatever the texts.
 
     Windows of random length, drawn independently of the answers, keep a model usable when decoding crops the window.
     """
+    if config.window_distribution == "log_uniform":
+        ratio = (config.max_length + 1) / config.min_length
+        drawn = torch.rand((), generator=generator, dtype=torch.float64)
+        return min(int(config.min_length * ratio ** float(drawn)), config.max_length)
     return int(torch.randint(config.min_length, config.max_length + 1, (), generator=generator))
 
 
@@ -61,17 +66,21 @@ def pair_windows(
     pad_token_id: int,
     separate_conditions: bool = False,
     bos_token_id: int | None = None,
+    mask_token_id: int | None = None,
 ) -> PairBatch:
     """The pairs at `indices`, each with `length` tokens for the answer.
 
     An answer that does not fit with its EoS is cut to `length` tokens, without EoS. What follows the EoS of a shorter
     one depends on the format: "eos_fill" EoS, "pad_fill" PAD, both maskable and attended to up to the window's end;
-    "eos_only" padding, neither maskable nor attended to. Prompts and batch padding are never maskable.
+    "eos_only" the mask token, attended to but not maskable: a place that a decoder has not come to, of which the loss
+    says nothing. So p(EoS at i) becomes P(the answer ends at i, given that it got there). Prompts and batch padding are
+    never maskable.
 
     Args:
         part: pairs: it has conditions.
         separate_conditions: whether prompts go into `condition_ids`, for an encoder; `bos_token_id` then stands before
             the answers, as it does in decoding, where each row needs a token to begin with.
+        mask_token_id: what "eos_only" fills windows with.
 
     Raises:
         ValueError: `part` has documents, `length` is below 1 or the format unknown; an index has no pair.
@@ -84,22 +93,31 @@ def pair_windows(
         raise ValueError(
             "bos_token_id: got None; answers to separate conditions begin with BoS: choose a tokenizer with one"
         )
-    if length_format not in ("eos_fill", "pad_fill", "eos_only"):
+    fills = {"eos_fill": eos_token_id, "pad_fill": pad_token_id, "eos_only": mask_token_id}
+    if length_format not in fills:
         raise ValueError(f"length_format: got {length_format!r}; expected 'eos_fill', 'pad_fill' or 'eos_only'")
+    fill = fills[length_format]
+    if fill is None:
+        raise ValueError("mask_token_id: got None; windows of eos_only are filled with it")
     indices = torch.as_tensor(indices).tolist()
     prompts = [part.conditions.document(i) for i in indices]
-    answers = [_window(part.targets.document(i), length, eos_token_id) for i in indices]
-    if length_format != "eos_only":
-        fill = eos_token_id if length_format == "eos_fill" else pad_token_id
-        answers = [torch.cat([answer, answer.new_full((length - len(answer),), fill)]) for answer in answers]
+    texts = [part.targets.document(i) for i in indices]
+    answers = [_window(text, length, eos_token_id) for text in texts]
+    kept = [min(len(text), length) for text in texts]
+    answers = [torch.cat([answer, answer.new_full((length - len(answer),), fill)]) for answer in answers]
     condition_ids = condition_mask = None
     if separate_conditions:
         condition_ids, condition_mask = _pad(prompts, pad_token_id)
         prompts = [prompt.new_tensor([bos_token_id]) for prompt in prompts]
     input_ids, attended = _pad([torch.cat(row) for row in zip(prompts, answers, strict=True)], pad_token_id)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
-    maskable = attended & (torch.arange(input_ids.shape[1]) >= prompt_lengths[:, None])
-    return PairBatch(input_ids, attended, maskable, condition_ids, condition_mask)
+    column = torch.arange(input_ids.shape[1])
+    ends = prompt_lengths + torch.tensor(kept, dtype=torch.int64)
+    is_end = attended & (column >= ends[:, None])
+    maskable = attended & (column >= prompt_lengths[:, None])
+    if length_format == "eos_only":
+        maskable &= column <= ends[:, None]
+    return PairBatch(input_ids, attended, maskable, is_end, condition_ids, condition_mask)
 
 
 def _window(answer: Tensor, length: int, eos_token_id: int) -> Tensor:

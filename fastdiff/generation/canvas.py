@@ -1,10 +1,11 @@
-"""Prompts of different lengths on one canvas: each row its prompt, its new tokens, then filling."""
+"""Prompts of different lengths on one canvas: each row its prompt, its window of new tokens, then filling."""
 
 import zlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def padding_last(ids: Tensor, real: Tensor) -> Tensor:  # int64 [B, P], bool [B, P] -> int64 [B, P]
@@ -12,21 +13,32 @@ def padding_last(ids: Tensor, real: Tensor) -> Tensor:  # int64 [B, P], bool [B,
     return ids.gather(1, (~real).to(torch.int8).argsort(dim=1, stable=True))
 
 
-class Canvas:
-    """Token ids being decoded, `[B, W]`: row b has its prompt's P_b tokens at 0 …, then N masks, then filling.
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:  # int64, bool [B, P]
+    """Rows of ids, padded on the right, and where they are not padding."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
 
-    So every row has the positions, and the random numbers, that it has alone, wherever its padding was.
+
+class Canvas:
+    """Token ids being decoded, `[B, W]`: row b has its prompt's P_b tokens at 0 …, then N_b masks, then filling.
+
+    So every row has the positions, and the random numbers, that it has alone, wherever its padding was. Windows of new
+    tokens are `max_new_tokens` wide, or as `windows` says, with room to grow; what a row has less is `end_token_id` in
+    the result.
     """
 
     def __init__(
         self,
         input_ids: Tensor,  # int64 [B, P]
         attention_mask: Tensor | None,  # bool [B, P]
-        new_tokens: int,
+        max_new_tokens: int,
         mask_token_id: int,
         pad_token_id: int | None,
         conditions: list[bytes] | None = None,  # what else rows differ in
         copies: Sequence[int] | None = None,
+        windows: Sequence[int] | None = None,
+        end_token_id: int | None = None,
     ) -> None:
         batch, prompt = input_ids.shape
         device = input_ids.device
@@ -35,16 +47,14 @@ class Canvas:
         lengths = real.sum(1)
         host = torch.cat([lengths, (real & (input_ids == mask_token_id)).sum(1)]).tolist()  # waits for the device
         self.prompt_lengths, self.infilled = host[:batch], host[batch:]
-        self.width, self.new_tokens, self.mask_token_id = (
-            max(self.prompt_lengths) + new_tokens,
-            new_tokens,
-            mask_token_id,
-        )
+        self.windows = [max_new_tokens] * batch if windows is None else list(windows)
+        self.max_new_tokens, self.mask_token_id, self.end_token_id = max_new_tokens, mask_token_id, end_token_id
+        self.width = max(self.prompt_lengths) + max_new_tokens
         self.columns = torch.arange(self.width, device=device)
         self.starts = lengths  # int64 [B]: where the new tokens begin
 
         # Column of the canvas that each column of the result comes from; padding keeps what the caller passed.
-        new = lengths[:, None] + self.columns[:new_tokens]
+        new = lengths[:, None] + self.columns[:max_new_tokens]
         self._source = torch.cat([(real.cumsum(1) - 1).clamp(min=0), new], dim=1)  # [B, P + N]
         self._kept = torch.cat([~real, torch.zeros_like(new, dtype=torch.bool)], dim=1)
         self._input = torch.cat([input_ids, torch.full_like(new, filling)], dim=1)
@@ -52,11 +62,28 @@ class Canvas:
         compact = torch.full((batch, self.width), filling, dtype=torch.int64, device=device)
         used = min(prompt, self.width)
         compact[:, :used] = padding_last(input_ids, real)[:, :used]
-        is_new = (self.columns >= lengths[:, None]) & (self.columns < lengths[:, None] + new_tokens)
-        self.used = self.columns < lengths[:, None] + new_tokens  # bool [B, W]
+        ends = lengths + torch.tensor(self.windows, device=device)
+        is_new = (self.columns >= lengths[:, None]) & (self.columns < ends[:, None])
+        self.used = self.columns < ends[:, None]  # bool [B, W]
         self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))
         self.given = self.used & (self.ids != mask_token_id)  # bool [B, W]: what guidance hides
         self.sequence_ids = torch.tensor(self._names(conditions or [b""] * batch, copies), device=device)
+
+    @property
+    def generated(self) -> list[int]:
+        """Positions of each row that are or were masked."""
+        return [infilled + window for infilled, window in zip(self.infilled, self.windows, strict=True)]
+
+    def grow(self, rows: Sequence[int], by: int) -> list[int]:
+        """Adds `by` masks to the windows of these rows, as far as there is room; returns how many each got."""
+        added = []
+        for row in rows:
+            end = self.prompt_lengths[row] + self.windows[row]
+            added.append(min(by, self.max_new_tokens - self.windows[row]))
+            self.ids[row, end : end + added[-1]] = self.mask_token_id
+            self.used[row, end : end + added[-1]] = True
+            self.windows[row] += added[-1]
+        return added
 
     def _names(self, conditions: list[bytes], copies: Sequence[int] | None) -> list[int]:
         """What random numbers belong to: the prompt and which of its copies a row is, not its place in the batch."""
@@ -71,4 +98,5 @@ class Canvas:
 
     def sequences(self) -> Tensor:  # int64 [B, P + N]
         """The tokens in the columns of the input, then the new ones."""
-        return torch.where(self._kept, self._input, self.ids.gather(1, self._source))
+        ids = self.ids if self.end_token_id is None else torch.where(self.used, self.ids, self.end_token_id)
+        return torch.where(self._kept, self._input, ids.gather(1, self._source))

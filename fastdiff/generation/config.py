@@ -11,9 +11,10 @@ _FIELDS: dict[str, Any] = dict(
     max_new_tokens=128, num_inference_steps=None, block_length=None, temperature=0.0, top_k=None, top_p=None,
     guidance_scale=1.0, unmasking_rule="count", unmasking_order="confidence", threshold=None, factor=None,
     entropy_budget=None, seed=None, prefix_cache=False, dual_cache=False, cache_refresh_interval=None,
-    early_stop=False, stop_strings=None, suppress_tokens=None,
+    early_stop=False, stop_strings=None, suppress_tokens=None, length="fixed", coverage=0.95, reuse_probe=False,
 )  # fmt: skip
 _RULE_NUMBERS = {"threshold": 0.9, "factor": 1.0, "entropy_budget": 0.15}  # what None means: the papers' values
+LENGTHS = ("fixed", "auto")
 _OTHERS = (  # what transformers itself passes or stores
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "_commit_hash",
 )  # fmt: skip
@@ -50,6 +51,14 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             one of these strings; the tokens after the one that completes it become the end token (pad where there is
             none). `generate` needs tokenizer= then.
         suppress_tokens: Ids that are never chosen, beside the mask token.
+        length: "fixed", a row has max_new_tokens to fill; or "auto": one pass predicts how long its answer will be
+            (`fastdiff.generation.length`), and it gets as many, rounded up to a block (of 8 where block_length is
+            None). A row ends where everything before its first end token is chosen; one that fills up without an end
+            token grows by a block and goes on, up to max_new_tokens. num_inference_steps are those of max_new_tokens, a
+            smaller row takes its share.
+        coverage: Of length="auto": the share of answers that are to fit at once; it holds for a calibrated predictor.
+        reuse_probe: Approximate, off by default: the pass that predicted the lengths is the first step, too, although
+            it saw longer rows.
 
     Raises ValueError, naming the field, for values that do not fit.
     """
@@ -81,6 +90,11 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         return self.num_inference_steps // max(self.num_blocks, 1)
 
     @property
+    def growth(self) -> int:
+        """What lengths are rounded up to, and rows grow by, under length="auto"."""
+        return self.block_length or 8
+
+    @property
     def rule_number(self) -> float | None:
         """The number of the rules that have a fixed one."""
         default = _RULE_NUMBERS.get(self.unmasking_rule)
@@ -98,13 +112,14 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         _number("guidance_scale", self.guidance_scale, lambda x: True, "a finite number (1 is none)")
         if self.top_p is not None:
             _number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or None")
-        for name, known in (("unmasking_rule", RULES), ("unmasking_order", ORDERS)):
+        for name, known in (("unmasking_rule", RULES), ("unmasking_order", ORDERS), ("length", LENGTHS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        for name in ("early_stop", "prefix_cache", "dual_cache"):
+        for name in ("early_stop", "prefix_cache", "dual_cache", "reuse_probe"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; expected True or False")
         self._validate_caches()
+        self._validate_length()
         strings = self.stop_strings
         if strings is not None and not (
             isinstance(strings, list | tuple) and strings and all(isinstance(s, str) and s for s in strings)
@@ -124,6 +139,21 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
                 f"cache_refresh_interval: got {self.cache_refresh_interval} without a cache; set prefix_cache or "
                 "dual_cache, or leave it out"
             )
+
+    def _validate_length(self) -> None:
+        _number("coverage", self.coverage, lambda x: 0 < x < 1, "a number in (0, 1)")
+        if self.length == "auto" and not self.max_new_tokens:
+            raise ValueError("length: got 'auto' with max_new_tokens = 0: no answer to predict the length of")
+        if not self.reuse_probe:
+            return
+        others = {
+            'length="fixed"': self.length == "fixed",
+            "a cache": self.prefix_cache or self.dual_cache,
+            "guidance": self.guidance_scale != 1,
+        }
+        for other, there in others.items():
+            if there:
+                raise ValueError(f"reuse_probe: got True with {other}; its pass cannot be a step then: leave it out")
 
     def _validate_rule(self) -> None:
         ranges = {

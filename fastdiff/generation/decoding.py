@@ -19,9 +19,11 @@ from torch.nn import functional
 from fastdiff.generation.canvas import Canvas, padding_last
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts, condition_names
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
-from fastdiff.generation.passes import Passes, Predicting, on_cpu
+from fastdiff.generation.length import LengthPredictor, mean_embedding
+from fastdiff.generation.passes import Passes, Predicting, on_cpu, probed
 from fastdiff.generation.rows import Rows, Turn, planned_turns
 from fastdiff.generation.stopping import Stopping
+from fastdiff.generation.windows import PredictedWindows, buckets, default_predictor, predict_windows
 from fastdiff.ops import TokenSample, lm_head_sample, sample_tokens, unmask_
 
 Streamer = Callable[[Tensor, int], None]
@@ -33,12 +35,18 @@ class GenerationStatistics:
 
     `forward_passes` of the model (guided ones are of twice the batch), `tokens` chosen (not those that fill a row
     which ended early), `seconds`, and how many of the passes were `short_passes`, of the columns that a cache lacks.
+    Of length="auto": how many of the passes were `probe_passes`, the `window_tokens` that rows of max_new_tokens would
+    have had and how many of them were `saved_tokens`, and the rows that grew (`extended_rows`).
     """
 
     forward_passes: int
     tokens: int
     seconds: float
     short_passes: int = 0
+    probe_passes: int = 0
+    window_tokens: int = 0
+    saved_tokens: int = 0
+    extended_rows: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,6 +70,7 @@ def generate(
     generation_config: MaskedDiffusionGenerationConfig | None = None,
     streamer: Streamer | None = None,
     *,
+    length_predictor: LengthPredictor | None = None,
     copies: Sequence[int] | None = None,
     tokenizer: Any = None,
     encoder_input_ids: Tensor | None = None,  # int64 [B, M]
@@ -80,6 +89,8 @@ def generate(
         generation_config: None is `MaskedDiffusionGenerationConfig()`.
         streamer: called after each step as streamer(token_ids, step): a new tensor laid out as `sequences`, with mask
             tokens where nothing was chosen yet, and the number of the step from 0.
+        length_predictor: of length="auto"; its coverage is the config's. None is the rule "cdf" with a window of
+            max_new_tokens, uncalibrated: it takes the model at its word.
         copies: which copy of its prompt each row is (0 or above), where copies are spread over several calls; None
             counts those in the batch.
         tokenizer: what decodes tokens where `stop_strings` are looked for; one of transformers.
@@ -90,7 +101,7 @@ def generate(
 
     Returns:
         GenerationOutput: `sequences[:, :P]` are the prompts (padding as it came, mask tokens filled),
-        `sequences[:, P:]` the new tokens.
+        `sequences[:, P:]` the new tokens. A row that length="auto" gave less has end tokens behind them.
 
     A model with a timestep embedding is told the time at which the mask rate of its `mask_schedule` is the masked share
     of a row's generated positions.
@@ -107,42 +118,64 @@ def generate(
     )
     if copies is not None and (len(copies) != len(input_ids) or min(copies, default=0) < 0):
         raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one a row")
-    stopping = Stopping(model, config, tokenizer)
+    predictor = _predictor(model, config, length_predictor)
+    ends = None if predictor is None else predictor.end_token_ids
+    stopping = Stopping(model, config, tokenizer, at_once=ends)
     started = time.perf_counter()
     training = model.training
     model.eval()
     try:
+        names = condition_names(encoder_input_ids, encoder_mask, encoder_hidden_states)
+        prompt_mean = None
+        if encoder_input_ids is not None:
+            if encoder_mask is not None:
+                encoder_input_ids = padding_last(encoder_input_ids, encoder_mask)
+                encoder_mask = padding_last(encoder_mask, encoder_mask)
+            prompt_mean = mean_embedding(model, encoder_input_ids, encoder_mask)
+            encoder_hidden_states = model.encode(encoder_input_ids, encoder_mask)
+        context = (encoder_hidden_states, encoder_mask)
+        predicted = None
+        if predictor is not None:
+            predicted = predict_windows(predictor, config, input_ids, attention_mask, *context, prompt_mean)
         canvas = Canvas(
             input_ids,
             attention_mask,
             config.max_new_tokens,
             model.config.mask_token_id,
             model.config.pad_token_id,
-            condition_names(encoder_input_ids, encoder_mask, encoder_hidden_states),
+            names,
             copies,
+            windows=None if predicted is None else predicted.windows,
+            end_token_id=None if predicted is None else predictor.end_token_ids[0],
         )
-        if encoder_input_ids is not None:
-            if encoder_mask is not None:
-                encoder_input_ids = padding_last(encoder_input_ids, encoder_mask)
-                encoder_mask = padding_last(encoder_mask, encoder_mask)
-            encoder_hidden_states = model.encode(encoder_input_ids, encoder_mask)
-        decoder = _Decoder(model, canvas, config, stopping, encoder_hidden_states, encoder_mask)
-        for step in decoder.steps():
+        decoding = _Decoding(model, canvas, config, stopping, context, predicted)
+        for step, _ in enumerate(decoding.steps()):
             if streamer is not None:
-                decoder.rows.write_back()
+                decoding.rows.write_back()
                 streamer(canvas.sequences(), step)
     finally:
         model.train(training)
     left = int((canvas.ids == canvas.mask_token_id).sum())  # waits for the device
     if left:
         raise ValueError("the model's logits have no distribution at some position: all -inf, or NaN or +inf")
-    tokens, passes = decoder.tokens - int(stopping.filled), decoder.passes
-    statistics = GenerationStatistics(passes.count, tokens, time.perf_counter() - started, passes.short)
-    return GenerationOutput(canvas.sequences(), statistics)
+    return GenerationOutput(canvas.sequences(), decoding.statistics(time.perf_counter() - started))
 
 
-class _Decoder:
-    """One call: the canvas, and the rows of it that are under way. Finished ones leave."""
+def _predictor(
+    model: torch.nn.Module, config: MaskedDiffusionGenerationConfig, given: LengthPredictor | None
+) -> LengthPredictor | None:
+    if given is None:
+        return default_predictor(model, config)
+    if config.length == "fixed":
+        raise ValueError('length_predictor: got one with length="fixed"; set length="auto", or leave it out')
+    if given.model is not model or given.coverage != config.coverage:
+        what = "of another model" if given.model is not model else f"of coverage {given.coverage}"
+        raise ValueError(f"length_predictor: got one {what}; expected this model's, of coverage {config.coverage}")
+    return given
+
+
+class _Decoding:
+    """One call: the canvas, decoded all at once, or bucket after bucket of rows that grow until they have ended."""
 
     def __init__(
         self,
@@ -150,25 +183,84 @@ class _Decoder:
         canvas: Canvas,
         config: MaskedDiffusionGenerationConfig,
         stopping: Stopping,
-        encoder_states: Tensor | None,
-        encoder_mask: Tensor | None,
+        context: tuple[Tensor | None, Tensor | None],
+        predicted: PredictedWindows | None,
     ) -> None:
-        self.model, self.canvas, self.config, self.stopping = model, canvas, config, stopping
-        self.tokens = sum(canvas.infilled) + len(canvas.ids) * config.max_new_tokens
-        if not self.tokens:
+        if not sum(canvas.generated):
             raise ValueError("max_new_tokens: got 0 for prompts without mask tokens; nothing is to be generated")
-        self.rows = Rows(canvas, config, encoder_states, encoder_mask)
-        self.passes = Passes(model, config)
+        self.model, self.canvas, self.config = model, canvas, config
+        self.stopping, self.context, self.predicted = stopping, context, predicted
         self.seed = int(torch.randint(2**63 - 1, ())) if config.seed is None else config.seed
+        self.passes = self.short_passes = 0
+        self.extended: set[int] = set()
+
+    def steps(self) -> Iterator[None]:
+        """Decodes, a step at a time; `rows` are those under way."""
+        if self.predicted is None:
+            return (yield from self._decode(None, None, None))
+        pending, blocks = list(range(len(self.canvas.ids))), None
+        states = self.predicted.states if self.config.reuse_probe else None
+        while pending:
+            windows = [self.canvas.windows[row] for row in pending]
+            lengths = [self.canvas.prompt_lengths[row] + window for row, window in zip(pending, windows, strict=True)]
+            for bucket in buckets(lengths, windows if blocks is None else blocks):
+                rows = [pending[place] for place in bucket]
+                yield from self._decode(rows, None if blocks is None else [blocks[place] for place in bucket], states)
+            pending, states = self._unended(pending), None
+            blocks = self.canvas.grow(pending, self.config.growth)
+            self.extended.update(pending)
+
+    def _decode(self, rows: list[int] | None, blocks: list[int] | None, states: Tensor | None) -> Iterator[None]:
+        self.rows = Rows(self.canvas, self.config, *self.context, rows, blocks)
+        decoder = _Decoder(self.model, self.rows, self.config, self.stopping, self.seed, states)
+        yield from decoder.steps()
+        self.passes, self.short_passes = self.passes + decoder.passes.count, self.short_passes + decoder.passes.short
+
+    def _unended(self, rows: list[int]) -> list[int]:
+        """Those without an end token that have room to grow."""
+        canvas, room = self.canvas, self.config.max_new_tokens
+        inside = canvas.used & (canvas.columns >= canvas.starts[:, None])
+        ended = self.stopping.ends(canvas.ids, inside).any(1).tolist()
+        return [row for row in rows if not ended[row] and canvas.windows[row] < room]
+
+    def statistics(self, seconds: float) -> GenerationStatistics:
+        canvas, tokens = self.canvas, sum(self.canvas.generated) - int(self.stopping.filled)
+        if self.predicted is None:
+            return GenerationStatistics(self.passes, tokens, seconds, self.short_passes)
+        whole, probing = len(canvas.ids) * self.config.max_new_tokens, self.predicted.passes
+        saved = whole - sum(canvas.windows)
+        return GenerationStatistics(
+            self.passes + probing, tokens, seconds, self.short_passes, probing, whole, saved, len(self.extended)
+        )
+
+
+class _Decoder:
+    """Rows of the canvas that are under way together. Finished ones leave.
+
+    `states` `[B, W, D]`, those of the probe, are the first step where no row has masks in its prompt.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        rows: Rows,
+        config: MaskedDiffusionGenerationConfig,
+        stopping: Stopping,
+        seed: int,
+        states: Tensor | None,
+    ) -> None:
+        self.model, self.rows, self.config, self.stopping, self.seed = model, rows, config, stopping, seed
+        self.passes, canvas = Passes(model, config), rows.canvas
+        self.states = None if any(canvas.infilled[row] for row in rows.index) else states
         self.suppressed = tuple({canvas.mask_token_id, *(config.suppress_tokens or ())})
         self.plan: list[list[Turn]] | None = None
         if config.unmasking_rule == "count" and not stopping.active:
             lengths = zip(canvas.infilled, canvas.prompt_lengths, strict=True)
             self.plan = [planned_turns(infilled, prompt, config) for infilled, prompt in lengths]
 
-    def steps(self) -> Iterator[int]:
+    def steps(self) -> Iterator[None]:
         """Decodes, a step at a time."""
-        for step in range(self.canvas.width):  # each step commits at least one token a row
+        for step in range(self.rows.canvas.width):  # each step commits at least one token a row
             masked = self.rows.begin_step()
             turns = self._turns(masked, step)
             kept = [row for row, turn in enumerate(turns) if turn is not None]
@@ -178,8 +270,12 @@ class _Decoder:
                 places, width = self.rows.keep(kept)
                 self.passes.keep(len(turns), places, width)
                 masked, turns = masked.index_select(0, places)[:, :width], [turns[row] for row in kept]
-            self._step(self.passes(self.rows, masked, turns), step)
-            yield step
+            if step == 0 and self.states is not None:
+                predicting = probed(self.rows, masked, self.states)
+            else:
+                predicting = self.passes(self.rows, masked, turns)
+            self._step(predicting, step)
+            yield
         self.rows.write_back()
 
     def _turns(self, masked: Tensor, step: int) -> list[Turn | None]:
@@ -212,15 +308,14 @@ class _Decoder:
             self.stopping(rows)
 
     def _rule_number(self) -> dict[str, float | Tensor]:
-        rule, steps, rows = self.config.unmasking_rule, self.config.steps_per_block, self.rows
+        rule, steps, rows = self.config.unmasking_rule, self.rows.steps, self.rows
         if rule == "count":
             if steps is None:
                 return dict(count=1)
             extra = rows.step_in_block < rows.masks_in_block % steps
             return dict(count=(rows.masks_in_block // steps + extra).clamp(min=1))
         if rule == "ancestral":  # mask rates 1, 1 - 1/S, …, 0
-            if steps is None:
-                steps = self.config.block_length or self.config.max_new_tokens
+            steps = rows.block_length if steps is None else steps
             return dict(probability=1 / (steps - rows.step_in_block).clamp(min=1).double())
         return {rule: self.config.rule_number}
 

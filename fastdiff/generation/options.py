@@ -7,7 +7,7 @@ from typing import Any
 from docstring_parser import parse
 from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
 
-from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+from fastdiff.generation.config import LENGTHS, MaskedDiffusionGenerationConfig
 from fastdiff.ops.unmask import ORDERS, RULES
 
 # Types of the fields whose default, None, does not tell. A field that is in neither is read as JSON, or else as text.
@@ -16,7 +16,7 @@ _TYPES: dict[str, Any] = {
     "factor": float, "entropy_budget": float, "seed": int, "cache_refresh_interval": int,
 }  # fmt: skip
 _LISTS: dict[str, Any] = {"suppress_tokens": int, "stop_strings": str}
-_CHOICES = {"unmasking_rule": RULES, "unmasking_order": ORDERS}
+_CHOICES = {"unmasking_rule": RULES, "unmasking_order": ORDERS, "length": LENGTHS}
 
 
 def add_generation_options(parser: ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:

@@ -32,6 +32,15 @@ class Predicting(NamedTuple):
     unconditional: Tensor | None  # [R, D]: with the condition hidden, under guidance
 
 
+def probed(rows: Rows, masked: Tensor, states: Tensor) -> Predicting:
+    """What a pass over every row's whole window, states `[B, N, D]`, says of the masked positions (bool `[A, W]`)."""
+    places = masked.nonzero()
+    row, column = places.unbind(1)
+    offsets = column - rows.starts[row]
+    probed_row = torch.tensor(rows.index, device=row.device)[row]
+    return Predicting(row * rows.width + column, states[probed_row, offsets], None)
+
+
 class Passes:
     """The model and its cache. `count` passes were made (guided ones of twice the rows), `short` of a few columns."""
 
@@ -113,9 +122,8 @@ class Passes:
         first = (of(rows.block) - self.shift).clamp(min=0)[:, None]
         last, ends = of(rows.end)[:, None], [turn.end for turn in turns]
         if self.config.prefix_cache:
-            last = of(rows.starts)[:, None] + rows.new_tokens
-            lengths = rows.prompt_lengths if members is None else [rows.prompt_lengths[row] for row in members]
-            ends = [length + rows.new_tokens for length in lengths]
+            last = of(rows.stops)[:, None]
+            ends = rows.lengths if members is None else [rows.lengths[row] for row in members]
         longest = max(end - max(turn.begin - self.shift, 0) for turn, end in zip(turns, ends, strict=True))
         return torch.minimum(first + torch.arange(longest, device=first.device), last - 1), first
 

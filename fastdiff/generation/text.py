@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from fastdiff.generation.canvas import padded
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.decoding import GenerationStatistics, Streamer, generate
+from fastdiff.generation.length import LengthPredictor
+from fastdiff.generation.windows import default_predictor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,21 +49,30 @@ class TextGenerator:
         tokenizer: its tokenizer. The model's mask token counts: where the tokenizer has none, "<mask>" stands for it in
             prompts.
         config: how to decode; validated here.
+        length_predictor: of config.length "auto"; None is the rule "cdf", uncalibrated.
 
     `statistics` adds up what was generated so far.
 
     Raises:
-        ValueError: an option that does not fit.
+        ValueError: an option that does not fit, or a model whose answers have no known end.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: MaskedDiffusionGenerationConfig
+        self,
+        model: nn.Module,
+        tokenizer: "PreTrainedTokenizerBase",
+        config: MaskedDiffusionGenerationConfig,
+        length_predictor: LengthPredictor | None = None,
     ) -> None:
         config.validate()
+        length_predictor = length_predictor or default_predictor(model, config)
+        self.length_predictor = length_predictor
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.mask_token_id: int = model.config.mask_token_id
         self.mask_text: str = tokenizer.mask_token or DEFAULT_MASK_TEXT
         self.end_token_ids = end_token_ids(model, tokenizer, config)
+        if length_predictor is not None:
+            self.end_token_ids = tuple({*self.end_token_ids, *length_predictor.end_token_ids})
         self.statistics = GenerationStatistics(0, 0, 0.0)
         self._encoder = tokenizer
         if tokenizer.mask_token is None:  # the copy's own id is never used: `encode` puts the model's in its place
@@ -115,10 +126,13 @@ class TextGenerator:
             raise ValueError(f"{name} has mask tokens; this model's prompts go through an encoder, which fills none")
         if not self.config.max_new_tokens and not masks:
             raise ValueError(f"{name} has no mask token {self.mask_text} and max_new_tokens is 0: nothing to generate")
-        taken = 1 if self.has_encoder else len(ids)
-        if len(ids) > longest or taken + self.config.max_new_tokens > longest:
+        taken, room = 1 if self.has_encoder else len(ids), self.config.max_new_tokens
+        if self.length_predictor is not None:  # its pass is over the window that it was calibrated on
+            room = max(room, self.length_predictor.window)
+        if len(ids) > longest or taken + room > longest:
+            what = "max_new_tokens is" if room == self.config.max_new_tokens else "the length predictor's window is"
             raise ValueError(
-                f"{name} has {len(ids)} tokens and max_new_tokens is {self.config.max_new_tokens}; expected at most "
+                f"{name} has {len(ids)} tokens and {what} {room}; expected at most "
                 f"{longest} together, the model's positions: shorten the prompt or ask for fewer tokens"
             )
 
@@ -166,7 +180,7 @@ class TextGenerator:
     def _batch(self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer) -> list[Continuation]:
         device = self.model.head_weight.device
         ids, mask = padded([rows[row] for row, _, _ in jobs], device)
-        options: dict[str, Any] = {"copies": [copy for _, _, copy in jobs]}
+        options: dict[str, Any] = {"copies": [copy for _, _, copy in jobs], "length_predictor": self.length_predictor}
         if self.has_encoder:
             if self.start_token_id is None:
                 raise ValueError("neither model nor tokenizer has a BoS token, from which a model with encoder starts")
@@ -207,10 +221,3 @@ def end_token_ids(model: nn.Module, tokenizer: Any, config: MaskedDiffusionGener
 def until_end(tokens: list[int], end: Sequence[int]) -> list[int]:
     """The tokens before the first end token."""
     return tokens[: next((i for i, token in enumerate(tokens) if token in end), len(tokens))]
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:  # int64, bool [B, P]
-    """Rows of ids, padded on the right, and where they are not padding."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)

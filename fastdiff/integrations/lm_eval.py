@@ -20,7 +20,8 @@ from fastdiff.cli import one_line
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig, MaskedTokens
 from fastdiff.evaluation.likelihood import sequence_losses
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
-from fastdiff.generation.text import TextGenerator, padded
+from fastdiff.generation.canvas import padded
+from fastdiff.generation.text import TextGenerator
 
 try:
     from lm_eval import simple_evaluate

@@ -10,6 +10,23 @@ from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
+from fastdiff.training.runs import LanguageModel
+
+
+def text_of_run(loaded: LanguageModel) -> TextData:
+    """A run's text, in its own tokenizer; the token files of its training where they are still there.
+
+    Raises what `fastdiff.data.load_text_data` raises.
+    """
+    from fastdiff.data.text import load_text_data
+    from fastdiff.data.tokenization import tokenizer_fingerprint
+
+    recipe = loaded.recipe
+    if recipe.model.init_from is None:
+        data = load_text_data(recipe.data, recipe.tokenizer)
+        if tokenizer_fingerprint(data.tokenizer) == tokenizer_fingerprint(loaded.tokenizer):
+            return data
+    return load_text_data(recipe.data, loaded.tokenizer)
 
 
 def windows_of_pairs(
@@ -26,6 +43,7 @@ def windows_of_pairs(
         pad_token_id=config.pad_token_id,
         separate_conditions=config.num_encoder_layers > 0,
         bos_token_id=config.bos_token_id,
+        mask_token_id=config.mask_token_id,
     )
 
 

@@ -72,20 +72,25 @@ class MaskedLMTask:
         """A whole step's batch: a process takes its part of what one process would have drawn."""
         recipe, seed, size = self.config, self.config.training.seed, self.config.training.batch_size
         length = window_length(recipe.data, generator(seed, step, _LENGTH))
-        batch, maskable = self._clean(step, length)
+        batch, maskable, is_end = self._clean(step, length)
         clean = batch["input_ids"]
         t = self.process.sample_times(size, generator(seed, step, _TIMES))
         full = torch.rand(size, generator=generator(seed, step, _FULL)) < recipe.objective.fully_masked_fraction
         t = torch.where(full, 1.0, t)
         # a model adapted from another may have an ordinary token as its mask token: where text has it, it is no label
         maskable = maskable & (clean != self.process.mask_token_id)
+        if recipe.objective.end_masking == "visible":
+            maskable = maskable & ~first_of_each_row(is_end)
         masked = self.process.corrupt(clean, t, maskable, generator(seed, step, _MASKS))
+        mask = masked.mask
+        if recipe.objective.end_masking == "always":
+            mask = mask | (is_end & maskable)
         weight = masked.weight
         if recipe.objective.normalizer == "answer":
             weight = weight / maskable.sum(1).clamp(min=1)
         batch |= {
-            "input_ids": masked.input_ids,
-            "labels": clean.masked_fill(~masked.mask, IGNORED_LABEL),
+            "input_ids": clean.masked_fill(mask, self.process.mask_token_id),
+            "labels": clean.masked_fill(~mask, IGNORED_LABEL),
             "row_weight": weight[:, None],
             "maskable": maskable.sum(1),
         }
@@ -97,18 +102,18 @@ class MaskedLMTask:
             batch["attention_pattern"] = annealed_attention_mask(clean.shape[1], seen, generator=source)
         return batch
 
-    def _clean(self, step: int, length: int) -> tuple[Batch, Tensor]:
-        """Clean text and what belongs to it, and what may be masked [B, W]."""
+    def _clean(self, step: int, length: int) -> tuple[Batch, Tensor, Tensor | None]:
+        """Clean text and what belongs to it, what may be masked [B, W], and of pairs where their ends are [B, W]."""
         if not self.pairs:
             ids = document_windows(self.data.train.targets, length, self._starts(step, length))
-            return {"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)
+            return {"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool), None
         windows = windows_of_pairs(self.config, self.model.config, self.data.train, self.stream.indices(step), length)
         batch = {"input_ids": windows.input_ids}
         if not windows.attention_mask.all():
             batch["attention_mask"] = windows.attention_mask
         if windows.condition_ids is not None:
             batch |= {"encoder_input_ids": windows.condition_ids, "encoder_attention_mask": windows.condition_mask}
-        return batch, windows.maskable
+        return batch, windows.maskable, windows.is_end
 
     def _starts(self, step: int, length: int) -> Tensor:
         seed, size = self.config.training.seed, self.config.training.batch_size
@@ -179,6 +184,11 @@ class MaskedLMTask:
         return plain(dataclasses.asdict(self.config))
 
 
+def first_of_each_row(mask: Tensor) -> Tensor:  # bool [B, W]
+    """The first True of each row alone."""
+    return mask & (mask.cumsum(1) == 1)
+
+
 def check_fit(recipe: MaskedLMRecipe, data: TextData, config: Any) -> None:
     """Raises ValueError where the parts of a recipe do not fit each other or the text."""
     longest = recipe.data.max_length + (config.num_encoder_layers > 0)  # BoS
@@ -192,6 +202,10 @@ def check_fit(recipe: MaskedLMRecipe, data: TextData, config: Any) -> None:
     if data.train.conditions is None and data.train.targets.num_tokens < recipe.data.max_length:
         raise ValueError(
             f"data.max_length is {recipe.data.max_length}; the text has {data.train.targets.num_tokens} tokens"
+        )
+    if data.train.conditions is None and recipe.objective.end_masking != "as_text":
+        raise ValueError(
+            f"objective.end_masking is {recipe.objective.end_masking!r}, which is for pairs; this text has documents"
         )
     if config.eos_token_id is None:
         raise ValueError("the tokenizer has no EoS token; texts could not be closed: choose another tokenizer.name")

@@ -53,6 +53,10 @@ class ObjectiveConfig:
             "answer" (each sample's sum by its answer's window, fill included, then the mean; LLaDA's
             instruction tuning).
         fully_masked_fraction: share of the samples whose tokens are all masked (time 1), as decoding begins.
+        end_masking: of pairs, how the EoS and what fills the window behind it are masked: "as_text" like the answer,
+            "always" (so that the model never sees where an answer ends, as at the first step of decoding; dLLM-Var), or
+            "visible" (the EoS is never masked: the model learns to write to a length that is given). With
+            fully_masked_fraction 1 the last two are the fine-tuning on prompt + mask + EoS + mask of system 004.
         annealing_steps: steps over which attention goes from causal to bidirectional (adaptation of autoregressive
             models, Gong et al. 2025); 0 is bidirectional from the start.
         likelihood_samples: Monte-Carlo draws of the validation bound, spread over the held-out texts.
@@ -60,6 +64,7 @@ class ObjectiveConfig:
 
     normalizer: Literal["masked_tokens", "all_tokens", "answer"] = "all_tokens"
     fully_masked_fraction: float = 0.0
+    end_masking: Literal["as_text", "always", "visible"] = "as_text"
     annealing_steps: int = 0
     likelihood_samples: int = 512
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff.cli import load_recipe, one_line, recipe_kind
@@ -22,6 +22,8 @@ from fastdiff.training.setup import autocast_dtype, check_device
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+    from fastdiff.generation.length import LengthPredictor
     from fastdiff.models.masked_lm import MaskedDiffusionLM
 
 
@@ -124,7 +126,7 @@ def load_run(
     folder, checkpoint = _place(Path(path))
     if not Path(path).is_dir():
         raise FileNotFoundError(f"run {str(path)!r} is not a folder; expected the output_dir of a run")
-    if folder.config.is_file() and recipe_kind(folder.config) != "dit":
+    if folder.config.is_file() and run_kind(path) != "dit":
         raise ValueError(f"{path} is a run of a language model; python -m fastdiff.generate draws from it")
     recipe = load_recipe(DiTRecipe, folder.config)
     checkpoint = _newest(folder, checkpoint)
@@ -151,6 +153,7 @@ class LanguageModel:
         step: optimizer steps behind it; None for what is not a checkpoint of fastdiff.train.
         folder: the run's folder, or None.
         recipe: what the run was trained by, or None.
+        source: the folder (or hub id) that the weights came from; a length calibration lies there.
     """
 
     model: "MaskedDiffusionLM"
@@ -158,16 +161,23 @@ class LanguageModel:
     step: int | None = None
     folder: RunFolder | None = None
     recipe: MaskedLMRecipe | None = None
+    source: Path = Path()
 
 
 def run_kind(path: str | Path) -> Literal["dit", "masked_lm"]:
-    """What a run's folder or checkpoint holds, by its config.yaml; any other path or hub id is a language model's.
+    """What a run's folder or checkpoint generates, by its config.yaml; any other path or hub id is a language model's.
 
-    Raises ValueError for a config.yaml that is no recipe.
+    Raises ValueError for a config.yaml that is no recipe, and for a run that generates nothing: a length head's.
     """
     folder, _ = _place(Path(path))
     if folder.config.is_file():
-        return recipe_kind(folder.config)
+        kind = recipe_kind(folder.config)
+        if kind == "length_head":
+            raise ValueError(
+                f"{path} is a run of a length head, which generates nothing: it is for "
+                "fastdiff.training.runs.load_length_head and LengthPredictor; name the language model's run here"
+            )
+        return kind
     return "dit" if folder.checkpoints.is_dir() else "masked_lm"  # then load_run says what is missing
 
 
@@ -231,7 +241,75 @@ def load_language_model(
             "tokenizer that the model was trained with"
         )
     step = None if state is None else state["step"]
-    return LanguageModel(model.to(device), tokenizer, step, None if recipe is None else folder, recipe)
+    return LanguageModel(model.to(device), tokenizer, step, None if recipe is None else folder, recipe, Path(source))
+
+
+def load_length_predictor(
+    loaded: LanguageModel, config: "MaskedDiffusionGenerationConfig", length_format: str | None = None
+) -> "LengthPredictor | None":
+    """What length="auto" is decoded with: the rule "cdf", by the calibration beside the checkpoint where there is one.
+
+    None for length="fixed". Without a calibration the predictor takes the model at its word, in a window of
+    max_new_tokens; a calibrated one reads the window that it was calibrated on. `length_format` is that of a checkpoint
+    whose config names none.
+
+    Raises:
+        ValueError: the calibration was made for another checkpoint or tokenizer, or from too few pairs for the coverage
+            asked; the model's config names no length format or end token.
+    """
+    from fastdiff.generation.length import CALIBRATION_FILE, LengthPredictor, load_calibration
+
+    if config.length == "fixed":
+        return None
+    calibration, window = None, config.max_new_tokens
+    if (loaded.source / CALIBRATION_FILE).is_file():
+        calibration = load_calibration(loaded.source, "cdf", loaded.model, loaded.tokenizer)
+        window = calibration.window
+    return LengthPredictor(
+        loaded.model, window=window, length_format=length_format, calibration=calibration, coverage=config.coverage
+    )
+
+
+def load_length_head(
+    path: str | Path, model: "MaskedDiffusionLM", *, weights: Literal["ema", "model"] = "ema"
+) -> nn.Module:
+    """Loads the length head that a run of recipes/eos_head_*.yaml trained on the states of `model`.
+
+    Args:
+        path: the run's folder (the newest checkpoint), one of its checkpoints, or a folder of `save_length_head`.
+        model: the language model that the head will serve.
+        weights: of a checkpoint: the averaged ones ("ema") or those that the optimizer has.
+
+    Returns:
+        An `EndClassifier` or `LengthRegressor` in eval mode on the model's device; its `kind` says which.
+
+    Raises:
+        FileNotFoundError: nothing there, or no checkpoint yet.
+        ValueError: no length head, a damaged file, or a head that was trained on another model.
+    """
+    from fastdiff.generation.calibration import model_hash
+    from fastdiff.models.length_heads import read_length_head
+
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"length head {str(path)!r} is not a folder; expected a run of recipes/eos_head_*.yaml")
+    folder, checkpoint = _place(Path(path))
+    if folder.config.is_file():
+        if recipe_kind(folder.config) != "length_head":
+            raise ValueError(f"{path} is not a run of a length head; expected one of recipes/eos_head_*.yaml")
+        checkpoint = _newest(folder, checkpoint)
+    elif (Path(path) / STATE_FILE).is_file():
+        checkpoint = Path(path)
+    file = "model.safetensors"
+    if checkpoint is not None:
+        read_state(checkpoint)  # its files are whole
+        file = "ema.safetensors" if weights == "ema" else file
+    head, about = read_length_head(path if checkpoint is None else checkpoint, file)
+    if about.get("model_hash") != model_hash(model):
+        raise ValueError(
+            f"{path}: a length head for another model than this one (it was trained on {about.get('run')}); pass that "
+            "model, or train the head anew on this one"
+        )
+    return head.to(next(model.parameters()).device)
 
 
 def _place(path: Path) -> tuple[RunFolder, Path | None]:

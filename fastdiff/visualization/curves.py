@@ -16,7 +16,7 @@ def save_loss_curve(
         metrics: a run's metrics.jsonl.
         path: of the PNG.
         decay: of the moving average; None takes one that fits the number of steps.
-        validation: a run's validation.jsonl; its nats_per_token are drawn with their standard error.
+        validation: a run's validation.jsonl; its nats_per_token are drawn with their standard error, else its loss.
 
     Raises:
         ValueError: the file has no steps.
@@ -33,9 +33,13 @@ def save_loss_curve(
     axes.set(xlabel="step", ylabel="loss", title=f"training loss, {smooth[-1]:.4f} at step {steps[-1]}")
     if validation is not None and Path(validation).exists():
         measures = [json.loads(line) for line in Path(validation).read_text().splitlines()]
-        bounds, errors = ([line[name] for line in measures] for name in ("nats_per_token", "standard_error"))
         style = dict(color="#c1542d", marker="o", markersize=4, linewidth=1.2, capsize=2)
-        axes.errorbar([line["step"] for line in measures], bounds, errors, label="held-out bound, nats/token", **style)
+        name, label, errors = "loss", "held-out loss", None
+        if measures and "nats_per_token" in measures[0]:
+            name, label = "nats_per_token", "held-out bound, nats/token"
+            errors = [line["standard_error"] for line in measures]
+        measured = [line["step"] for line in measures], [line[name] for line in measures]
+        axes.errorbar(*measured, errors, label=label, **style)
     if min(losses) > 0 and max(losses) > 4 * min(smooth):  # the first steps would flatten the rest of a linear axis
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

@@ -1,6 +1,7 @@
 """Sources of text: what is read from each, and what is said of those that are missing or broken."""
 
 import builtins
+import gzip
 import json
 
 import pytest
@@ -202,6 +203,52 @@ def test_as_many_numbers_as_there_are():
     assert all(counts.count(digits) == 10 for digits in range(1, 19))
 
 
+def test_numbers_of_several_languages():
+    pairs = read("numbers", sample="pairs", max_digits=3, num_pairs=30, languages=["en", "de", "fr"])
+    counts = {"en": 0, "de": 0, "fr": 0}
+    for prompt, answer in pairs:
+        language, number = prompt.split(" ")
+        assert answer == num2words(int(number), lang=language)
+        counts[language] += 1
+    assert set(counts.values()) == {10}
+    grouped = read("numbers", sample="pairs", max_digits=7, num_pairs=14, grouped_digits=True)
+    assert all(answer == num2words(int(prompt.replace(",", ""))) for prompt, answer in grouped)
+    assert {prompt[-4] for prompt, _ in grouped if len(prompt) > 3} == {","}
+    german = read("numbers", sample="pairs", max_digits=3, num_pairs=30, languages=["de"])
+    assert all(answer == num2words(int(prompt), lang="de") for prompt, answer in german)
+    refused(ValueError, "data.languages has 'xx', which num2words", "numbers", sample="pairs", languages=["en", "xx"])
+
+
+DICTIONARY = """00-database-info
+This file was converted, and is no word:
+     not 1: a sense
+
+crow
+    n 1: black birds having a raucous call
+         and a long member-
+         ship [syn: {crow}]
+      2: the cry of a cock; or an imitation of it; "the crow's
+         loud crow"
+    v 1: utter shrill sounds [ant: {whisper}]
+rook
+    n 1: black birds having a raucous call and a long member-
+         ship [syn: {crow}]
+"""
+
+
+def test_glosses(tmp_path):
+    file = tmp_path / "wn.dict.dz"
+    file.write_bytes(gzip.compress(DICTIONARY.encode()))
+    assert read("glosses", file, sample="pairs") == [
+        ("crow (n)", "black birds having a raucous call and a long member-ship"),
+        ("crow (n)", "the cry of a cock; or an imitation of it"),
+        ("crow (v)", "utter shrill sounds"),
+    ]  # the rook's is the crow's: on one side of a split
+    refused(FileNotFoundError, "is not a file; run `apt install dict-wn`", "glosses", tmp_path / "no", sample="pairs")
+    file.write_text("not compressed")
+    refused(ValueError, "cannot be read .*; expected wn.dict.dz", "glosses", file, sample="pairs")
+
+
 def test_numbers_without_num2words(monkeypatch):
     from importlib.metadata import PackageNotFoundError
 
@@ -226,6 +273,8 @@ def test_an_empty_corpus(tmp_path, content):
     [
         ({"min_length": 9, "max_length": 8}, "data.min_length is 9 and data.max_length 8"),
         ({"name": "numbers"}, "the data set numbers needs 'pairs'"),
+        ({"name": "glosses"}, "the data set glosses needs 'pairs'"),
+        ({"name": "numbers", "sample": "pairs", "languages": []}, r"data.languages is \[\]; expected different codes"),
         ({"name": "numbers", "sample": "pairs", "max_digits": 19}, "data.max_digits is 19; expected at most 18"),
         ({"sample": "pairs"}, "shakespeare has documents"),
         ({"name": "jsonl"}, "data.path is missing"),

@@ -76,6 +76,18 @@ def test_long_documents_are_cut_into_paragraphs():
     assert len(list(Samples(corpus([text]), "first_sentence"))) == 1
 
 
+def test_plain_lines():
+    text = "  To be, or not to be,--that is\n\n'Tis o'er-run!\n***\nHAMLET.\nHAMLET.\n\u00c9tienne \u2014 16th\n"
+    samples = Samples(corpus([text, "HAMLET."]), "plain_line")
+    assert [tuple(pair) for pair in samples] == [
+        ("to be or not to be that is", "To be, or not to be,--that is"),
+        ("tis oer run", "'Tis o'er-run!"),
+        ("hamlet", "HAMLET."),
+        ("\u00e9tienne 16th", "\u00c9tienne \u2014 16th"),
+    ]
+    assert samples.left_out == {"repeated lines": 2, "lines without a letter or digit": 2}
+
+
 def parts(split):
     return [[sample for held_out, sample in split if held_out == side] for side in (False, True)]
 

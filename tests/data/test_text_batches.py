@@ -19,7 +19,7 @@ from fastdiff.data import (
     write_token_file,
 )
 
-PAD, BOS, EOS = 0, 1, 2
+PAD, BOS, EOS, MASK = 0, 1, 2, 3
 IDS = st.integers(5, 60)
 PAIRS = st.lists(st.tuples(st.lists(IDS, max_size=6), st.lists(IDS, max_size=12)), min_size=1, max_size=6)
 FORMATS = ["eos_fill", "pad_fill", "eos_only"]
@@ -37,7 +37,7 @@ def test_pair_windows(pairs, length, length_format, separate, data):
     indices = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=5))
     with tempfile.TemporaryDirectory() as folder:
         part = make_part(folder, pairs)
-        batch = pair_windows(part, torch.tensor(indices), length, length_format, EOS, PAD, separate, BOS)
+        batch = pair_windows(part, torch.tensor(indices), length, length_format, EOS, PAD, separate, BOS, MASK)
     ids, attended, maskable = batch.input_ids, batch.attention_mask, batch.maskable
     assert ids.dtype == torch.int64 and attended.dtype == maskable.dtype == torch.bool
     assert ids.shape == attended.shape == maskable.shape and len(ids) == len(indices)
@@ -52,12 +52,14 @@ def test_pair_windows(pairs, length, length_format, separate, data):
             assert (batch.condition_ids[row][~kept] == PAD).all() and kept[: len(prompt)].all()
             prompt = [BOS]
         closed = answer[:length] if len(answer) >= length else [*answer, EOS]
-        fill = {"eos_fill": [EOS], "pad_fill": [PAD], "eos_only": []}[length_format] * (length - len(closed))
+        fill = {"eos_fill": [EOS], "pad_fill": [PAD], "eos_only": [MASK]}[length_format] * (length - len(closed))
         window = closed + fill
         end = len(prompt) + len(window)
         assert ids[row, :end].tolist() == prompt + window
         assert attended[row].tolist() == [i < end for i in range(ids.shape[1])]
-        assert maskable[row].tolist() == [len(prompt) <= i < end for i in range(ids.shape[1])]
+        begin, last = len(prompt), len(prompt) + len(closed) if length_format == "eos_only" else end
+        assert maskable[row].tolist() == [begin <= i < last for i in range(ids.shape[1])]
+        assert batch.is_end[row].tolist() == [begin + min(len(answer), length) <= i < end for i in range(ids.shape[1])]
         widest = max(widest, end)
     assert ids.shape[1] == widest  # no column of padding alone
     assert (batch.condition_ids is None) == (batch.condition_mask is None) == (not separate)
@@ -67,15 +69,15 @@ def test_the_three_formats(tmp_path):
     part = make_part(tmp_path, [([10, 11], [20, 21]), ([12], [22, 23, 24, 25, 26])])
 
     def rows(length_format):
-        batch = pair_windows(part, [0, 1], 4, length_format, EOS, PAD)
+        batch = pair_windows(part, [0, 1], 4, length_format, EOS, PAD, mask_token_id=MASK)
         return batch.input_ids.tolist(), batch.maskable.int().tolist()
 
     cut = [12, 22, 23, 24, 25, 0]  # does not fit: no EoS, and a column of padding
     assert rows("eos_fill") == ([[10, 11, 20, 21, 2, 2], cut], [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]])
     assert rows("pad_fill") == ([[10, 11, 20, 21, 2, 0], cut], [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]])
     assert rows("eos_only") == (
-        [[10, 11, 20, 21, 2], cut[:5]],
-        [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]],
+        [[10, 11, 20, 21, 2, 3], cut],
+        [[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0]],
     )
 
 
@@ -96,6 +98,8 @@ def test_pair_windows_refuse(tmp_path):
         pair_windows(TextPart(part.targets), [0], 4, "eos_fill", EOS, PAD)
     with pytest.raises(ValueError, match="bos_token_id: got None; answers to separate conditions begin with BoS"):
         pair_windows(part, [0], 4, "eos_fill", EOS, PAD, separate_conditions=True)
+    with pytest.raises(ValueError, match="mask_token_id: got None; windows of eos_only are filled"):
+        pair_windows(part, [0], 4, "eos_only", EOS, PAD)
     with pytest.raises(IndexError, match="document 1 of"):
         pair_windows(part, [1], 4, "eos_fill", EOS, PAD)
 
@@ -129,3 +133,13 @@ def test_window_lengths_are_uniform():
     first = [window_length(config, torch.Generator().manual_seed(7)) for _ in range(2)]
     assert first == [window_length(config, again)] * 2
     assert window_length(TextDataConfig(min_length=5, max_length=5)) == 5
+
+
+def test_window_lengths_are_log_uniform():
+    config = TextDataConfig(min_length=4, max_length=63, window_distribution="log_uniform")
+    generator = torch.Generator().manual_seed(1)
+    drawn = [window_length(config, generator) for _ in range(4000)]
+    assert min(drawn) == 4 and max(drawn) == 63
+    counts = [sum(low <= length < 2 * low for length in drawn) for low in (4, 8, 16, 32)]
+    # a deviation of 27 is one standard deviation; the largest seen with this seed is 29
+    assert max(abs(count - 1000) for count in counts) < 110

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-import yaml
+from language_runs import make_runs
 
-from fastdiff import evaluate, train
+from fastdiff import evaluate
 from fastdiff.data.text import load_text_data
 from fastdiff.evaluation.language_command import exact_match
 from fastdiff.evaluation.likelihood import likelihood_bound
@@ -22,6 +22,7 @@ RECIPE = {
     "task": "masked_lm",
     "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64},
     "tokenizer": {"name": "characters"},
+    "data": {"min_length": 4, "max_length": 8, "held_out_fraction": 0.2},
     "objective": {"likelihood_samples": 64},
     "training": {"batch_size": 4, "max_steps": 2, "warmup_steps": 1, "mixed_precision": "no", "device": "cpu"},
     "sampling": {"generation": {"max_new_tokens": 4}},
@@ -31,17 +32,7 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory):
     """make_run(**data) → the folder of a run of 2 steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-        def make(**data):
-            folder = tmp_path_factory.mktemp("runs")
-            recipe = RECIPE | {"data": {"min_length": 4, "max_length": 8, "held_out_fraction": 0.2, **data}}
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-            train.main([str(folder / "recipe.yaml"), "--training.output_dir", str(folder / "run")])
-            return folder / "run"
-
-        yield make
+    yield from make_runs(tmp_path_factory, RECIPE)
 
 
 @pytest.fixture(scope="module")

@@ -128,3 +128,33 @@ def parallel(model, prompt, gen_length, block_length, rule, number):
             for i in left[: max(chosen, 1)]:
                 x[0, i] = x0[0, i]
     return x, steps
+
+
+@torch.no_grad()
+def growing(model, prompt, window, room, block_length, ends, growth):
+    """One prompt [1, P] in a window that grows: a token a step, nothing chosen behind an end token, and `growth` more
+    masks where the window is full without one. Returns the new tokens [room], end tokens behind the window, and the
+    window."""
+    mask_id, start = model.config.mask_token_id, prompt.shape[1]
+    x = torch.cat([prompt, torch.full((1, window), mask_id)], dim=1)
+    begin, block = start, block_length or window
+    while True:
+        while begin < x.shape[1]:
+            end = begin + block
+            while (x[0, begin:end] == mask_id).any():
+                p, x0 = predict(model, x, x != mask_id)
+                score = torch.where(x[0] == mask_id, p[0].gather(1, x0[0, :, None])[:, 0], -1.0)
+                score[end:] = -1.0
+                place = int(score.argmax())
+                x[0, place] = x0[0, place]
+                ended = [i for i in range(start, x.shape[1]) if int(x[0, i]) in ends]
+                if ended:
+                    behind = x[0, ended[0] :]
+                    behind[behind == mask_id] = x[0, ended[0]]
+            begin = end
+        if any(int(token) in ends for token in x[0, start:]) or x.shape[1] == start + room:
+            fill = torch.full((1, start + room - x.shape[1]), ends[0])
+            return torch.cat([x, fill], dim=1)[0, start:], x.shape[1] - start
+        begin, block = x.shape[1], growth
+        grown = min(growth, start + room - begin)
+        x = torch.cat([x, torch.full((1, grown), mask_id)], dim=1)

@@ -132,8 +132,8 @@ def test_a_recipe_with_a_task(tmp_path, tiny_yaml):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("task: masked_ml", r"words.yaml: task is 'masked_ml'; expected dit or masked_lm"),
-        ("task: {masked_lm: 1}", r"words.yaml: task is .*; expected dit or masked_lm"),
+        ("task: masked_ml", r"words.yaml: task is 'masked_ml'; expected one of dit, masked_lm, length_head"),
+        ("task: {masked_lm: 1}", r"words.yaml: task is .*; expected one of dit, masked_lm, length_head"),
         ("task: [1", r"words.yaml, line \d, column \d+: not valid YAML"),
     ],
 )

@@ -98,8 +98,12 @@ def test_what_may_be_masked_in_pairs(make_task, length_format):
     for step in range(3):
         batch = task.batch(step, range(7))
         ids, labels = batch["input_ids"], batch["labels"]
-        masked = ids == config.mask_token_id
-        assert torch.equal(masked, labels != -100)  # all that may be masked is, and it alone is in the loss
+        masked = labels != -100
+        seen_masked = ids == config.mask_token_id
+        if length_format == "eos_only":  # what follows EoS is masked, too, but not in the loss
+            assert (seen_masked | ~masked).all() and (seen_masked.sum() > masked.sum())
+        else:
+            assert torch.equal(masked, seen_masked)  # all that may be masked is, and it alone is in the loss
         assert torch.equal(masked.sum(1), batch["maskable"])
         for row in range(7):
             pair = task.stream.indices(step)[row]
@@ -119,6 +123,32 @@ def test_what_may_be_masked_in_pairs(make_task, length_format):
         if "attention_mask" in batch:  # padding is neither attended to nor masked
             assert not (masked & ~batch["attention_mask"]).any()
             assert (ids[~batch["attention_mask"]] == config.pad_token_id).all()
+
+
+@pytest.mark.parametrize("length_format", ["eos_fill", "pad_fill", "eos_only"])
+def test_how_ends_are_masked(make_task, length_format):
+    def batch(masking, *options):
+        task = make_task("--data.length_format", length_format, "--objective.end_masking", masking, *options)
+        return task.batch(0, range(7)), task.model.config
+
+    always, config = batch("always", "--diffusion.t_min", 0.01)
+    as_text, _ = batch("as_text", "--diffusion.t_min", 0.01)
+    everything, _ = batch("as_text", "--objective.fully_masked_fraction", 1.0)
+    visible, _ = batch("visible", "--objective.fully_masked_fraction", 1.0)
+    ends = torch.isin(everything["labels"], torch.tensor([config.eos_token_id, config.pad_token_id]))
+    assert ends.any()
+    assert (always["labels"][ends] == everything["labels"][ends]).all()  # masked, and in the loss
+    assert torch.equal(always["labels"][~ends], as_text["labels"][~ends])
+    assert (as_text["labels"][ends] == -100).any()
+    first = ends & (ends.cumsum(1) == 1)
+    assert torch.equal(visible["labels"] == -100, (everything["labels"] == -100) | first)
+    assert (visible["input_ids"][first] == config.eos_token_id).all()
+    assert (visible["input_ids"][ends & ~first] == config.mask_token_id).all()
+
+
+def test_ends_of_documents_are_text(make_task, prose):
+    with pytest.raises(ValueError, match="objective.end_masking is 'visible', which is for pairs; this text has doc"):
+        make_task(*documents(prose), "--objective.end_masking", "visible")
 
 
 def test_windows_are_of_random_length_and_a_pure_function_of_the_step(make_task, prose):

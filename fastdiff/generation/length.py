@@ -1,0 +1,295 @@
+"""How long an answer will be, read off the first forward pass, with every token of the answer still masked.
+
+    predictor = LengthPredictor(model, window=256)
+    calibration = calibrate(predictor, pairs, coverage=0.95, tokenizer=tokenizer)
+    predictor = LengthPredictor(model, window=256, calibration=calibration, coverage=0.95)
+    predictor(input_ids, attention_mask).bounds  # a row each: crop its window at bound + 1, room for EoS
+
+A length counts the tokens before EoS. A bound is right where it is at least the length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastdiff.generation import length_rules as rules
+from fastdiff.generation.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    calibrate,
+    check_coverage,
+    check_made_for,
+    load_calibration,
+    model_hash,
+    pairs_needed,
+    prompt_inputs,
+    save_calibrations,
+)
+from fastdiff.generation.length_options import SHAPING_RULES, check_parameter, end_token_ids_of, length_format_of
+from fastdiff.generation.length_probe import Probe, check_window, mean_embedding, probe_window
+from fastdiff.generation.length_rules import LENGTH_RULES
+
+__all__ = [
+    "CALIBRATION_FILE",
+    "LENGTH_RULES",
+    "Calibration",
+    "LengthPrediction",
+    "LengthPredictor",
+    "Probe",
+    "calibrate",
+    "load_calibration",
+    "model_hash",
+    "pairs_needed",
+    "prompt_inputs",
+    "mean_embedding",
+    "save_calibrations",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class LengthPrediction:
+    """Bounds of a batch.
+
+    Attributes:
+        bounds: a row each, 0 … W tokens before EoS; W: nothing is cropped.
+        probe: the pass over the whole window that was read; None for "constant", which needs none, and "daedal" and
+            "rho", whose rows have windows of their own.
+        passes: forward passes made.
+        reading: what the rule read, float64: levels `[B, W]` of a curve (see `fastdiff.generation.length_rules`), or
+            predicted lengths `[B]`.
+    """
+
+    bounds: list[int]
+    probe: Probe | None
+    passes: int
+    reading: Tensor
+
+
+class LengthPredictor:
+    """Bounds the lengths of answers before they are generated.
+
+    Args:
+        model: a `fastdiff.models.MaskedDiffusionLM`, or one wrapped by peft.
+        window: masks behind each prompt, W: the longest answer with its EoS.
+        rule: one of LENGTH_RULES; each is described in `fastdiff.generation.length_rules`. "constant" is the bound that
+            ignores the prompt.
+        length_format: how answers ended in training, "eos_fill", "pad_fill" or "eos_only"; None is that of the model's
+            config. Needed where that is None (foreign checkpoints).
+        end_token_ids: None is EoS, and PAD too for "pad_fill" (but for the rule "argmax", which is about EoS).
+        parameter: the rule's number without a calibration: the threshold on F of "cdf" (None: coverage, at least .5),
+            "crossing" and "classifier" (.5), the bound of "constant" (W). Calibrated or not: the "quantile" (.75), the
+            confidence up to which "daedal" grows (.5). None for the others.
+        calibration: from `calibrate` or `load_calibration`: its threshold at `coverage` is used.
+        coverage: share of reference answers that bounds are to hold for, in (0, 1).
+        head: the learned head of "classifier" (states `[B, W, D]` to logits `[B, W]` of P(length ≤ i)) and
+            "regression" (`prompt_mean` `[B, D]` to expected lengths `[B]`, in tokens).
+
+    `threshold` is what the rule's curve is compared with, as a level -log(1 - F), or what is added to its prediction;
+    `calibrated` whether it comes from a calibration.
+
+    Raises:
+        ValueError: an argument does not fit, the format or the end token is missing, or the calibration was made for
+            another rule, window, format or checkpoint; one line.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        window: int,
+        rule: str = "cdf",
+        length_format: str | None = None,
+        end_token_ids: Sequence[int] | None = None,
+        parameter: float | None = None,
+        calibration: Calibration | None = None,
+        coverage: float = 0.95,
+        head: nn.Module | None = None,
+    ) -> None:
+        if rule not in LENGTH_RULES:
+            raise ValueError(f"rule: got {rule!r}; expected one of {', '.join(LENGTH_RULES)}")
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise ValueError(f"window: got {window!r}; expected a number of tokens, 1 or above")
+        if (head is None) == (rule in ("classifier", "regression")):
+            expected = "a learned head" if head is None else "None"
+            raise ValueError(f"head: got {type(head).__name__} with the rule {rule!r}; expected {expected}")
+        self.model, self.window, self.rule, self.head = model, window, rule, head
+        self.coverage = check_coverage(coverage)
+        self.length_format = length_format_of(model, length_format)
+        self.end_token_ids = end_token_ids_of(model, self.length_format, rule, end_token_ids)
+        check_parameter(rule, parameter, calibration is not None)
+        self.parameter = parameter
+        if rule in SHAPING_RULES:
+            default = SHAPING_RULES[rule] if calibration is None else calibration.parameter
+            self.parameter = default if parameter is None else float(parameter)
+        self.calibrated = calibration is not None
+        self.threshold = self._calibrated(calibration) if self.calibrated else self._threshold()
+
+    def identity(self) -> dict[str, Any]:
+        """What a calibration of this predictor belongs to, beside the weights."""
+        kept = self.parameter if self.rule in SHAPING_RULES else None
+        names = ("rule", "window", "length_format", "end_token_ids")
+        return {**{name: getattr(self, name) for name in names}, "parameter": kept}
+
+    def _threshold(self) -> float:
+        """The rule's own, without calibration."""
+        if self.rule in rules.CURVE_RULES:
+            default = max(self.coverage, 0.5) if self.rule == "cdf" else 0.5
+            return rules.level_of(default if self.parameter is None else self.parameter)
+        if self.rule == "constant":
+            return float(self.window if self.parameter is None else self.parameter)
+        return 0.0
+
+    def _calibrated(self, calibration: Calibration) -> float:
+        for name, value in self.identity().items():
+            made = getattr(calibration, name)
+            if made != value:
+                raise ValueError(
+                    f"calibration: made for {name} = {made!r}; this predictor has {value!r}: calibrate it again"
+                )
+        check_made_for(calibration, self.model, self.head, "calibration")
+        return calibration.threshold(self.coverage)
+
+    @torch.no_grad()
+    def probe(
+        self,
+        input_ids: Tensor,  # int64 [B, P]
+        attention_mask: Tensor | None = None,  # bool or 0/1 [B, P]
+        *,
+        window: int | None = None,
+        encoder_hidden_states: Tensor | None = None,  # [B, M, cross_attention_dim]
+        encoder_attention_mask: Tensor | None = None,  # bool or 0/1 [B, M]
+        prompt_mean: Tensor | None = None,  # [B, D]
+    ) -> Probe:
+        """One forward pass over prompts and windows of masks; its last block computes the windows alone.
+
+        Args:
+            input_ids, attention_mask: the prompts, padded on the left or the right; each is seen as it is alone.
+            window: masks a row; None is the predictor's.
+            encoder_hidden_states, encoder_attention_mask: what the prompts' condition was encoded to.
+            prompt_mean: `mean_embedding(model, ids, mask)` of the encoder's input, where there is an encoder.
+
+        A model with a timestep embedding is told time 1, all masks.
+        Raises TypeError or ValueError, naming the argument, where a prompt is empty or leaves no room for the window.
+        """
+        return probe_window(
+            self.model,
+            input_ids,
+            attention_mask,
+            self.window if window is None else window,
+            self.end_token_ids,
+            likeliest=self.rule in rules.EXPANSION_RULES,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            prompt_mean=prompt_mean,
+        )
+
+    def bounds(self, probe: Probe) -> list[int]:
+        """The bound of each row of a pass over the whole window.
+
+        Raises ValueError for "daedal" and "rho", which make passes of their own: call the predictor.
+        """
+        return self._bounds(self.read(probe))
+
+    def scores(self, predicted: Probe | LengthPrediction, lengths: Tensor | Sequence[int]) -> Tensor:  # float64 [B]
+        """Conformal scores of reference lengths, infinite where a length is the window's or more.
+
+        The bound at a threshold is right where the score is at most the threshold; for predictions also where the
+        length is 0, for curves also where the score is at most the level of F = 0.5.
+
+        Raises ValueError as `bounds` does.
+        """
+        reading = predicted.reading if isinstance(predicted, LengthPrediction) else self.read(predicted)
+        lengths = rules.as_lengths(lengths, len(reading), reading.device)
+        if self.rule in rules.CURVE_RULES:
+            return rules.curve_scores(reading, lengths)
+        return rules.length_scores(reading, lengths, self.window)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **encoder: Any) -> LengthPrediction:
+        """Bounds of a batch of prompts, each row's its own. Arguments and errors as in `probe`.
+
+        One pass; none for "constant". "daedal" and "rho" pass growing or shrinking windows of the rows that are not
+        done, at most one pass a step of 8 tokens.
+        """
+        mask = check_window(self.model, input_ids, attention_mask, self.window)  # before any pass of a smaller window
+        if self.rule in rules.EXPANSION_RULES:
+            reading, passes = self._expand(input_ids, mask, encoder)
+            return LengthPrediction(self._bounds(reading), None, passes, reading)
+        if self.rule == "constant":
+            reading = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
+            return LengthPrediction(self._bounds(reading), None, 0, reading)
+        probe = self.probe(input_ids, mask, **encoder)
+        reading = self.read(probe)
+        return LengthPrediction(self._bounds(reading), probe, 1, reading)
+
+    def _bounds(self, reading: Tensor) -> list[int]:
+        if self.rule in rules.CURVE_RULES:
+            return rules.curve_bounds(reading, self.threshold).tolist()
+        return rules.length_bounds(reading, self.threshold, self.window).tolist()
+
+    @torch.no_grad()
+    def read(self, probe: Probe) -> Tensor:  # float64 [B, W] levels or [B] lengths
+        """What the rule makes of a pass over the whole window, before any threshold; see `LengthPrediction.reading`.
+
+        Raises ValueError as `bounds` does.
+        """
+        ends, rule = probe.end_log_prob, self.rule
+        if rule in rules.EXPANSION_RULES:
+            raise ValueError(f"probe: the rule {rule!r} makes passes of its own; call the predictor with the prompts")
+        if ends.shape[1] != self.window:
+            raise ValueError(f"probe: got one of {ends.shape[1]} masks a row; expected window = {self.window}")
+        if rule == "cdf":
+            return rules.cdf_levels(ends, self.length_format)
+        if rule == "crossing":
+            return rules.crossing_levels(ends)
+        if rule == "quantile":
+            return rules.quantile_lengths(ends, self.parameter)
+        if rule == "argmax":
+            return rules.argmax_lengths(self._end_logits(probe.states))
+        if rule == "classifier":
+            return rules.classifier_levels(self._apply_head(probe.states, ends.shape))
+        if rule == "regression":
+            if probe.prompt_mean is None:
+                raise ValueError("prompt_mean: got None; pass the mean embedding of the encoder's input")
+            return rules.regression_lengths(self._apply_head(probe.prompt_mean, ends.shape[:1]), self.window)
+        return torch.zeros(len(ends), dtype=torch.float64, device=ends.device)
+
+    def _end_logits(self, states: Tensor) -> Tensor:  # [B, W]
+        ends = torch.tensor(self.end_token_ids, device=states.device)
+        bias = self.model.head_bias
+        weight = self.model.head_weight.index_select(0, ends)
+        return functional.linear(states, weight, None if bias is None else bias[ends]).float().logsumexp(-1)
+
+    def _apply_head(self, features: Tensor, shape: torch.Size) -> Tensor:
+        own = next(self.head.parameters(), features)
+        output = self.head(features.to(own.dtype))
+        if output.shape != shape:
+            raise ValueError(f"head: gave shape {list(output.shape)}; expected {list(shape)} for {self.rule!r}")
+        return output
+
+    def _expand(self, input_ids: Tensor, attention_mask: Tensor | None, encoder: dict) -> tuple[Tensor, int]:
+        """The window that each row reaches, less one for EoS, as a length `[B]`; and the passes made."""
+        start = min(rules.EXPANSION_START, self.window)
+        reached, direction = [start] * len(input_ids), [0] * len(input_ids)
+        waiting, passes = {start: list(range(len(input_ids)))}, 0  # rows by the window that they are asked with next
+        while waiting:
+            window, rows = waiting.popitem()
+            of_rows = torch.tensor(rows, device=input_ids.device)
+            mask = None if attention_mask is None else attention_mask[of_rows]
+            inputs = {name: None if t is None else t[of_rows] for name, t in encoder.items()}
+            probe, passes = self.probe(input_ids[of_rows], mask, window=window, **inputs), passes + 1
+            for row, step in zip(rows, self._steps(probe).tolist(), strict=True):
+                reached[row] = rules.next_window(window, step, direction[row], self.window)
+                direction[row] = direction[row] or step
+                if reached[row] != window:
+                    waiting.setdefault(reached[row], []).append(row)
+        return torch.tensor(reached, dtype=torch.float64, device=input_ids.device) - 1, passes
+
+    def _steps(self, probe: Probe) -> Tensor:  # int64 [B]
+        if self.rule == "daedal":
+            return rules.daedal_steps(probe.end_log_prob, probe.end_is_likeliest, self.parameter)
+        return rules.rho_steps(probe.end_is_likeliest)

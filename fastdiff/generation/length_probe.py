@@ -1,0 +1,92 @@
+"""One forward pass over prompts with all of their answers masked: what length prediction reads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.generation.canvas import Canvas
+from fastdiff.generation.checks import check_encoder_inputs, check_prompts
+from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+from fastdiff.ops import TokenSample, lm_head_sample
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What one forward pass says with a window of W masks behind each prompt; tensors on the model's device.
+
+    Attributes:
+        end_log_prob: float32 `[B, W]`, log P(token at offset i is an end token), the mask token left out.
+        states: `[B, W, D]`, the last hidden states that predict the window's tokens, before the head.
+        prompt_mean: float32 `[B, D]`, mean input embedding of the prompt's real tokens, or of the encoder's input where
+            the prompt went through one (None where that was not given).
+        end_is_likeliest: bool `[B, W]`, the likeliest token is an end token; only where the rule asks (daedal, rho).
+    """
+
+    end_log_prob: Tensor
+    states: Tensor
+    prompt_mean: Tensor | None
+    end_is_likeliest: Tensor | None = None
+
+
+def check_window(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, window: int) -> Tensor | None:
+    """The mask as bool. Raises TypeError or ValueError where a prompt is empty or leaves no room for the window."""
+    return check_prompts(model, input_ids, attention_mask, MaskedDiffusionGenerationConfig(max_new_tokens=window))
+
+
+@torch.no_grad()
+def probe_window(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    window: int,
+    end_token_ids: tuple[int, ...],
+    *,
+    likeliest: bool,
+    encoder_hidden_states: Tensor | None,
+    encoder_attention_mask: Tensor | None,
+    prompt_mean: Tensor | None,
+) -> Probe:
+    """See `LengthPredictor.probe`; likeliest: whether `end_is_likeliest` is wanted."""
+    mask = check_window(model, input_ids, attention_mask, window)
+    encoder_mask = check_encoder_inputs(model, len(input_ids), None, encoder_attention_mask, encoder_hidden_states)
+    canvas = Canvas(input_ids, mask, window, model.config.mask_token_id, model.config.pad_token_id)
+    offsets = torch.arange(window, device=input_ids.device) - int(model.config.logit_shift)
+    inputs: dict[str, Any] = {"output_columns": (canvas.starts[:, None] + offsets).clamp(min=0)}
+    if model.config.timestep_embedding:
+        inputs["timesteps"] = torch.ones(len(input_ids), device=input_ids.device)
+    if encoder_hidden_states is not None:
+        inputs |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_mask}
+    training = model.training
+    model.eval()
+    try:
+        states = model.hidden_states(canvas.ids, canvas.used, **inputs)
+    finally:
+        model.train(training)
+    if prompt_mean is None and encoder_hidden_states is None:
+        prompt_mean = mean_embedding(model, input_ids, mask)
+    if not likeliest:
+        return Probe(_end_log_prob(model, states, end_token_ids), states, prompt_mean)
+    sample = _sample(model, states, end_token_ids)
+    ends = torch.isin(sample.token, torch.tensor(end_token_ids, device=states.device))
+    return Probe(sample.end_log_prob.float(), states, prompt_mean, ends)
+
+
+def mean_embedding(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, P] -> float32 [B, D]
+    """Mean input embedding of each row's real tokens (mask True or 1; None: all)."""
+    real = torch.ones_like(ids) if mask is None else mask.long()
+    embedded = model.get_input_embeddings()(ids).float() * real[..., None]
+    return embedded.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
+def _end_log_prob(model: nn.Module, states: Tensor, end_token_ids: tuple[int, ...]) -> Tensor:  # float32 [B, W]
+    """log P(an end token) from the states before the head, without logits in memory."""
+    return _sample(model, states, end_token_ids).end_log_prob.float()
+
+
+def _sample(model: nn.Module, states: Tensor, end_token_ids: tuple[int, ...]) -> TokenSample:
+    suppressed = (model.config.mask_token_id,)
+    return lm_head_sample(
+        states, model.head_weight, model.head_bias, suppress_tokens=suppressed, end_token_ids=end_token_ids
+    )
