@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastdiff.generation.canvas import Canvas
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
-from fastdiff.ops import TokenSample, lm_head_sample
+from fastdiff.ops import eos_log_prob, lm_head_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +66,12 @@ def probe_window(
         model.train(training)
     if prompt_mean is None and encoder_hidden_states is None:
         prompt_mean = mean_embedding(model, input_ids, mask)
+    weight, bias, suppressed = model.head_weight, model.head_bias, (model.config.mask_token_id,)
+    ends = eos_log_prob(states, weight, end_token_ids, bias, suppress_tokens=suppressed).float()
     if not likeliest:
-        return Probe(_end_log_prob(model, states, end_token_ids), states, prompt_mean)
-    sample = _sample(model, states, end_token_ids)
-    ends = torch.isin(sample.token, torch.tensor(end_token_ids, device=states.device))
-    return Probe(sample.end_log_prob.float(), states, prompt_mean, ends)
+        return Probe(ends, states, prompt_mean)
+    token = lm_head_sample(states, weight, bias, suppress_tokens=suppressed).token
+    return Probe(ends, states, prompt_mean, torch.isin(token, torch.tensor(end_token_ids, device=states.device)))
 
 
 def mean_embedding(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, P] -> float32 [B, D]
@@ -78,15 +79,3 @@ def mean_embedding(model: nn.Module, ids: Tensor, mask: Tensor | None = None) ->
     real = torch.ones_like(ids) if mask is None else mask.long()
     embedded = model.get_input_embeddings()(ids).float() * real[..., None]
     return embedded.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-
-
-def _end_log_prob(model: nn.Module, states: Tensor, end_token_ids: tuple[int, ...]) -> Tensor:  # float32 [B, W]
-    """log P(an end token) from the states before the head, without logits in memory."""
-    return _sample(model, states, end_token_ids).end_log_prob.float()
-
-
-def _sample(model: nn.Module, states: Tensor, end_token_ids: tuple[int, ...]) -> TokenSample:
-    suppressed = (model.config.mask_token_id,)
-    return lm_head_sample(
-        states, model.head_weight, model.head_bias, suppress_tokens=suppressed, end_token_ids=end_token_ids
-    )
