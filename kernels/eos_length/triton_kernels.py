@@ -16,6 +16,7 @@ from . import triton_device as device
 BLOCK = logits_of.BLOCK.value
 HEAD_TILE = 4096  # ids a matrix product of eos_log_prob makes: 8 % of the logits of GPT-2's vocabulary
 BLOCK_WARPS, ROW_WARPS = 4, 4
+MAX_REGISTERS = 255  # a thread; told so, ptxas does not spill a register or two to fit more programs of few rows
 
 
 class _Parts:
@@ -43,7 +44,7 @@ class _Parts:
     def finish(self) -> Tensor:
         device.eos_row_kernel[(self.rows,)](
             parts_ptr=self.parts, end_log_prob_ptr=self.result, rows=self.rows, blocks=self.blocks,
-            NBLOCKS=logits_of.padded_blocks(self.blocks), num_warps=ROW_WARPS,
+            NBLOCKS=logits_of.padded_blocks(self.blocks), num_warps=ROW_WARPS, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         return self.result
 
