@@ -11,6 +11,7 @@ from fastdiff.data.text import load_text_data
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.length import LengthPredictor
 from fastdiff.models import MaskedDiffusionLM
+from fastdiff.training.runs import LanguageModel, load_language_model, load_length_predictor
 
 
 def contender(
@@ -39,13 +40,15 @@ def rates(case: str, seconds: dict[str, float], tokens: int, targets: dict[str, 
 
 
 def held_out(recipe, tokenizer, batch: int, count: int) -> tuple[list[Tensor], list[list[int]]]:
-    """Batches of prompts of one length each, and the answers, in the order of the prompts."""
+    """Batches of prompts of one length each, 16 of a length in turn, and the answers, in the order of the prompts."""
     part = load_text_data(recipe.data, tokenizer).held_out
     by_length, prompts, answers = {}, [], []
     for i in range(len(part)):
         by_length.setdefault(len(part.conditions.document(i)), []).append(i)
-    for indices in by_length.values():
-        for start in range(0, len(indices) - 15, 16):  # the same prompts for every size of batch
+    for start in range(0, len(part), 16):  # the same prompts for every size of batch
+        for indices in by_length.values():
+            if len(indices) < start + 16:
+                continue
             for first in range(start, start + 16, batch):
                 chosen = indices[first : first + batch]
                 prompts.append(torch.stack([part.conditions.document(i) for i in chosen]).to(measure.DEVICE))
@@ -64,3 +67,25 @@ def exact_matches(batches: list[Tensor], answers: list[list[int]], eos: int) -> 
 def ended(rows: list[list[int]], eos: int) -> list[list[int]]:
     """Rows up to their first end token."""
     return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+def length_modes(run: str, new: int, block: int, coverage: float) -> tuple[LanguageModel, dict[str, tuple]]:
+    """A run with a calibration, and ways to decode with it: by name, a predictor or None, and options."""
+    loaded = load_language_model(run, device=measure.DEVICE)
+    fixed = dict(max_new_tokens=new, block_length=block)
+    auto = dict(**fixed, length="auto", coverage=coverage)
+    predictor = load_length_predictor(loaded, MaskedDiffusionGenerationConfig(**auto))
+    if not predictor.calibrated:
+        raise ValueError(f"{run} has no calibration; run python -m fastdiff.evaluate {run} --length")
+    one_block = LengthPredictor(loaded.model, window=new, rule="constant", parameter=block - 1, coverage=coverage)
+    threshold = dict(unmasking_rule="threshold", threshold=0.9)
+    return loaded, {
+        "fixed": (None, fixed),
+        "fixed, early stop": (None, dict(**fixed, early_stop=True)),
+        "auto": (predictor, auto),
+        "auto, one block": (one_block, auto),
+        "fixed, dual cache, threshold": (None, dict(**fixed, **threshold, dual_cache=True)),
+        "auto, dual cache, threshold": (predictor, dict(**auto, **threshold, dual_cache=True)),
+        "auto, threshold": (predictor, dict(**auto, **threshold)),
+        "auto, threshold, probe reused": (predictor, dict(**auto, **threshold, reuse_probe=True)),
+    }
