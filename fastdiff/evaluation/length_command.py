@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,19 +88,20 @@ def evaluate_lengths(arguments: Any) -> None:
     )
     results = {"model": str(arguments.run), "step": loaded.step, "weights": arguments.weights}
     results["length"] = report.to_dict()
-    table = report.to_markdown()
     origin = f"{arguments.run}, step {loaded.step}, {arguments.weights} weights"
     write_output(output, json.dumps(with_earlier(results, output), indent=1, default=str) + "\n")
-    write_output(output.with_name("length.md"), f"# Length prediction: {origin}\n\n{table}\n")
+    write_output(output.with_name("length.md"), f"# Length prediction: {origin}\n\n{report.to_markdown()}\n")
     report.save_pictures(output.parent)
     print(
-        f"{table}\n\n{origin}; written to {output}, length.md, length_predictions.png and length_tradeoff.png beside "
-        f"it;\n{calibrations}"
+        f"{report.to_markdown(brief=True)}\n\n{origin}; written to {output}; length.md (all columns), "
+        f"length_predictions.png and length_tradeoff.png beside it;\n{calibrations}"
     )
 
 
 def _save(loaded: LanguageModel, rules: Sequence[RuleComparison]) -> Path:
     file = loaded.source / CALIBRATION_FILE
+    if file.is_file():
+        print(f"{file}: replaced; the calibrations that were there are gone", file=sys.stderr)
     try:
         save_calibrations(file, [rule.calibration for rule in rules])
     except OSError as error:

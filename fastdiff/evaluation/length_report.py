@@ -19,6 +19,7 @@ _HEADER = (
     "rule", "bounds", "threshold", "correct", "longest third", "slack, tokens", "slack / length",
     "bound − length, tokens", "RMSE, tokens", "saved tokens", "saved share", "passes a row", "answers",
 )  # fmt: skip
+_BRIEF = [_HEADER.index(name) for name in ("rule", "bounds", "correct", "slack, tokens", "saved share", "answers")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +66,8 @@ class LengthReport:
             "tradeoff": tradeoff,
         }
 
-    def to_markdown(self) -> str:
-        """A line for each rule and kind of bounds, with intervals in brackets."""
+    def to_markdown(self, brief: bool = False) -> str:
+        """A line for each rule and kind of bounds, with intervals in brackets; `brief` fits into a terminal."""
         lengths = self._lengths()
         table = [_HEADER, ("---", "---") + ("---:",) * (len(_HEADER) - 2)]
         rows = [(rule, *row) for rule in self.rules for row in _rows(rule)]
@@ -84,8 +85,10 @@ class LengthReport:
             f"{self.calibration_pairs} other held-out pairs calibrated the rules for a coverage of {self.coverage:g} "
             "(split conformal prediction); published: with the rule's own number. In brackets: 95 % bootstrap "
             "intervals. correct: bound ≥ length, or nothing cropped; slack: mean of bound − length where the bound is "
-            "correct."
+            "correct; saved: of the window, by wrong bounds, too, whose rows grow again when decoded."
         )
+        if brief:
+            table = [[row[column] for column in _BRIEF] for row in table]
         return "\n".join([told, "", *("| " + " | ".join(row) + " |" for row in table)])
 
     def save_pictures(self, folder: Path) -> None:

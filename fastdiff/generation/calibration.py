@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CALIBRATION_FILE = "length_calibration.json"
 _HASHED_VALUES = 65_536  # of a tensor
 _SPECIAL_TOKENS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
-_AGAIN = "calibrate again for this one"
+_AGAIN = "calibrate again for this one (python -m fastdiff.evaluate RUN --length does so), or delete the file"
 
 
 def check_coverage(coverage: float) -> float:
@@ -175,6 +175,10 @@ def calibrate(
             prompt, or one that leaves no room for the window; one line.
     """
     _check_enough(len(pairs), coverage, "pairs")
+    for i, (prompt, answer) in enumerate(pairs):
+        whole = all(isinstance(side, Sequence | Tensor) and not isinstance(side, str) for side in (prompt, answer))
+        if not whole or not len(prompt):
+            raise ValueError(f"pairs[{i}]: got {(prompt, answer)!r:.80}; expected token ids of a prompt and its answer")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "tokenizer: it has no end token (eos_token), so no answer has an end; set one and train with it"

@@ -114,7 +114,7 @@ class LengthPredictor:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"window: got {window!r}; expected a number of tokens, 1 or above")
         if (head is None) == (rule in ("classifier", "regression")):
-            expected = "a learned head" if head is None else "None"
+            expected = "one of fastdiff.training.runs.load_length_head" if head is None else "None"
             raise ValueError(f"head: got {type(head).__name__} with the rule {rule!r}; expected {expected}")
         self.model, self.window, self.rule, self.head = model, window, rule, head
         self.coverage = check_coverage(coverage)
@@ -151,7 +151,8 @@ class LengthPredictor:
                     f"calibration: made for {name} = {made!r}; this predictor has {value!r}: calibrate it again"
                 )
         check_made_for(calibration, self.model, self.head, "calibration")
-        return calibration.threshold(self.coverage)
+        threshold = calibration.threshold(self.coverage)
+        return threshold + rules.TIE_MARGIN if self.rule in rules.CURVE_RULES else threshold
 
     @torch.no_grad()
     def probe(

@@ -20,6 +20,9 @@ EXPANSION_RULES = ("daedal", "rho")
 LENGTH_RULES = ("cdf", "constant", "argmax", "quantile", "crossing", "daedal", "rho", "classifier", "regression")
 
 LOWEST_THRESHOLD = math.log(2)  # the level of F = 0.5: below it a good model's likelier answers would be cut
+# Added to calibrated levels: the pair whose score is the threshold must not be on the other side of it because another
+# batch rounds another way (seen: 1e-6 of a level). It can only raise a bound.
+TIE_MARGIN = 1e-4
 CROSSING_WINDOW = 8
 EXPANSION_START, EXPANSION_STEP = 64, 8
 DAEDAL_POSITIONS = 32

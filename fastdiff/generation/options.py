@@ -52,7 +52,7 @@ def generation_options(arguments: Any, defaults: Mapping[str, Any]) -> dict[str,
     given = {name: value for name, value in given.items() if value is not None}
     options = {**defaults, **given}
     if given.get("max_new_tokens") == 0:  # fills the prompt's masks: a recipe's blocks of new tokens mean nothing then
-        for name in {"block_length", "num_inference_steps"} - given.keys():
+        for name in {"block_length", "num_inference_steps", "length"} - given.keys():
             options.pop(name, None)
     rule = given.get("unmasking_rule")
     if rule is not None:

@@ -58,7 +58,7 @@ class RuleTradeoff:
 def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: str | Path, *, title: str = "") -> Path:
     """Writes a PNG with a panel a rule: bound against true length. Equal answers share a dot; its area is their number.
 
-    Dots below the diagonal are answers that the bound would cut. Bounds above twice the longest length are counted.
+    Below the diagonal the row has to grow. Bounds above twice the longest length are counted, not drawn.
 
     Raises ValueError without rules, or for a rule without rows.
     """
@@ -92,7 +92,7 @@ def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: st
     panels[0, 0].set(xlim=(-0.03 * right, 1.03 * right), ylim=(-0.03 * top, 1.03 * top))
     figure.supxlabel("true length, tokens", fontsize=10)
     figure.supylabel("bound, tokens", fontsize=10)
-    handles = [_dot(_RIGHT, "bound ≥ length"), _dot(_CUT, "bound too low: answer cut")]
+    handles = [_dot(_RIGHT, "bound ≥ length"), _dot(_CUT, "bound too low: the row has to grow")]
     handles.append(Line2D([], [], color="#444444", linewidth=1, label="bound = length"))
     figure.legend(
         handles=handles,

@@ -18,6 +18,7 @@ from fastdiff.evaluation.length_report import describe_threshold
 from fastdiff.generation import MaskedDiffusionGenerationConfig
 from fastdiff.generation.calibration import prompt_inputs
 from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration, model_hash
+from fastdiff.generation.length_rules import TIE_MARGIN
 from fastdiff.models.length_heads import save_length_head
 from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
 from fastdiff.training.runs import load_language_model, load_length_head, load_length_predictor
@@ -63,10 +64,14 @@ def evaluated(pairs_run):
 def test_files(evaluated, capsys):
     run, results = evaluated
     evaluate.main([str(run), "--length", "--coverage", "0.9", "--length-expansion-pairs", "60"])
-    printed = capsys.readouterr().out
+    told = capsys.readouterr()
+    printed = told.out
+    assert "length_calibration.json: replaced; the calibrations that were there are gone" in told.err
     table = [line for line in (run / "length.md").read_text().splitlines() if line.startswith("|")]
     assert json.loads((run / "evaluation.json").read_text()) == results  # no draw but by the seed
-    assert all(line in printed for line in table) and len(table) == 2 + len(results["length"]["rules"]) == 2 + 13
+    for line in table:  # a few of its columns are printed
+        assert "|".join(line.split("|")[:3]) + "|" in printed
+    assert len(table) == 2 + len(results["length"]["rules"]) == 2 + 13
     checkpoint = run / "checkpoints" / "step_60"
     assert str(checkpoint / "length_calibration.json") in printed
     for name in OUTPUTS[2:]:
@@ -112,7 +117,7 @@ def test_numbers(evaluated):
         assert point["saved_share"] == pytest.approx(saved_tokens / 12)
         assert point["correctness"] == entry["correctness"]["value"]
     config = MaskedDiffusionGenerationConfig(max_new_tokens=12, length="auto", coverage=0.9)
-    assert load_length_predictor(loaded, config).threshold == entries["cdf", "calibrated"]["threshold"]
+    assert load_length_predictor(loaded, config).threshold == entries["cdf", "calibrated"]["threshold"] + TIE_MARGIN
     assert ("constant", "published") not in entries and ("cdf", "published") in entries
     assert entries["constant", "calibrated"]["forward_passes_a_row"] == 0
     # 65 pairs are enough for .98, 30 for .96

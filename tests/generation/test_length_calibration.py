@@ -170,7 +170,8 @@ def test_every_rule_is_calibrated_to_hold_for_the_pairs_that_it_saw(rule, model,
         alone += plain.scores(plain(torch.tensor([prompt])), [len(answer)]).tolist()
     assert torch.allclose(torch.tensor(calibration.scores), torch.tensor(sorted(alone)), rtol=1e-6, atol=1e-6)
     calibrated = predictor_of(model, rule, calibration=calibration, coverage=0.9)
-    assert calibrated.threshold == calibration.scores[54]  # the 55th: 61 · .9 = 54.9
+    margin = rules.TIE_MARGIN if rule in rules.CURVE_RULES else 0
+    assert calibrated.threshold == calibration.scores[54] + margin  # the 55th: 61 · .9 = 54.9
     bounds = calibrated(**prompt_inputs(model, [prompt for prompt, _ in pairs])).bounds
     right = sum(bound >= len(answer) for bound, (_, answer) in zip(bounds, pairs, strict=True))
     assert right >= 55
@@ -230,7 +231,8 @@ def test_calibrations_come_back_as_they_were(saved, model, tokenizer):
         for path in (folder, folder / CALIBRATION_FILE):
             assert load_calibration(path, rule, model, tokenizer, head) == calibration
         loaded = predictor_of(model, rule, calibration=calibration, coverage=0.7)
-        assert loaded.threshold == calibration.threshold(0.7)
+        margin = rules.TIE_MARGIN if loaded.rule in rules.CURVE_RULES else 0
+        assert loaded.threshold == calibration.threshold(0.7) + margin
     assert predictor_of(model, "daedal", calibration=calibrations["daedal"], coverage=0.7).parameter == 0.5
 
 
