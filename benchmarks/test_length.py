@@ -2,7 +2,7 @@
 
 FASTDIFF_LENGTH_RUN=folder is a run of recipe length_numbers with a calibration (`python -m fastdiff.evaluate RUN
 --length` makes it): held-out prompts, a window of 256 tokens, blocks of 16, one token a step but where a threshold is
-named. FASTDIFF_LENGTH_PROMPTS (32) are as many prompts; batches have prompts of one length, since the public loop takes
+named. FASTDIFF_LENGTH_PROMPTS (16) are as many prompts; batches have prompts of one length, since the public loop takes
 no others. "one block" are bounds forced to a single block: rows must grow. test_length_answers.py has exact matches.
 """
 
@@ -13,7 +13,7 @@ import pytest
 from decoding_cases import contender, ended, held_out, length_modes, public
 
 RUN = os.environ.get("FASTDIFF_LENGTH_RUN")
-PROMPTS = int(os.environ.get("FASTDIFF_LENGTH_PROMPTS", "32"))
+PROMPTS = int(os.environ.get("FASTDIFF_LENGTH_PROMPTS", "16"))
 NEW, BLOCK, COVERAGE, ROUNDS = 256, 16, 0.95, 2
 WITH_RUN = pytest.mark.skipif(RUN is None, reason="FASTDIFF_LENGTH_RUN names no run of recipe length_numbers")
 

@@ -1,6 +1,6 @@
 """Length prediction: exact matches of windows of fixed and of predicted length, the same model and prompts.
 
-FASTDIFF_LENGTH_RUN=folder is a run of recipe length_numbers with a calibration; FASTDIFF_LENGTH_ANSWERS (512) are the
+FASTDIFF_LENGTH_RUN=folder is a run of recipe length_numbers with a calibration; FASTDIFF_LENGTH_ANSWERS (256) are the
 held-out prompts. No times are taken. The modes are those of test_length.py.
 """
 
@@ -10,7 +10,7 @@ from decoding_cases import contender, exact_matches, held_out, length_modes
 from measure import Row
 from test_length import BLOCK, COVERAGE, NEW, RUN, WITH_RUN
 
-ANSWERS = int(os.environ.get("FASTDIFF_LENGTH_ANSWERS", "512"))
+ANSWERS = int(os.environ.get("FASTDIFF_LENGTH_ANSWERS", "256"))
 
 
 @WITH_RUN
