@@ -236,24 +236,6 @@ def output_path(given: str | None, default: Path) -> Path:
     return path
 
 
-def write_output(path: Path, content: str | bytes) -> None:
-    """Writes a result whole or not at all: what was there before stays until the new file is on the disk.
-
-    Raises:
-        OSError: it cannot be written; the message is one line.
-    """
-    temporary = path.with_name(f".writing-{path.name}"[:255])
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def sampling_options(arguments: Any, defaults: Any) -> Any:
     """The run's SamplingConfig with what the command line says otherwise."""
     names = ("guidance_scale", "num_inference_steps", "sampler", "seed")

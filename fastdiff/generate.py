@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from fastdiff.cli import command, output_path, quiet_libraries, write_output
+from fastdiff.cli import command, output_path, quiet_libraries
 
 DEFAULT_NEW_TOKENS = 64
 _WATCHED = 3  # sequences shown by --watch
@@ -203,6 +203,8 @@ def _printable(text: str) -> str:
 
 
 def _save(output: Path, records: Sequence[dict[str, Any]]) -> None:
+    from fastdiff.data.disk import write_output
+
     write_output(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import output_path, sampling_options, write_output
+from fastdiff.cli import output_path, sampling_options
+from fastdiff.data.disk import write_output
 
 DEFAULT_SAMPLES = 500
 

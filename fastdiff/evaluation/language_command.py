@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastdiff.cli import output_path, write_output
+from fastdiff.cli import output_path
+from fastdiff.data.disk import write_output
 from fastdiff.data.text_parts import TextData
 from fastdiff.evaluation.likelihood import LikelihoodBound, likelihood_bound
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import output_path, write_output
+from fastdiff.cli import output_path
+from fastdiff.data.disk import write_output
 from fastdiff.data.text_parts import TextData
 from fastdiff.evaluation.length_comparison import Pair, RuleComparison, compare_rule, read_rules
 from fastdiff.evaluation.length_report import LengthReport

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdiff.data.tokenization import tokenizer_fingerprint
 from fastdiff.evaluation.length import LengthMeasures, length_measures
 from fastdiff.generation import length_rules
-from fastdiff.generation.calibration import Calibration, model_hash, pairs_needed, prompt_inputs
+from fastdiff.generation.calibration import Calibration, calibration_of, pairs_needed, prompt_inputs
 from fastdiff.generation.length import LengthPredictor
 
 if TYPE_CHECKING:
@@ -40,15 +39,12 @@ class RuleReadings:
 
     def bounds(self, threshold: float) -> list[int]:
         """The bound of each row from a threshold: a level of the curve, or tokens added to the prediction."""
-        if self.predictor.rule in length_rules.CURVE_RULES:
-            return length_rules.curve_bounds(self.readings, threshold).tolist()
-        return length_rules.length_bounds(self.readings, threshold, self.predictor.window).tolist()
+        predictor = self.predictor
+        return length_rules.bounds(predictor.rule, self.readings, threshold, predictor.window).tolist()
 
     def scores(self) -> Tensor:  # float64 [N]
         """Conformal scores of the answers' lengths."""
-        if self.predictor.rule in length_rules.CURVE_RULES:
-            return length_rules.curve_scores(self.readings, self.lengths)
-        return length_rules.length_scores(self.readings, self.lengths, self.predictor.window)
+        return length_rules.scores(self.predictor.rule, self.readings, self.lengths, self.predictor.window)
 
     def measures(self, threshold: float, **options: int) -> LengthMeasures:
         """`length_measures` of these bounds, with its options."""
@@ -144,13 +140,7 @@ def compare_rule(
     """
     first, test = readings.split(calibration_pairs)
     predictor = readings.predictor
-    calibration = Calibration(
-        **predictor.identity(),
-        scores=tuple(first.scores().sort().values.tolist()),
-        model_hash=model_hash(predictor.model),
-        tokenizer_hash=tokenizer_fingerprint(tokenizer),
-        head_hash=None if predictor.head is None else model_hash(predictor.head),
-    )
+    calibration = calibration_of(predictor, first.scores().tolist(), tokenizer)
     threshold, tradeoff = calibration.threshold(coverage), []
     options = {"resamples": resamples, "seed": seed}
     for level in sorted({*LEVELS, coverage}):

@@ -191,6 +191,13 @@ def calibrate(
             predicted = predictor(**prompt_inputs(predictor.model, [prompt for prompt, _ in batch]))
             scores += predictor.scores(predicted, [len(answer) for _, answer in batch]).tolist()
             bar.update(len(batch))
+    return calibration_of(predictor, scores, tokenizer)
+
+
+def calibration_of(
+    predictor: "LengthPredictor", scores: Sequence[float], tokenizer: "PreTrainedTokenizerBase"
+) -> Calibration:
+    """The calibration that conformal scores of a predictor's rule make, in any order."""
     return Calibration(
         **predictor.identity(),
         scores=tuple(sorted(scores)),

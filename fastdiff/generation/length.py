@@ -205,9 +205,7 @@ class LengthPredictor:
         """
         reading = predicted.reading if isinstance(predicted, LengthPrediction) else self.read(predicted)
         lengths = rules.as_lengths(lengths, len(reading), reading.device)
-        if self.rule in rules.CURVE_RULES:
-            return rules.curve_scores(reading, lengths)
-        return rules.length_scores(reading, lengths, self.window)
+        return rules.scores(self.rule, reading, lengths, self.window)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **encoder: Any) -> LengthPrediction:
@@ -228,9 +226,7 @@ class LengthPredictor:
         return LengthPrediction(self._bounds(reading), probe, 1, reading)
 
     def _bounds(self, reading: Tensor) -> list[int]:
-        if self.rule in rules.CURVE_RULES:
-            return rules.curve_bounds(reading, self.threshold).tolist()
-        return rules.length_bounds(reading, self.threshold, self.window).tolist()
+        return rules.bounds(self.rule, reading, self.threshold, self.window).tolist()
 
     @torch.no_grad()
     def read(self, probe: Probe) -> Tensor:  # float64 [B, W] levels or [B] lengths

@@ -157,6 +157,18 @@ def length_scores(predictions: Tensor, lengths: Tensor, window: int) -> Tensor: 
     return (lengths - predictions).masked_fill(lengths >= window, math.inf)
 
 
+def bounds(rule: str, reading: Tensor, threshold: float, window: int) -> Tensor:  # -> int64 [B]
+    """The bounds of either kind of rule, from levels `[B, W]` or predicted lengths `[B]`."""
+    if rule in CURVE_RULES:
+        return curve_bounds(reading, threshold)
+    return length_bounds(reading, threshold, window)
+
+
+def scores(rule: str, reading: Tensor, lengths: Tensor, window: int) -> Tensor:  # -> float64 [B]
+    """The conformal scores of either kind of rule."""
+    return curve_scores(reading, lengths) if rule in CURVE_RULES else length_scores(reading, lengths, window)
+
+
 def as_lengths(lengths: Tensor | Sequence[int], rows: int, device: torch.device) -> Tensor:  # int64 [rows]
     """Lengths in tokens as a tensor. Raises ValueError for another number of them, or negative ones."""
     lengths = torch.as_tensor(lengths, device=device)

@@ -63,8 +63,8 @@ class Rows:
             self.origin = self.stops - self.block_length
         if config.num_inference_steps is not None:
             whole = max(config.max_new_tokens, 1)  # steps of a block are its share of those of max_new_tokens
-            blocks = self.block_length if config.max_new_tokens else torch.ones_like(self.block_length)
-            self.steps = ((2 * config.num_inference_steps * blocks + whole) // (2 * whole)).clamp(min=1)
+            lengths = self.block_length if config.max_new_tokens else torch.ones_like(self.block_length)
+            self.steps = ((2 * config.num_inference_steps * lengths + whole) // (2 * whole)).clamp(min=1)
         self.block = torch.full_like(self.starts, -1)  # where the current block begins
         self.end = torch.full_like(self.starts, -1)
         self.step_in_block = torch.zeros_like(self.starts)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from fastdiff.cli import write_output
+from fastdiff.data.disk import write_output
 
 # Okabe & Ito's colours, which colour-blind readers tell apart, without their yellow, too light on white; markers tell
 # the rules apart without colour

@@ -216,7 +216,8 @@ def test_readings_are_those_of_the_predictors_alone():
         torch.testing.assert_close(readings.readings, torch.cat([each.reading for each in alone]), rtol=1e-4, atol=1e-4)
         assert readings.bounds(predictor.threshold) == [each.bounds[0] for each in alone], rule
         assert readings.passes.tolist() == [each.passes for each in alone], rule
-        expected = torch.cat([predictor.scores(each, [len(answer)]) for each, (_, answer) in zip(alone, pairs)])  # noqa: B905
+        answers = [[len(answer)] for _, answer in pairs]
+        expected = torch.cat([predictor.scores(each, length) for each, length in zip(alone, answers, strict=True)])
         torch.testing.assert_close(readings.scores(), expected, rtol=1e-4, atol=1e-4)
         assert readings.scores()[20:].isinf().all() and readings.scores()[:20].isfinite().all()
         passes |= set(readings.passes.tolist())

@@ -173,7 +173,10 @@ def test_parts_of_a_step_add_up_to_it(make_recipe):
 @pytest.mark.parametrize("logit", [-1.5, 0.7])
 def test_what_the_losses_are(make_recipe, logit):
     """A head that says the same everywhere: the loss of each answer on paper, those that do not fit included."""
-    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
+
+    def softplus(x):
+        return math.log1p(math.exp(x))
+
     task = LengthHeadTask(make_recipe("--window", 6))
     batch = {**task.batch(0, range(24))}
     window, indices = batch["columns"].shape[1], task.stream.indices(0)
