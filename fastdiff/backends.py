@@ -32,6 +32,7 @@ class Backend:
     refuses: Callable[[str, tuple[torch.dtype, ...]], str | None]
 
 
+Refuses = Callable[[str], str | None]
 _registry: dict[str, dict[str, Backend]] = {}
 _selected: dict[tuple, str] = {}  # what select() found before
 
@@ -71,10 +72,13 @@ def requested() -> str:
     return _requested
 
 
-def select(operator: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """The backend that runs an operator for an input on `device` ("cpu", "cuda") with these dtypes."""
-    if torch.compiler.is_compiling():  # a cache would be state that the compiler has to watch
-        return _search(operator, device, dtypes)
+def select(operator: str, device: str, dtypes: tuple[torch.dtype, ...], refuses: Refuses | None = None) -> str:
+    """The backend that runs an operator for an input on `device` ("cpu", "cuda") with these dtypes.
+
+    `refuses(backend)` is one more reason for which a backend cannot run (a head size): one sentence, or None.
+    """
+    if torch.compiler.is_compiling() or refuses is not None:  # a cache would be state that the compiler has to watch
+        return _search(operator, device, dtypes, refuses)
     key = (_requested, operator, device, dtypes)
     found = _selected.get(key)
     if found is None:
@@ -82,14 +86,17 @@ def select(operator: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     return found
 
 
-def _search(operator: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def _search(operator: str, device: str, dtypes: tuple[torch.dtype, ...], refuses: Refuses | None = None) -> str:
+    def why(backend: str) -> str | None:
+        return why_not(operator, backend, device, dtypes) or (refuses(backend) if refuses is not None else None)
+
     if _requested != "auto":
-        reason = why_not(operator, _requested, device, dtypes)
+        reason = why(_requested)
         if reason is not None:
             raise BackendError(f"fastdiff.{operator}: backend {_requested!r} was asked for and cannot run: {reason}")
         return _requested
     for candidate in _AUTO_ORDER.get(device, ("reference",)):
-        if why_not(operator, candidate, device, dtypes) is None:
+        if why(candidate) is None:
             missing = _registry[operator]["cpu"].missing if candidate == "reference" and device == "cpu" else None
             if missing is not None and not torch.compiler.is_compiling():
                 warnings.warn(f"fastdiff.{operator} runs on slow reference operators: {missing}", stacklevel=5)

@@ -3,6 +3,7 @@
 from fastdiff.ops.adaln import adaln, gated_residual_adaln
 from fastdiff.ops.eos_log_prob import eos_log_prob, eos_log_prob_from_logits
 from fastdiff.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
+from fastdiff.ops.qgfd_attention import qgfd_attention, qgfd_attention_dense, qgfd_values
 from fastdiff.ops.token_sampling import TokenSample, lm_head_sample, sample_tokens
 from fastdiff.ops.unmask import unmask_
 
@@ -14,6 +15,9 @@ __all__ = [
     "gated_residual_adaln",
     "lm_head_sample",
     "masked_linear_cross_entropy",
+    "qgfd_attention",
+    "qgfd_attention_dense",
+    "qgfd_values",
     "sample_tokens",
     "unmask_",
 ]

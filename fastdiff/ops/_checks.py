@@ -1,6 +1,6 @@
 """What public functions share: checks of arguments, the choice of a backend in a transform, autograd's small print."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -12,17 +12,20 @@ from fastdiff.backends import BackendError, requested, select
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def choose_backend(operator: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def choose_backend(
+    operator: str, device: str, dtypes: tuple[torch.dtype, ...], refuses: Callable[[str], str | None] | None = None
+) -> str:
     """The backend that runs a differentiable operator; inside a torch.func transform that is the reference.
 
-    Kernels have no rule for forward-mode AD, vmap or torch.func.grad; the reference is plain PyTorch.
+    Kernels have no rule for forward-mode AD, vmap or torch.func.grad; the reference is plain PyTorch. `refuses` says
+    why a backend cannot run for a reason other than device and dtypes.
     """
     if not torch.compiler.is_compiling() and transformed():
         if requested() not in ("auto", "reference"):
             reason = "it has no rules for torch.func transforms and forward-mode AD: use 'auto' or 'reference'"
             raise BackendError(f"fastdiff.{operator}: backend {requested()!r} was asked for and cannot run: {reason}")
         return "reference"
-    return select(operator, device, dtypes)
+    return select(operator, device, dtypes, refuses)
 
 
 def transformed() -> bool:

@@ -1,0 +1,231 @@
+"""Options and masks of QGFD attention: what they mean for the kernels, and whether they fit."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops._checks import check_floats
+
+Transition = Literal["attention", "key"]
+Recurrence = Literal["power", "restart"]
+Interval = tuple[
+    Tensor | None, Tensor | None
+]  # int32 [B or 1, L_q]: a query sees the keys from the first to the second
+
+
+@dataclass(frozen=True)
+class Options:
+    steps: int
+    alpha: float
+    transition: Transition
+    recurrence: Recurrence
+    temperature: float
+    sink_isolation: bool
+    scale: float | None
+    hop_dropout_p: float
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is diffused."""
+        return self.steps == 0 or self.alpha == 0
+
+    @property
+    def mixed(self) -> range:
+        """The hops after which the values are mixed in."""
+        return range(1 if self.recurrence == "restart" else self.steps, self.steps + 1)
+
+    def of_values(self) -> dict:
+        names = ("steps", "alpha", "recurrence", "temperature", "sink_isolation")
+        return {name: getattr(self, name) for name in names}
+
+    def of_reference(self) -> dict:
+        return self.of_values() | {"transition": self.transition, "scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Masks:
+    key_mask: Tensor | None
+    is_causal: bool
+    cu_seqlens: Tensor | None
+    prefix_length: int | Tensor | None
+    attn_mask: Tensor | None = None
+
+    @property
+    def sdpa_knows(self) -> bool:
+        return self.cu_seqlens is None and self.prefix_length is None
+
+    def as_dict(self) -> dict:
+        return {
+            "key_mask": self.key_mask,
+            "is_causal": self.is_causal,
+            "cu_seqlens": self.cu_seqlens,
+            "prefix_length": self.prefix_length,
+            "attn_mask": self.attn_mask,
+        }
+
+
+def row_intervals(masks: Masks, queries: int, keys: int, device: torch.device) -> Interval:
+    """The keys that a query sees, key_mask apart: (first, one beyond the last); None where that is 0, or L_k."""
+    causal = masks.is_causal or masks.prefix_length is not None
+    if not causal and masks.cu_seqlens is None:
+        return None, None
+    begin = end = None
+    if causal:
+        end = torch.arange(keys - queries + 1, keys + 1, dtype=torch.int32, device=device).clamp_min_(0)[None]
+    prefix = masks.prefix_length
+    if masks.cu_seqlens is not None:
+        starts = masks.cu_seqlens.to(torch.int32)
+        sequence = torch.searchsorted(starts, torch.arange(keys, dtype=torch.int32, device=device), right=True) - 1
+        begin = starts[sequence][None]
+        ends = starts[sequence + 1][None]
+        if isinstance(prefix, Tensor):
+            prefix = prefix[sequence][None]
+        if prefix is not None:
+            end = torch.maximum(end, (begin + prefix).to(torch.int32))
+        end = ends if end is None else torch.minimum(end, ends)
+    elif prefix is not None:
+        prefix = prefix[:, None] if isinstance(prefix, Tensor) else torch.full((1, 1), prefix, device=device)
+        end = torch.maximum(end, prefix.clamp_max(keys).to(torch.int32))
+    return None if begin is None else begin.contiguous(), None if end is None else end.contiguous()
+
+
+def isolate_sinks(intervals: Interval, masks: Masks, batch: int, length: int, device: torch.device) -> Interval:
+    """The intervals of P with the row of each sequence's first key that may be attended to seeing itself alone.
+
+    Softmax over one key is the unit row, so that kernels need no other rule.
+    """
+    rows = torch.arange(length, dtype=torch.int32, device=device)[None]
+    begin, end = intervals
+    start = torch.zeros_like(rows) if begin is None else begin
+    if masks.key_mask is None:
+        sink = rows == start
+    else:
+        before = masks.key_mask.cumsum(1, dtype=torch.int32) - masks.key_mask.to(torch.int32)  # attended ones before it
+        sink = masks.key_mask & (before == before.gather(1, start.expand(batch, -1).long()))
+    begin = torch.where(sink, rows, start)
+    end = torch.where(sink, rows + 1, torch.full_like(rows, length) if end is None else end)
+    return begin.to(torch.int32).contiguous(), end.to(torch.int32).contiguous()
+
+
+def check_operands(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, masks: Masks, enable_gqa: bool, dropout_p: float = 0.0
+) -> None:
+    """Raises for whatever does not fit."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        check_floats(name, t, 4)
+        if t.ndim != 4 or t.shape[-1] == 0:
+            raise ValueError(f"{name} has shape {list(t.shape)}; expected [B, H, L, d] with d > 0")
+        if t.device != query.device:
+            raise ValueError(f"{name} is on {t.device}, query on {query.device}; expected one device: move one of them")
+        if t.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise ValueError(f"{name} is {t.dtype}, query is {query.dtype}; expected one dtype: cast one of them")
+    batch, heads, queries, dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != dim:
+        expected = f"expected [{batch}, H_kv, L_k, {dim}] for both"
+        raise ValueError(f"key has shape {list(key.shape)} and value {list(value.shape)}; {expected}")
+    if kv_heads != heads and not (enable_gqa and kv_heads > 0 and heads % kv_heads == 0):
+        how = "a divisor of it" if enable_gqa else "as many, or enable_gqa=True"
+        raise ValueError(f"key has {kv_heads} heads, query {heads}; expected {how}")
+    _check_options(options, dropout_p)
+    diffuses = not options.plain
+    if queries != keys and diffuses and options.transition == "attention":
+        raise ValueError(
+            f"query has {queries} rows, key {keys}: transition 'attention' diffuses over one sequence; expected equal"
+            " lengths: use transition='key', or steps=0 for cross-attention"
+        )
+    _check_masks(masks, batch, queries, keys, query.device)
+    if masks.attn_mask is not None:
+        _check_attn_mask(masks.attn_mask, (batch, heads, queries, keys), query.device, diffuses)
+    if options.hop_dropout_p > 0 and diffuses:
+        if options.transition != "attention" or options.temperature != 1 or not masks.sdpa_knows:
+            raise ValueError(
+                f"hop_dropout_p is {options.hop_dropout_p}; expected 0 with transition 'key', a temperature, cu_seqlens"
+                " or prefix_length: torch's attention, which does it, has none of them"
+            )
+
+
+def _number(name: str, value: float, fits: bool, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not fits:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _check_options(options: Options, dropout_p: float) -> None:
+    def between(value: float, low: float, high: float) -> bool:
+        return isinstance(value, int | float) and low <= value <= high
+
+    if isinstance(options.steps, bool) or not isinstance(options.steps, int) or options.steps < 0:
+        raise ValueError(f"steps is {options.steps!r}; expected an int >= 0 (0: plain attention)")
+    _number("alpha", options.alpha, between(options.alpha, 0, 1), "a number in [0, 1]")
+    for name in ("transition", "recurrence"):
+        choices = get_args(Transition if name == "transition" else Recurrence)
+        if getattr(options, name) not in choices:
+            raise ValueError(f"{name} is {getattr(options, name)!r}; expected {' or '.join(map(repr, choices))}")
+    large = float("inf")
+    for name in ("temperature", "scale"):
+        value = getattr(options, name)
+        if name == "temperature" or value is not None:
+            _number(name, value, between(value, 0, large) and 0 < value < large, "a finite number > 0")
+    for name, value in (("hop_dropout_p", options.hop_dropout_p), ("dropout_p", dropout_p)):
+        _number(name, value, between(value, 0, 1) and value < 1, "a number in [0, 1)")
+    if options.sink_isolation and options.transition != "key":
+        raise ValueError("sink_isolation is True with transition 'attention'; expected transition='key'")
+
+
+def _check_masks(masks: Masks, batch: int, queries: int, keys: int, device: torch.device) -> None:
+    if masks.key_mask is not None:
+        _check_bool("key_mask", masks.key_mask, device)
+        if masks.key_mask.shape != (batch, keys):
+            raise ValueError(
+                f"key_mask has shape {list(masks.key_mask.shape)}; expected [{batch}, {keys}], True = attend"
+            )
+    sequences = batch
+    if masks.cu_seqlens is not None:
+        _check_cu_seqlens(masks.cu_seqlens, batch, queries, keys, device)
+        sequences = masks.cu_seqlens.shape[0] - 1
+    prefix = masks.prefix_length
+    if isinstance(prefix, Tensor):
+        if prefix.dtype not in (torch.int32, torch.int64) or prefix.shape != (sequences,) or prefix.device != device:
+            given = f"{prefix.dtype} {list(prefix.shape)} on {prefix.device}"
+            raise ValueError(f"prefix_length is {given}; expected int64 [{sequences}] on {device}")
+    elif prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
+        raise ValueError(f"prefix_length is {prefix!r}; expected an int >= 0 or an int64 tensor [{sequences}]")
+
+
+def _check_bool(name: str, mask: Tensor, device: torch.device) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} is {given}; expected a bool torch.Tensor, True = attend")
+    if mask.device != device:
+        raise ValueError(f"{name} is on {mask.device}, query on {device}; expected one device: move one of them")
+
+
+def _check_cu_seqlens(ends: Tensor, batch: int, queries: int, keys: int, device: torch.device) -> None:
+    if not isinstance(ends, Tensor) or ends.dtype not in (torch.int32, torch.int64):
+        given = ends.dtype if isinstance(ends, Tensor) else type(ends).__name__
+        raise TypeError(f"cu_seqlens is {given}; expected an int32 or int64 torch.Tensor [S + 1]")
+    if ends.ndim != 1 or ends.shape[0] < 2 or ends.device != device:
+        raise ValueError(f"cu_seqlens has shape {list(ends.shape)} on {ends.device}; expected [S + 1] on {device}")
+    if batch != 1 or queries != keys:
+        raise ValueError(
+            f"cu_seqlens with B = {batch}, L_q = {queries}, L_k = {keys}; expected B = 1 and equal lengths: the"
+            " sequences lie one after the other"
+        )
+    if device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU looking would wait for it
+        values = ends.tolist()
+        if values[0] != 0 or values[-1] != keys or any(a > b for a, b in zip(values, values[1:], strict=False)):
+            raise ValueError(f"cu_seqlens is {values}; expected ascending numbers from 0 to {keys}")
+
+
+def _check_attn_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, diffuses: bool) -> None:
+    _check_bool("attn_mask", mask, device)
+    fits = mask.ndim <= 4 and all(a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False))
+    if not fits:
+        raise ValueError(f"attn_mask has shape {list(mask.shape)}; expected what broadcasts to {list(shape)}")
+    if diffuses and shape[2] != shape[3]:
+        raise ValueError(
+            f"attn_mask with L_q = {shape[2]}, L_k = {shape[3]}; expected equal lengths: P wants a mask of its own,"
+            " [L_k, L_k]"
+        )

@@ -1,0 +1,1 @@
+"""QGFD attention: reference, native and Triton kernels side by side."""
