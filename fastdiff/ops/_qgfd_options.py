@@ -10,9 +10,8 @@ from fastdiff.ops._checks import check_floats
 
 Transition = Literal["attention", "key"]
 Recurrence = Literal["power", "restart"]
-Interval = tuple[
-    Tensor | None, Tensor | None
-]  # int32 [B or 1, L_q]: a query sees the keys from the first to the second
+# int32 [B or 1, L_q] each: a query sees the keys from the first to the second, which is not among them
+Interval = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
