@@ -22,7 +22,7 @@ def _randn(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int, l
 
 
 def _key_mask(kind: str, batch: int, keys: int) -> Tensor:
-    """"some": two keys in three, the first sample's first not among them; "a-sample-without": none in the second."""
+    """ "some": two keys in three, the first sample's first not among them; "a-sample-without": none in the second."""
     mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(keys)) < 0.67
     mask[0, 0] = False
     if kind == "a-sample-without":
