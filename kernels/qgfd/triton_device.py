@@ -1,9 +1,9 @@
 """QGFD attention in Triton: the device code. triton_kernels.py launches it; README.md has the mathematics.
 
-Heads are [B, H, L, D], read in place by their strides; D is padded to DIM, a power of two, in registers. Scores are kept
-in base 2: `scale_log2` is the scale times log2(e). A query's keys are those of its interval (begin_ptr, end_ptr) that
-key_mask_ptr allows; tiles of keys that no query of a program sees are skipped. What is skipped adds exact zeros where it
-is not, so that a row is the same whatever shares its tile, and every sum runs in the order of the tiles.
+Heads are [B, H, L, D], read in place by their strides; D is padded to DIM, a power of two, in registers. Scores are in
+base 2: `scale_log2` is the scale times log2(e). A query's keys are those of its interval (begin_ptr, end_ptr) that
+key_mask_ptr allows; tiles of keys that no query of a program sees are skipped. They would add exact zeros, so that a
+row is the same whatever shares its tile; every sum runs in the order of the tiles.
 """
 
 import triton
@@ -29,12 +29,14 @@ def _load(base, rows, row_stride, count, D: tl.constexpr, DIM: tl.constexpr, INS
     columns = tl.arange(0, DIM)[None, :]
     pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns
     if INSIDE and D == DIM:
-        return tl.load(pointers)
+        values = tl.load(pointers)
     elif INSIDE:
-        return tl.load(pointers, mask=columns < D, other=0.0)
+        values = tl.load(pointers, mask=columns < D, other=0.0)
     elif D == DIM:
-        return tl.load(pointers, mask=rows[:, None] < count, other=0.0)
-    return tl.load(pointers, mask=(rows[:, None] < count) & (columns < D), other=0.0)
+        values = tl.load(pointers, mask=rows[:, None] < count, other=0.0)
+    else:
+        values = tl.load(pointers, mask=(rows[:, None] < count) & (columns < D), other=0.0)
+    return values
 
 
 @triton.jit
@@ -46,6 +48,25 @@ def _store(base, rows, row_stride, count, values, D: tl.constexpr, DIM: tl.const
     if D != DIM:
         mask = mask & (columns < D)
     tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _products(
+    a, b, acc, a_base, a_rows, a_stride, a_count, b_base, b_rows, b_stride, b_count,
+    D: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """acc + a b^T of two loaded tiles; fp32 ones, which registers must hold, are read again, CHUNK columns a time."""
+    if CHUNK == DIM:
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    else:
+        for start in range(0, DIM, CHUNK):
+            columns = start + tl.arange(0, CHUNK)[None, :]
+            a_mask = (a_rows[:, None] < a_count) & (columns < D)
+            b_mask = (b_rows[:, None] < b_count) & (columns < D)
+            a_part = tl.load(a_base + a_rows.to(tl.int64)[:, None] * a_stride + columns, mask=a_mask, other=0.0)
+            b_part = tl.load(b_base + b_rows.to(tl.int64)[:, None] * b_stride + columns, mask=b_mask, other=0.0)
+            acc = tl.dot(a_part, tl.trans(b_part), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -67,31 +88,29 @@ def _spans(begin, end, keys, KEYS: tl.constexpr, MASKED: tl.constexpr):
     some = begin < end
     first = tl.min(tl.where(some, begin, keys), axis=0) // KEYS * KEYS
     last = tl.max(tl.where(some, end, 0), axis=0)
-    if MASKED:
-        return first, last, last, last
-    whole_first = tl.minimum(tl.cdiv(tl.max(begin, axis=0), KEYS) * KEYS, last)
-    whole_last = tl.maximum(tl.min(end, axis=0) // KEYS * KEYS, whole_first)
+    whole_first = last
+    whole_last = last
+    if not MASKED:
+        whole_first = tl.minimum(tl.cdiv(tl.max(begin, axis=0), KEYS) * KEYS, last)
+        whole_last = tl.maximum(tl.min(end, axis=0) // KEYS * KEYS, whole_first)
     return first, whole_first, whole_last, last
 
 
 @triton.jit
-def _span_of(
-    SPAN: tl.constexpr, first, whole_first, whole_last, last, begin_ptr, key_mask_ptr
-):  # fmt: skip
-    """(start, stop, whether there can be such keys) of the tiles before, within and after those that all rows see."""
+def _bounds(SPAN: tl.constexpr, first, whole_first, whole_last, last):
+    """Where the tiles start and stop before (0), within (1) and after (2) those that every row sees the whole of."""
     if SPAN == 0:
-        return first, whole_first, begin_ptr is not None or key_mask_ptr is not None
+        start, stop = first, whole_first
     elif SPAN == 1:
-        return whole_first, whole_last, key_mask_ptr is None
-    return whole_last, last, key_mask_ptr is None
+        start, stop = whole_first, whole_last
+    else:
+        start, stop = whole_last, last
+    return start, stop
 
 
 @triton.jit
-def _scores(
-    q, k, columns, begin, end, key_mask_ptr, key_mask_offset, keys, scale_log2, WHOLE: tl.constexpr
-):  # fmt: skip
-    """[ROWS, KEYS]: -inf where a row does not see a key."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+def _masked(s, columns, begin, end, key_mask_ptr, key_mask_offset, keys, WHOLE: tl.constexpr):
+    """[ROWS, KEYS]: -inf where a row does not see a key; WHOLE: each sees all."""
     if not WHOLE:
         seen = (columns[None, :] >= begin[:, None]) & (columns[None, :] < end[:, None])
         if key_mask_ptr is not None:
@@ -109,12 +128,13 @@ def hop_kernel(
     out_ptr, out_batch_stride, out_head_stride, out_row_stride,
     key_mask_ptr, begin_ptr, begin_batch_stride, end_ptr, end_batch_stride, lse_ptr,
     heads, group, queries, keys, tiles, scale_log2,
-    FIRST: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    FIRST: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """out = round(M * value) for one tile of queries. Grid: (batch * heads * tiles,).
 
-    FIRST: the softmax is made as the keys go by, and lse_ptr, if any, is filled; value has key's heads. Otherwise lse_ptr
-    has the log sum exp of each row, and value a head a query head.
+    FIRST: the softmax is made as the keys go by, and lse_ptr, if any, is filled; value has key's heads. Otherwise
+    lse_ptr has the log sum exp of each row, and value a head a query head.
     """
     batch, head, tile = _place(tiles, heads)
     rows = tile * ROWS + tl.arange(0, ROWS)
@@ -138,12 +158,16 @@ def hop_kernel(
         maximum = tl.load(lse_base + rows, mask=rows < queries, other=0.0) * LOG2_E
     first, whole_first, whole_last, last = _spans(begin, end, keys, KEYS, key_mask_ptr is not None)
     for span in tl.static_range(3):  # keys that some rows see, that all rows see, that some rows see
-        start, stop, live = _span_of(span, first, whole_first, whole_last, last, begin_ptr, key_mask_ptr)
-        if live:
+        if (key_mask_ptr is None and (span > 0 or begin_ptr is not None)) or (key_mask_ptr is not None and span == 0):
+            start, stop = _bounds(span, first, whole_first, whole_last, last)
             for column in range(start, stop, KEYS):
                 columns = column + tl.arange(0, KEYS)
                 k = _load(k_base, columns, key_row_stride, keys, D, DIM, span == 1)
-                s = _scores(q, k, columns, begin, end, key_mask_ptr, batch * keys, keys, scale_log2, span == 1)
+                s = _products(
+                    q, k, tl.zeros([ROWS, KEYS], tl.float32), q_base, rows, query_row_stride, queries,
+                    k_base, columns, key_row_stride, keys, D, DIM, CHUNK,
+                )  # fmt: skip
+                s = _masked(s * scale_log2, columns, begin, end, key_mask_ptr, batch * keys, keys, span == 1)
                 if FIRST:
                     higher = tl.maximum(maximum, tl.max(s, axis=1))
                     origin = tl.where(higher == float("-inf"), 0.0, higher)
@@ -203,11 +227,11 @@ def _query_span(span_ptr, batch, span_batch_stride, tile, queries, ROWS: tl.cons
 
 @triton.jit
 def _transposed_weights(
-    k, q, columns, rows, lse_base, begin_ptr, end_ptr, begin_offset, end_offset, queries, keys, scale_log2
+    s, columns, rows, lse_base, begin_ptr, end_ptr, begin_offset, end_offset, queries, keys
 ):  # fmt: skip
-    """M^T [KEYS, ROWS] of a tile, fp32, but for key_mask, which makes whole rows of it zero."""
+    """M^T [KEYS, ROWS] of a tile's scores, but for key_mask, which makes whole rows of it zero."""
     lse = tl.load(lse_base + rows, mask=rows < queries, other=float("inf"))  # queries past the last: weights of 0
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - (lse * LOG2_E)[None, :])
+    p = tl.exp2(s - (lse * LOG2_E)[None, :])
     if begin_ptr is not None or end_ptr is not None:
         begin, end = _intervals(begin_ptr, end_ptr, begin_offset, end_offset, rows, queries, keys)
         p = tl.where((columns[:, None] >= begin[None, :]) & (columns[:, None] < end[None, :]), p, 0.0)
@@ -217,10 +241,10 @@ def _transposed_weights(
 @triton.jit
 def _only_allowed(values, key_mask_ptr, offset, columns, keys):
     """Zeros in the rows of keys that key_mask hides."""
-    if key_mask_ptr is None:
-        return values
-    allowed = tl.load(key_mask_ptr + offset + columns, mask=columns < keys, other=0)
-    return tl.where((allowed != 0)[:, None], values, 0.0)
+    if key_mask_ptr is not None:
+        allowed = tl.load(key_mask_ptr + offset + columns, mask=columns < keys, other=0)
+        values = tl.where((allowed != 0)[:, None], values, 0.0)
+    return values
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -229,7 +253,8 @@ def transposed_kernel(
     key_ptr, key_batch_stride, key_head_stride, key_row_stride,
     h_ptr, out_ptr, lse_ptr, key_mask_ptr, begin_ptr, begin_batch_stride, end_ptr, end_batch_stride,
     span_ptr, span_batch_stride, heads, group, queries, keys, tiles, scale_log2,
-    D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """out = round(M^T h) for one tile of keys; h and out are contiguous. Grid: (batch * heads * tiles,)."""
     batch, head, tile = _place(tiles, heads)
@@ -244,9 +269,13 @@ def transposed_kernel(
     for row in range(first, last, ROWS):
         rows = row + tl.arange(0, ROWS)
         q = _load(q_base, rows, query_row_stride, queries, D, DIM, False)
+        s = _products(
+            k, q, tl.zeros([KEYS, ROWS], tl.float32), k_base, columns, key_row_stride, keys,
+            q_base, rows, query_row_stride, queries, D, DIM, CHUNK,
+        )  # fmt: skip
         p = _transposed_weights(
-            k, q, columns, rows, lse_base, begin_ptr, end_ptr,
-            batch * begin_batch_stride, batch * end_batch_stride, queries, keys, scale_log2,
+            s * scale_log2, columns, rows, lse_base, begin_ptr, end_ptr,
+            batch * begin_batch_stride, batch * end_batch_stride, queries, keys,
         )  # fmt: skip
         h = _load(h_base, rows, D, queries, D, DIM, False)
         acc = tl.dot(p.to(h.dtype), h, acc, input_precision="ieee")
@@ -287,7 +316,8 @@ def grad_key_kernel(
     h_ptr, hidden_ptr, value_sum_ptr, grad_key_ptr, grad_value_ptr, lse_ptr, delta_ptr,
     key_mask_ptr, begin_ptr, begin_batch_stride, end_ptr, end_batch_stride, span_ptr, span_batch_stride,
     heads, group, queries, keys, tiles, hops, hop_stride, scale, scale_log2,
-    MANY: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    MANY: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """grad_key = scale dS^T query and grad_value = M^T h_1 + value_sum for one tile of keys, [B, L, H, D] both.
 
@@ -309,19 +339,27 @@ def grad_key_kernel(
     for row in range(first, last, ROWS):
         rows = row + tl.arange(0, ROWS)
         q = _load(q_base, rows, query_row_stride, queries, D, DIM, False)
+        s = _products(
+            k, q, tl.zeros([KEYS, ROWS], tl.float32), k_base, columns, key_row_stride, keys,
+            q_base, rows, query_row_stride, queries, D, DIM, CHUNK,
+        )  # fmt: skip
         p = _transposed_weights(
-            k, q, columns, rows, lse_ptr + index * queries, begin_ptr, end_ptr,
-            batch * begin_batch_stride, batch * end_batch_stride, queries, keys, scale_log2,
+            s * scale_log2, columns, rows, lse_ptr + index * queries, begin_ptr, end_ptr,
+            batch * begin_batch_stride, batch * end_batch_stride, queries, keys,
         )  # fmt: skip
         h = _load(h_base, rows, D, queries, D, DIM, False)
         grad_value = tl.dot(p.to(h.dtype), h, grad_value, input_precision="ieee")
-        ds = tl.dot(v, tl.trans(h), input_precision="ieee")
+        ds = _products(
+            v, h, tl.zeros([KEYS, ROWS], tl.float32), v_base, columns, value_row_stride, keys,
+            h_base, rows, D, queries, D, DIM, CHUNK,
+        )  # fmt: skip
         if MANY:  # u_j h_{j+1}^T
             u_base, h_next = hidden_ptr + index * keys * D, h_base
             for _ in range(1, hops):
                 h_next += hop_stride
                 u = _load(u_base, columns, D, keys, D, DIM, False)
-                ds = tl.dot(u, tl.trans(_load(h_next, rows, D, queries, D, DIM, False)), ds, input_precision="ieee")
+                g = _load(h_next, rows, D, queries, D, DIM, False)
+                ds = _products(u, g, ds, u_base, columns, D, keys, h_next, rows, D, queries, D, DIM, CHUNK)
                 u_base += hop_stride
         delta = tl.load(delta_ptr + index * queries + rows, mask=rows < queries, other=0.0)
         ds = p * (ds - delta[None, :])
@@ -343,7 +381,8 @@ def grad_query_kernel(
     h_ptr, hidden_ptr, grad_query_ptr, lse_ptr, delta_ptr,
     key_mask_ptr, begin_ptr, begin_batch_stride, end_ptr, end_batch_stride,
     heads, group, queries, keys, tiles, hops, hop_stride, scale, scale_log2,
-    MANY: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    MANY: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """grad_query = scale dS key for one tile of queries, [B, L, H, D]; h and hidden as in grad_key_kernel."""
     batch, head, tile = _place(tiles, heads)
@@ -363,21 +402,30 @@ def grad_query_kernel(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     first, whole_first, whole_last, last = _spans(begin, end, keys, KEYS, key_mask_ptr is not None)
     for span in tl.static_range(3):
-        start, stop, live = _span_of(span, first, whole_first, whole_last, last, begin_ptr, key_mask_ptr)
-        if live:
+        if (key_mask_ptr is None and (span > 0 or begin_ptr is not None)) or (key_mask_ptr is not None and span == 0):
+            start, stop = _bounds(span, first, whole_first, whole_last, last)
             for column in range(start, stop, KEYS):
                 columns = column + tl.arange(0, KEYS)
                 k = _load(k_base, columns, key_row_stride, keys, D, DIM, span == 1)
-                s = _scores(q, k, columns, begin, end, key_mask_ptr, batch * keys, keys, scale_log2, span == 1)
+                s = _products(
+                    q, k, tl.zeros([ROWS, KEYS], tl.float32), q_base, rows, query_row_stride, queries,
+                    k_base, columns, key_row_stride, keys, D, DIM, CHUNK,
+                )  # fmt: skip
+                s = _masked(s * scale_log2, columns, begin, end, key_mask_ptr, batch * keys, keys, span == 1)
                 v = _load(v_base, columns, value_row_stride, keys, D, DIM, span == 1)
-                ds = tl.dot(h, tl.trans(v), input_precision="ieee")
+                ds = _products(
+                    h, v, tl.zeros([ROWS, KEYS], tl.float32), h_base, rows, D, queries,
+                    v_base, columns, value_row_stride, keys, D, DIM, CHUNK,
+                )  # fmt: skip
                 if MANY:  # h_{j+1} u_j^T
                     u_base, h_next = hidden_ptr + index * keys * D, h_base
                     for _ in range(1, hops):
                         h_next += hop_stride
                         u = _load(u_base, columns, D, keys, D, DIM, span == 1)
                         g = _load(h_next, rows, D, queries, D, DIM, False)
-                        ds = tl.dot(g, tl.trans(u), ds, input_precision="ieee")
+                        ds = _products(
+                            g, u, ds, h_next, rows, D, queries, u_base, columns, D, keys, D, DIM, CHUNK
+                        )  # fmt: skip
                         u_base += hop_stride
                 ds = tl.exp2(s - lse[:, None]) * (ds - delta[:, None])
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")

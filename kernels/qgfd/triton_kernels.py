@@ -1,8 +1,8 @@
-"""QGFD attention in Triton: the launch functions, on tensors that fastdiff.ops has checked. triton_device.py has the kernels.
+"""QGFD attention in Triton: the launch functions, on tensors that fastdiff.ops has checked; kernels: triton_device.py.
 
 The signatures are those of fastdiff/ops/_qgfd_backends.py; README.md has the mathematics and the rounding. A hop is one
-launch; the mixtures between hops, linear in L, are torch's. There is no autotuning: tiles and warps follow from the head
-size and the dtype alone, so that a first call compiles one variant, and a row does not depend on the batch or on L.
+launch; the mixtures between hops, linear in L, are torch's. There is no autotuning: tiles and warps follow from the
+head size and the dtype alone, so that a first call compiles one variant, and a row does not depend on the batch or L.
 """
 
 import math
@@ -16,25 +16,34 @@ from . import triton_device as device
 
 MAX_DIM = 256
 MAX_PROGRAMS = 2**31 - 1  # a grid's first dimension
+CHUNK_FP32 = 32  # columns of an fp32 product's operands that lie in registers
 DELTA_ELEMENTS = 4096  # that a program of delta_kernel reads at a time
 
 
 class Tile(NamedTuple):
-    rows: int
-    keys: int
+    own: int  # rows that a program makes: of queries, or of keys where M is transposed
+    step: int  # rows of the other side that it reads at a time
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def of_queries(self) -> dict[str, int]:
+        return {"ROWS": self.own, "KEYS": self.step} | self._options()
+
+    def of_keys(self) -> dict[str, int]:
+        return {"ROWS": self.step, "KEYS": self.own} | self._options()
+
+    def _options(self) -> dict[str, int]:
+        # Told how many registers a thread may have, ptxas does not spill a few to fit more programs.
+        most = min(65536 // (32 * self.num_warps), 255)
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": most}
 
 
 # By padded head size; what stays free of spills, and within 99 KB of shared memory, on every target
-# (tools/triton_aot.py checks it). 16-bit products run on tensor cores, fp32 ones do not: their tiles live in registers.
-HOP = {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
+# (tools/triton_aot.py checks it). 16-bit products run on tensor cores; fp32 ones do not: their tiles live in registers.
+HOP = {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
 HOP_FP32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
-GRADIENT = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 1), 256: Tile(32, 32, 8, 1)}
-GRADIENT_FP32 = {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
+GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
+GRADIENT_FP32 = {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}
 
 
 def padded(dim: int) -> int:
@@ -90,6 +99,7 @@ class Matrix(NamedTuple):
         _, heads, queries, dim = self.query.shape
         sizes = {"heads": heads, "group": heads // self.key.shape[1], "queries": queries, "keys": self.key.shape[2]}
         numbers = {"scale_log2": self.scale * math.log2(math.e), "D": dim, "DIM": padded(dim)}
+        numbers["CHUNK"] = min(padded(dim), CHUNK_FP32) if self.query.dtype == torch.float32 else padded(dim)
         heads_of = _heads("query", self.query) | _heads("key", self.key)
         return heads_of | {"key_mask_ptr": self.key_mask} | self.intervals() | sizes | numbers
 
@@ -97,9 +107,9 @@ class Matrix(NamedTuple):
         """out = M·value, [B, H, L, d] with any strides; the first hop fills lse, later ones want it."""
         queries, dim = self.query.shape[2:]
         tile = tile_of(HOP_TILES, self.query.dtype, dim)
-        device.hop_kernel[self.programs(queries, tile.rows)](
+        device.hop_kernel[self.programs(queries, tile.own)](
             **self.arguments(), **_heads("value", value), **_heads("out", out), lse_ptr=lse,
-            tiles=triton.cdiv(queries, tile.rows), FIRST=first, **tile.options(),
+            tiles=triton.cdiv(queries, tile.own), FIRST=first, **tile.of_queries(),
         )  # fmt: skip
 
     def query_spans(self, tile: int) -> dict[str, object]:
@@ -160,13 +170,13 @@ def qgfd_forward_saved(query, key, value, *arguments) -> tuple[Tensor, Tensor, T
 
 
 def _diffused_gradients(matrix: Matrix, grad_out, lse, hops, first_mixed, last_mixed, alpha):
-    """(h_1 … h_hops [hops, B, H, L_q, d], the sum of (1 − alpha)·g_j over mixed hops in fp32 [B, H, L_k, d] or None)."""
+    """(h_1 … h_hops [hops, B, H, L_q, d], the sum over mixed hops of (1 − alpha)·g_j in fp32 or None)."""
     dim, keys = matrix.query.shape[3], matrix.key.shape[2]
     tile = tile_of(GRADIENT_TILES, grad_out.dtype, dim)
     h = grad_out.new_empty(hops, *grad_out.shape)
     h[hops - 1].copy_(grad_out)
     value_sum = None
-    spans = matrix.query_spans(tile.keys) if hops > 1 else {}
+    spans = matrix.query_spans(tile.own) if hops > 1 else {}
     for hop in range(hops, 0, -1):
         g = h[hop - 1]
         if first_mixed <= hop <= last_mixed:
@@ -175,9 +185,9 @@ def _diffused_gradients(matrix: Matrix, grad_out, lse, hops, first_mixed, last_m
             value_sum.add_(g, alpha=1 - alpha)
             g.mul_(alpha)
         if hop > 1:
-            device.transposed_kernel[matrix.programs(keys, tile.keys)](
+            device.transposed_kernel[matrix.programs(keys, tile.own)](
                 **matrix.arguments(), h_ptr=g, out_ptr=h[hop - 2], lse_ptr=lse, **spans,
-                tiles=triton.cdiv(keys, tile.keys), **tile.options(),
+                tiles=triton.cdiv(keys, tile.own), **tile.of_keys(),
             )  # fmt: skip
     return h, value_sum
 
@@ -223,13 +233,13 @@ def qgfd_backward(
         common = {
             **matrix.arguments(), **_heads("value", value), "h_ptr": h, "hidden_ptr": hidden, "lse_ptr": lse,
             "delta_ptr": _deltas(h, passes, out), "hops": hops, "hop_stride": h.stride(0), "scale": float(scale),
-            "MANY": hops > 1, **tile.options(),
+            "MANY": hops > 1,
         }  # fmt: skip
-        device.grad_key_kernel[matrix.programs(keys, tile.keys)](
-            **common, **matrix.query_spans(tile.keys), value_sum_ptr=value_sum,
-            grad_key_ptr=grad_key, grad_value_ptr=grad_value, tiles=triton.cdiv(keys, tile.keys),
+        device.grad_key_kernel[matrix.programs(keys, tile.own)](
+            **common, **matrix.query_spans(tile.own), value_sum_ptr=value_sum, grad_key_ptr=grad_key,
+            grad_value_ptr=grad_value, tiles=triton.cdiv(keys, tile.own), **tile.of_keys(),
         )  # fmt: skip
-        device.grad_query_kernel[matrix.programs(queries, tile.rows)](
-            **common, grad_query_ptr=grad_query, tiles=triton.cdiv(queries, tile.rows)
+        device.grad_query_kernel[matrix.programs(queries, tile.own)](
+            **common, grad_query_ptr=grad_query, tiles=triton.cdiv(queries, tile.own), **tile.of_queries()
         )
     return grad_query, grad_key, grad_value
