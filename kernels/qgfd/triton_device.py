@@ -12,7 +12,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 RANGE_ROWS = tl.constexpr(1024)
-SIZES = ["heads", "group", "queries", "keys", "tiles", "hops", "begin_batch_stride", "end_batch_stride"]
+SIZES = ["heads", "group", "queries", "keys", "tiles", "hops", "saved", "rows_count"]
+SIZES += ["begin_batch_stride", "end_batch_stride", "span_batch_stride"]
 
 
 @triton.jit
@@ -283,7 +284,7 @@ def transposed_kernel(
     _store(out_ptr + (batch * heads + head) * keys * D, columns, D, keys, acc, D, DIM)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "rows_count"])
+@triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
     h_ptr, passes_ptr, out_ptr, delta_ptr, heads, queries, rows_count, hops, saved,
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
