@@ -44,12 +44,12 @@ class Tile(NamedTuple):
 # By padded head size; what stays free of spills, and within 99 KB of shared memory, on every target
 # (tools/triton_aot.py checks it). 16-bit products run on tensor cores; fp32 ones have their operands in registers.
 HOP_TILES = {
-    "16-bit": {64: Tile(128, 64, 8, 2, 256), 128: Tile(128, 32, 8, 2, 256), 256: Tile(64, 32, 8, 2, 256)},
+    "16-bit": {64: Tile(128, 64, 8, 2, 256), 128: Tile(64, 32, 4, 2, 256), 256: Tile(64, 32, 8, 2, 256)},
     "fp32": {64: Tile(32, 32, 4, 1, 32), 128: Tile(32, 16, 4, 1, 32), 256: Tile(16, 16, 4, 1, 32)},
 }
 GRADIENT_TILES = {
-    "16-bit": {64: Tile(64, 64, 8, 2, 256), 128: Tile(64, 32, 8, 2, 64), 256: Tile(32, 32, 8, 1, 64)},
-    "fp32": {64: Tile(32, 16, 4, 1, 32), 128: Tile(16, 16, 4, 1, 32), 256: Tile(16, 16, 8, 1, 32)},
+    "16-bit": {64: Tile(64, 32, 4, 1, 256), 128: Tile(64, 32, 8, 2, 64), 256: Tile(32, 32, 8, 2, 64)},
+    "fp32": {64: Tile(32, 16, 4, 1, 32), 128: Tile(16, 16, 4, 1, 32), 256: Tile(16, 16, 8, 1, 64)},
 }
 
 
@@ -215,7 +215,8 @@ def _deltas(h: Tensor, passes: Tensor, out: Tensor) -> Tensor:
     rows = max(DELTA_ELEMENTS // padded(dim), 1)
     device.delta_kernel[(triton.cdiv(delta.numel(), rows),)](
         h_ptr=h, passes_ptr=passes, out_ptr=out, delta_ptr=delta, heads=heads, queries=queries,
-        rows_count=delta.numel(), hops=hops, saved=passes.shape[0], D=dim, DIM=padded(dim), ROWS=rows, num_warps=4,
+        rows_count=delta.numel(), hops=hops, saved=passes.shape[0],
+        D=dim, DIM=padded(dim), ROWS=rows, num_warps=4, maxnreg=255,
     )  # fmt: skip
     return delta
 
