@@ -9,6 +9,7 @@
 
 #include "kernels/qgfd/qgfd_cpu_tiles.inl"
 #include "kernels/qgfd/qgfd_cpu_forward.inl"
+#include "kernels/qgfd/qgfd_cpu_backward.inl"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
@@ -28,8 +29,9 @@ void qgfd_forward(const QgfdForwardParams& p, const ParallelFor& parallel_for) {
 }
 
 void qgfd_backward(const QgfdBackwardParams& p, const ParallelFor& parallel_for) {
-  (void)p;
-  (void)parallel_for;
+  if (p.matrix.dtype == DType::kFloat32) backward<Fp32, float>(p, parallel_for);
+  if (p.matrix.dtype == DType::kBFloat16) backward<MathOfBf16, BF16>(p, parallel_for);
+  if (p.matrix.dtype == DType::kFloat16) backward<Fp32, F16>(p, parallel_for);
 }
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA
