@@ -1,8 +1,8 @@
 """QGFD attention in transformers' models: `model.set_attn_implementation("qgfd")`.
 
 Importing this module registers the name. Settings come from the model's config, a plain dict that is saved with it:
-`config.qgfd = {"steps": 1, "alpha": 0.5, …}` (`fastdiff.nn.QGFDSettings`); without it they are system 001's. In a model
-of several parts each part's own config counts.
+`config.qgfd = {"steps": 1, "alpha": 0.5, …}` (`fastdiff.nn.QGFDSettings`); without it they are system 001's. It is the
+config of the attention module that counts; a model of several parts has several, and `use_qgfd` writes to them all.
 
 Self-attention is diffused, cross-attention is plain. Masks of padding and causal ones never become L x L tensors.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -41,6 +41,19 @@ def register() -> None:
     """Makes "qgfd" known to transformers; safe to call again."""
     AttentionInterface.register(NAME, qgfd_attention_forward)
     AttentionMaskInterface.register(NAME, qgfd_mask)
+
+
+def use_qgfd(model: PreTrainedModel, **settings: Any) -> None:
+    """Switches a model to QGFD attention: sets the implementation, `settings` in each config, marks cross-attention.
+
+    Raises ValueError for settings that are unknown or do not fit (`fastdiff.nn.QGFDSettings`).
+    """
+    QGFDSettings.from_dict(settings, "use_qgfd")
+    model.set_attn_implementation(NAME)
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            setattr(module.config, NAME, dict(settings))
+    mark_cross_attention(model)
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -210,8 +223,13 @@ def _attends_across(module: nn.Module, query: Tensor, key: Tensor, causal: bool)
     )
 
 
-@cache
+@torch.compiler.assume_constant_result  # the compiler does not see into signatures
 def _takes_other_states(kind: type[nn.Module]) -> bool:
+    return _has_other_states(kind)
+
+
+@cache
+def _has_other_states(kind: type[nn.Module]) -> bool:
     return not _OTHER_STATES.isdisjoint(inspect.signature(kind.forward).parameters)
 
 

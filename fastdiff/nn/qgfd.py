@@ -44,10 +44,9 @@ class QGFDSettings:
         """The settings of a plain dict, called `name` in errors; None gives the defaults."""
         if values is not None and not isinstance(values, Mapping):
             raise ValueError(f"{name} is {values!r}; expected a dict of QGFD's settings")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [key for key in values or {} if key not in known]
+        unknown = [key for key in values or {} if key not in SETTINGS]
         if unknown:
-            raise ValueError(f"{name} has unknown keys {unknown}; expected some of {', '.join(known)}")
+            raise ValueError(f"{name} has unknown keys {unknown}; expected some of {', '.join(SETTINGS)}")
         try:
             return cls(**(values or {}))
         except ValueError as error:
@@ -67,6 +66,9 @@ class QGFDSettings:
     def plain(self) -> bool:
         """Nothing is diffused."""
         return self.options.plain
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(QGFDSettings))
 
 
 def diffused_attention(
@@ -249,7 +251,7 @@ class QGFDAttention(nn.Module):
 
     @property
     def settings(self) -> QGFDSettings:
-        return QGFDSettings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(QGFDSettings)})
+        return QGFDSettings(**{name: getattr(self, name) for name in SETTINGS})
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from fastdiff.nn.qgfd import diffused_attention
 from fastdiff.ops import qgfd_attention_dense, qgfd_values
 
 DIM, HEADS, LENGTH = 24, 3, 7
-TOLERANCE = 2e-6  # observed: 5.4e-7, fp32 on an AVX-512 machine, outputs and gradients of order 1
+TOLERANCE = 1e-5  # observed: 1.6e-6, fp32 on an AVX-512 machine; gradients, ratio of norms: 8.2e-7
 SINK = {"transition": "key", "sink_isolation": True}
 
 
@@ -146,7 +146,9 @@ def test_encoder_layers_of_torch_do_not_go_around_it():
     ignored[0, 5:] = True
     with torch.no_grad():
         fast = encoder(x, src_key_padding_mask=ignored)
-        torch.testing.assert_close(fast, encoder.train()(x, src_key_padding_mask=ignored), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            fast, encoder.train()(x, src_key_padding_mask=ignored), atol=TOLERANCE, rtol=TOLERANCE
+        )
         for inner in encoder.layers:
             inner.self_attn.steps = 0
         assert (fast - encoder(x, src_key_padding_mask=ignored)).abs().max() > 1e-3
@@ -166,7 +168,7 @@ def test_dropout_of_the_mixed_matrix_and_of_each_hop(kind):
     else:
         assert not as_mixed.any(-1).all()
     mean = torch.stack([diffused_attention(query, key, value, settings, dropout_p=p) for _ in range(500)]).mean(0)
-    assert (mean - whole).norm() < 0.1 * whole.norm()  # 0.03 seen
+    assert (mean - whole).norm() < 0.1 * whole.norm()  # 0.026 seen
 
 
 def test_dropout_only_in_training():
@@ -187,6 +189,12 @@ def test_alpha_is_an_attribute():
         attention(x, x, x)
 
 
+def test_compiles_without_a_break():
+    attention, x = module(steps=2), states()
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, x, x)[0], attention(x, x, x)[0], atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(half):
     attention, x = module(steps=2), states()
@@ -196,7 +204,9 @@ def test_half_precision_and_autocast(half):
     direct = attention.to(half)(*[x.to(half)] * 3)[0]
     for out in (cast, direct):
         assert out.dtype == half
-        assert (out.float() - wanted).norm() < (2e-2 if half == torch.bfloat16 else 3e-3) * wanted.norm()  # 6e-3, 7e-4
+        assert (out.float() - wanted).norm() < (
+            2e-2 if half == torch.bfloat16 else 3e-3
+        ) * wanted.norm()  # 6.5e-3, 7.8e-4
 
 
 @pytest.mark.parametrize(
