@@ -16,7 +16,9 @@ struct Backward {
   const QgfdMatrix& m;
   const QgfdRecurrence& recurrence;
   const int64_t dim_steps, dim_panels, width;
-  const int64_t padded_keys, padded_queries, query_blocks, segments;
+  const int64_t padded_keys, padded_queries, query_blocks;
+  const int64_t segments;  // of the keys: the queries' gradient is the sum of what each gives, in order
+  const bool shared;       // by all threads, so that each segment wants its own sums
 
   explicit Backward(const QgfdBackwardParams& params)
       : p(params),
@@ -28,7 +30,8 @@ struct Backward {
         padded_keys(round_up(m.keys, kRows)),
         padded_queries(round_up(m.queries, kPanel)),
         query_blocks((padded_queries + kColumns - 1) / kColumns),
-        segments(heads_apart(m) ? 1 : larger(1, smaller(16, padded_keys / kRows))) {}
+        segments(smaller(16, larger(1, (padded_keys / kRows + 3) / 4))),
+        shared(!heads_apart(m)) {}
 
   // What all threads of a head share.
   struct Head {
@@ -44,7 +47,7 @@ struct Backward {
     float *lse, *delta;       // 0 beyond the queries
     float *first, *last;      // what a query sees
     Extent* seen;             // by each block of queries
-    float* grad_query;        // [segments, padded_queries, width]
+    float* grad_query;        // [buffers(), padded_queries, width]
   };
   // What a thread has of its own: one block of keys.
   struct Block {
@@ -73,7 +76,7 @@ struct Backward {
     head.first = pieces.template take<float>(padded_queries);
     head.last = pieces.template take<float>(padded_queries);
     head.seen = pieces.template take<Extent>(query_blocks);
-    head.grad_query = pieces.template take<float>(segments * padded_queries * width);
+    head.grad_query = pieces.template take<float>(buffers() * padded_queries * width);
   }
   void lay_out(Pieces& pieces, Block& block) const {
     block.keys = pieces.template take<Element>(kRows * dim_steps);
@@ -96,6 +99,7 @@ struct Backward {
   }
   int64_t query_panel() const { return padded_queries / kUnit * kPanel; }
   int64_t key_panel() const { return padded_keys / kUnit * kPanel; }
+  int64_t buffers() const { return shared ? segments : smaller(2, segments); }
   bool mixes() const { return recurrence.first_mixed <= recurrence.last_mixed; }
 
   template <class For>
@@ -124,17 +128,22 @@ struct Backward {
       for_key_blocks(parallel_for, [&](const Block& block, int64_t row) { previous_gradient(head, block, row); });
       g = {head.g, m.dim};
     }
-    memset(head.grad_query, 0, segments * padded_queries * width * sizeof(float));
     const int64_t blocks = padded_keys / kRows;
     parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
       with_block([&](const Block& block) {
-        for (int64_t s = begin; s < end; s++)
+        for (int64_t s = begin; s < end; s++) {
+          float* const sums = head.grad_query + (shared ? s : smaller(s, 1)) * padded_queries * width;
+          memset(sums, 0, padded_queries * width * sizeof(float));
           for (int64_t i = s * blocks / segments; i < (s + 1) * blocks / segments; i++)
-            last_gradients(head, block, i * kRows, head.grad_query + s * padded_queries * width);
+            last_gradients(head, block, i * kRows, sums);
+          if (!shared && s > 0) add_grad_query(head, 1, 0, padded_queries);
+        }
       });
     });
     for_query_blocks(parallel_for, [&](int64_t, int64_t i, int64_t size) {
-      store_grad_query(head, i, smaller(i + size, m.queries));
+      const int64_t end = smaller(i + size, m.queries);
+      for (int64_t s = 1; shared && s < segments; s++) add_grad_query(head, s, i, end);
+      store_grad_query(head, i, end);
     });
   }
 
@@ -353,15 +362,16 @@ struct Backward {
     }
   }
 
+  // Adds a buffer's rows [begin, end) to the first buffer's.
+  void add_grad_query(const Head& head, int64_t buffer, int64_t begin, int64_t end) const {
+    const float* const more = head.grad_query + buffer * padded_queries * width;
+    for (int64_t c = begin * width; c < end * width; c += W)
+      (Vec::load(head.grad_query + c) + Vec::load(more + c)).store(head.grad_query + c);
+  }
   void store_grad_query(const Head& head, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; i++) {
-      float* const sum = head.grad_query + i * width;
-      for (int64_t s = 1; s < segments; s++) {
-        const float* const more = sum + s * padded_queries * width;
-        for (int64_t c = 0; c < width; c += W) (Vec::load(sum + c) + Vec::load(more + c)).store(sum + c);
-      }
       T* const to = static_cast<T*>(p.grad_query) + ((head.b * m.queries + i) * m.heads + head.h) * m.dim;
-      store_row(sum, m.scale, to);
+      store_row(head.grad_query + i * width, m.scale, to);
     }
   }
 };
