@@ -203,17 +203,14 @@ def _check_cached(settings: QGFDSettings, masks: dict[str, Any], query: Tensor, 
 
 def _attends_across(module: nn.Module, query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether keys come from another sequence than queries."""
-    marked = getattr(module, "is_cross_attention", None)
-    if isinstance(marked, bool):
-        return marked
-    kind = type(module)
-    if "Cross" in kind.__name__:
+    marked, kind = getattr(module, "is_cross_attention", None), type(module)
+    if marked is True or (marked is None and "Cross" in kind.__name__):
         return True
     if causal:  # a cache makes lengths differ here
         return False
     if query.shape[2] != key.shape[2]:
         return True
-    if not _takes_other_states(kind):
+    if marked is False or not _takes_other_states(kind):
         return False
     if hasattr(module, "is_decoder"):  # one class for both, as in BART: a decoder's self-attention is causal
         return bool(module.is_decoder)
@@ -236,14 +233,15 @@ def _has_other_states(kind: type[nn.Module]) -> bool:
 def mark_cross_attention(model: nn.Module) -> list[str]:
     """Sets `is_cross_attention` on the attention modules of classes that serve as both and do not say which.
 
-    Cross-attention is what lies below a name with "cross" or "encoder_attn" in it. Returns its names, to be looked at.
+    Cross-attention is what has "cross", "encoder_attn" or "_to_" (SAM's tokens to image) in its name. Returns those
+    names, to be looked at.
     """
     found = []
     for name, module in model.named_modules():
         if not hasattr(module, "config") or hasattr(module, "is_decoder") or hasattr(module, "is_cross_attention"):
             continue
         if "Attention" in type(module).__name__ and _takes_other_states(type(module)):
-            module.is_cross_attention = "cross" in name.lower() or "encoder_attn" in name
+            module.is_cross_attention = any(part in name.lower() for part in ("cross", "encoder_attn", "_to_"))
             found += [name] * module.is_cross_attention
     return found
 
