@@ -157,18 +157,12 @@ class DiffusedValues:
 
 
 def _next_rows(key: Tensor, below: Tensor, old: int, settings: QGFDSettings, key_mask: Tensor | None) -> Tensor:
-    """The rows from `old` of P · below."""
-    temperature, isolated = settings.temperature, settings.sink_isolation
+    """The rows from `old` of P · below. Causal masks isolate the sink by themselves: its row sees itself alone."""
+    masks, temperature = {"key_mask": key_mask, "is_causal": True}, settings.temperature
     if old == 0:
-        hop = {"steps": 1, "alpha": 1.0, "temperature": temperature, "sink_isolation": isolated}
-        return qgfd_values(key, below, key_mask=key_mask, is_causal=True, **hop)
+        return qgfd_values(key, below, steps=1, alpha=1.0, temperature=temperature, **masks)
     unit = F.normalize(key if key.dtype == torch.float64 else key.float(), dim=-1).to(key.dtype)
-    masks = {"key_mask": key_mask, "is_causal": True}
-    new = qgfd_attention(unit[:, :, old:], unit, below, steps=0, scale=1 / temperature, **masks)
-    if isolated and key_mask is not None:  # else the sink is the first row, and old
-        first = (key_mask & (key_mask.cumsum(1) == 1))[:, None, old:, None]
-        new = torch.where(first, below[:, :, old:], new)
-    return new
+    return qgfd_attention(unit[:, :, old:], unit, below, steps=0, scale=1 / temperature, **masks)
 
 
 class QGFDAttention(nn.Module):
