@@ -58,24 +58,22 @@ class PassBlock {
     for (int turn = 0; tile < plan.count(); turn ^= 1) {
       const int following = plan.next(tile + 1);
       float w[kN][4] = {}, outer[kN][4] = {};
-      Weights<T> weights;
 #pragma unroll 1
-      for (int step = 0; step < products_ + value_chunks_; ++step) {
+      for (int step = 0; step < products_; ++step) {
         const T* chunk = next_chunk(plan);
         if (step == 0) describe_columns(following, turn ^ 1);
-        if (step < chunks_) {
+        if (kKind != Kind::kGradient || step < chunks_) {
           multiply(w, step, chunk);
-        } else if (kKind == Kind::kGradient && step < products_) {
-          multiply(outer, step, chunk);
         } else {
-          if (step == products_) {
-            if (!plan.full(tile)) mask(w, kTile * tile, columns_[turn]);
-            weigh(w, outer, columns_[turn], maximum, sum, acc);
-            weights.set(w, weights_);
-          }
-          add_values<0>(acc, weights, step - products_, chunk);
+          multiply(outer, step, chunk);
         }
       }
+      if (!plan.full(tile)) mask(w, kTile * tile, columns_[turn]);
+      weigh(w, outer, columns_[turn], maximum, sum, acc);
+      Weights<T> weights;
+      weights.set(w, weights_);
+#pragma unroll 1
+      for (int i = 0; i < value_chunks_; ++i) add_values<0>(acc, weights, i, next_chunk(plan));
       tile = following;
     }
     copy_async_wait<0>();
@@ -335,7 +333,7 @@ class PassBlock {
 };
 
 template <class T, int kOut, Kind kKind>
-__global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ Pass p) {
+__global__ __launch_bounds__(kThreads, kOut == 64 && kKind != Kind::kGradient ? 3 : 2) void pass_kernel(const __grid_constant__ Pass p) {
   FD_DYN_SMEM(unsigned char, shared);
   const int64_t items = p.batch * p.heads * Masks::tiles(p.rows) * ((p.dim + kOut - 1) / kOut);
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
