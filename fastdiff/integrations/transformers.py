@@ -46,13 +46,16 @@ def register() -> None:
 def use_qgfd(model: PreTrainedModel, **settings: Any) -> None:
     """Switches a model to QGFD attention: sets the implementation, `settings` in each config, marks cross-attention.
 
+    Settings that a config has already (a model that was saved with them) stay, but for those given here.
+
     Raises ValueError for settings that are unknown or do not fit (`fastdiff.nn.QGFDSettings`).
     """
     QGFDSettings.from_dict(settings, "use_qgfd")
     model.set_attn_implementation(NAME)
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            setattr(module.config, NAME, dict(settings))
+            before = getattr(module.config, NAME, None) or {}
+            setattr(module.config, NAME, before | settings)
     mark_cross_attention(model)
 
 
@@ -162,7 +165,10 @@ def _refuse_unknown(others: dict[str, Any]) -> None:
     if "output_attentions" in given:
         raise ValueError('output_attentions is True; "qgfd" never makes the weights: use attn_implementation="eager"')
     if given:
-        raise ValueError(f'the model gives its attention {", ".join(given)}, which "qgfd" has not; expected "eager"')
+        raise ValueError(
+            f'the model gives its attention {", ".join(given)}, which "qgfd" has not; expected a model without (use'
+            ' model.set_attn_implementation("eager") for this one)'
+        )
 
 
 def _read_mask(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.ops._qgfd_hops import unit_keys
 from fastdiff.ops._qgfd_options import Options, Recurrence, Transition, check_options
 from fastdiff.ops.qgfd_attention import qgfd_attention, qgfd_attention_dense, qgfd_values
 
@@ -131,7 +132,8 @@ class DiffusedValues:
     ) -> Tensor:  # [B, H_kv, L, d]
         """w of all rows. Other settings, or fewer rows than are held, make it anew from the start.
 
-        Raises ValueError for transition "attention", whose w depends on the queries, and as `qgfd_values`.
+        What is held is taken to be of the same sequences: `reset` before others. Raises ValueError for another batch,
+        for transition "attention", whose w depends on the queries, and as `qgfd_values`.
         """
         if settings.transition != "key":
             raise ValueError("transition is 'attention', whose values depend on the queries; expected 'key'")
@@ -139,6 +141,11 @@ class DiffusedValues:
             return value
         if settings != self._settings or self.length > key.shape[2]:
             self.hops, self._settings = [], settings
+        if self.hops and self.hops[0].shape[:2] != key.shape[:2]:
+            held, given = list(self.hops[0].shape[:2]), list(key.shape[:2])
+            raise ValueError(
+                f"key has {given} samples and heads, {held} are held; expected as many, or a reset() before"
+            )
         old, below, hops = self.length, value, []
         if old == key.shape[2]:
             return self.hops[-1]
@@ -151,6 +158,10 @@ class DiffusedValues:
         self.hops = hops
         return below
 
+    def reset(self) -> None:
+        """Forgets what is held: another sequence begins."""
+        self.hops = []
+
     def apply(self, function) -> None:
         """Replaces what is held by `function` of it: a reordered batch, fewer rows."""
         self.hops = [function(u) for u in self.hops]
@@ -161,7 +172,7 @@ def _next_rows(key: Tensor, below: Tensor, old: int, settings: QGFDSettings, key
     masks, temperature = {"key_mask": key_mask, "is_causal": True}, settings.temperature
     if old == 0:
         return qgfd_values(key, below, steps=1, alpha=1.0, temperature=temperature, **masks)
-    unit = F.normalize(key if key.dtype == torch.float64 else key.float(), dim=-1).to(key.dtype)
+    unit = unit_keys(key)
     return qgfd_attention(unit[:, :, old:], unit, below, steps=0, scale=1 / temperature, **masks)
 
 
@@ -261,9 +272,10 @@ class QGFDAttention(nn.Module):
         """Attention's output, [B, L_q, embed_dim], and None in the place of the weights, which are never made.
 
         Masks have torch's polarity: in key_padding_mask and attn_mask, True = ignore; floats are 0 or -inf. With
-        is_causal attn_mask is taken to be the causal mask, and not looked at; it need not be given. Another attn_mask
-        runs on the dense path, with a warning (`fastdiff.ops.qgfd_attention_dense`). A query with nothing to attend to
-        gives the bias of out_proj (MultiheadAttention: NaN).
+        is_causal attn_mask is taken to be the causal mask, and not looked at; it need not be given. A causal one is
+        found to be that (but not under torch.compile: say is_causal there); another attn_mask runs on the dense path,
+        with a warning (`fastdiff.ops.qgfd_attention_dense`). A query with nothing to attend to gives the bias of
+        out_proj (MultiheadAttention: NaN).
 
         Raises:
             ValueError: need_weights, a float mask with other values, a shape or setting that does not fit.
@@ -271,6 +283,8 @@ class QGFDAttention(nn.Module):
         if need_weights:
             raise ValueError("need_weights is True; expected False: the weights are never made")
         for name, t in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor [B, L, D]")
             if t.ndim != 3:
                 raise ValueError(f"{name} has shape {list(t.shape)}; expected three dimensions: add a batch of one")
         query, key, value = self._heads(query, key, value)
@@ -286,6 +300,8 @@ class QGFDAttention(nn.Module):
         else:
             attn_mask = _attended("attn_mask", attn_mask, [(queries, keys), (batch * self.num_heads, queries, keys)])
             attn_mask = attn_mask.view(-1, self.num_heads, queries, keys) if attn_mask.ndim == 3 else attn_mask
+            if _is_causal(attn_mask):
+                attn_mask, is_causal = None, True
         mixed = diffused_attention(
             query,
             key,
@@ -324,6 +340,13 @@ def _attended(name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
     return ~mask if mask.dtype == torch.bool else attended_of_float(name, mask)
 
 
+def _is_causal(mask: Tensor) -> bool:  # [L_q, L_k] or more, True = attend
+    """Whether it is the causal mask, which wants no dense path; under torch.compile nobody can look."""
+    if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or torch.compiler.is_compiling():
+        return False
+    return bool((mask == torch.ones_like(mask).tril()).all())
+
+
 def attended_of_float(name: str, mask: Tensor) -> Tensor:
     """A mask to be added to the scores (0, or -10⁴ and less) as a bool one, True = attend.
 
@@ -332,6 +355,10 @@ def attended_of_float(name: str, mask: Tensor) -> Tensor:
     if not mask.is_floating_point():
         raise ValueError(f"{name} is {mask.dtype}; expected bool, or floats that are 0 or -inf")
     seen = mask == 0
-    if not torch.compiler.is_compiling() and not bool((seen | (mask <= -1e4)).all()):
-        raise ValueError(f"{name} has values other than 0 and -inf: a bias of the scores, which QGFD attention has not")
+    fits = (seen | (mask <= -1e4)).all()
+    reason = f"{name} has values other than 0 and -inf: a bias of the scores, which QGFD attention has not"
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, reason)
+    elif not bool(fits):
+        raise ValueError(reason)
     return seen

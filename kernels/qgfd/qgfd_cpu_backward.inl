@@ -254,6 +254,14 @@ struct Backward {
     const Element* left() const { return reinterpret_cast<const Element*>(data); }
   };
 
+  // Whether the key_mask leaves any key of a block.
+  bool any_key(const Head& head, int64_t row) const {
+    if (m.key_mask == nullptr) return true;
+    for (int64_t j = row; j < smaller(row + kRows, m.keys); j++)
+      if (m.key_mask[head.b * m.keys + j]) return true;
+    return false;
+  }
+
   // M^T of the keys [row, row + kRows) and the queries of one block; size 0 where no query sees a key of them.
   Weights transposed_weights(const Head& head, const Block& block, int64_t row, int64_t index) const {
     const int64_t i = index * kColumns;
@@ -261,7 +269,7 @@ struct Backward {
     Weights weights{block.weights, kStride, smaller(kColumns, padded_queries - i)};
     if (kept)
       weights = {head.kept + row * kept_stride() + i, kept_stride(), weights.size};
-    if (seen.some_begin >= row + kRows || seen.some_end <= row) weights.size = 0;
+    if (seen.some_begin >= row + kRows || seen.some_end <= row || !any_key(head, row)) weights.size = 0;
     if (head.made || weights.size == 0) return weights;
     float* const scores = kRounds ? block.scores : reinterpret_cast<float*>(weights.data);
     const int64_t stride = kRounds ? kStride : weights.stride;
@@ -275,7 +283,10 @@ struct Backward {
       const Vec at = Vec::set(float(row + r)), after = Vec::set(float(row + r + 1));
       for (int64_t c = 0; c < weights.size; c += W) {
         Vec weight = Vec::set(0);
-        if (some) weight = exp(fma(Vec::load(s + c), by, Vec::set(0) - Vec::load(head.lse + i + c)));
+        if (some) {
+          const Vec log_weight = fma(Vec::load(s + c), by, Vec::set(0) - Vec::load(head.lse + i + c));
+          weight = exp(min(Vec::set(0), log_weight));  // above 0 by rounding alone; NaN stays
+        }
         if (some && !all) {
           weight = keep_at_least(at, Vec::load(head.first + i + c), weight);
           weight = keep_at_least(Vec::load(head.last + i + c), after, weight);

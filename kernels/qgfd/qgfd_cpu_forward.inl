@@ -6,21 +6,21 @@ namespace {
 
 constexpr int64_t kKeptBytes = int64_t(4) << 20;
 
-// p = exp(scale s - shift) in place, or rounded into `weights`; returns the sum of the unrounded ones. size a multiple of W.
+// p = exp(scale (s - top)) in place, or rounded into `weights`; returns the sum of the unrounded ones. size a multiple of W.
 template <class Weight>
-FD_INLINE float exponentials(float* s, int64_t size, float scale, float shift, Weight* weights) {
-  const Vec by = Vec::set(scale), minus = Vec::set(-shift);
+FD_INLINE float exponentials(float* s, int64_t size, float scale, float top, Weight* weights) {
+  const Vec by = Vec::set(scale), minus = Vec::set(top);
   Vec sum[2] = {Vec::set(0), Vec::set(0)};
   int64_t i = 0;
   for (; i + 2 * W <= size; i += 2 * W)
 #pragma GCC unroll 2
     for (int k = 0; k < 2; k++) {
-      const Vec p = exp(fma(Vec::load(s + i + k * W), by, minus));
+      const Vec p = exp((Vec::load(s + i + k * W) - minus) * by);  // exactly 1 at the top
       p.store(weights + i + k * W);
       sum[k] = sum[k] + p;
     }
   for (; i < size; i += W) {
-    const Vec p = exp(fma(Vec::load(s + i), by, minus));
+    const Vec p = exp((Vec::load(s + i) - minus) * by);
     p.store(weights + i);
     sum[0] = sum[0] + p;
   }
@@ -71,7 +71,8 @@ struct Forward {
     Element* values;     // u_{j-1}, the weights' right operand
     int64_t value_panel;
     float* key_bias;     // 0 or -Inf a key; only where there is a key_mask
-    float *shift, *inverse;  // a row: scaled maximum, 1 / sum
+    bool* block_seen;    // whether it leaves any key of a block of kColumns
+    float *top, *inverse;  // a row: largest score (unscaled), 1 / sum of weights
     T* hop[2];           // u_1, u_2, ... one after the other
     Weight* weights;     // kept: [padded_queries, padded_keys]
     Intervals see;
@@ -89,7 +90,8 @@ struct Forward {
     head.value_panel = padded_keys / Math::kUnit * kPanel;
     head.values = pieces.template take<Element>(dim_panels * head.value_panel);
     head.key_bias = pieces.template take<float>(m.key_mask == nullptr ? 0 : padded_keys);
-    head.shift = pieces.template take<float>(padded_queries);
+    head.block_seen = pieces.template take<bool>((padded_keys + kColumns - 1) / kColumns);
+    head.top = pieces.template take<float>(padded_queries);
     head.inverse = pieces.template take<float>(padded_queries);
     for (int i = 0; i < 2; i++)
       head.hop[i] = pieces.template take<T>(i < p.recurrence.hops - 1 ? padded_queries * m.dim : 0);
@@ -126,9 +128,13 @@ struct Forward {
       for (int64_t i = begin; i < end; i++) {
         const int64_t j = i * kColumns, size = smaller(kColumns, padded_keys - j);
         pack_transposed<Math>(head.key, j, m.keys, size, m.dim, head.keys + j * dim_steps);
+        head.block_seen[i] = m.key_mask == nullptr;
         if (m.key_mask == nullptr) continue;
-        for (int64_t k = j; k < j + size; k++)
-          head.key_bias[k] = k < m.keys && m.key_mask[b * m.keys + k] ? 0.0f : -__builtin_inff();
+        for (int64_t k = j; k < j + size; k++) {
+          const bool some = k < m.keys && m.key_mask[b * m.keys + k];
+          head.key_bias[k] = some ? 0.0f : -__builtin_inff();
+          head.block_seen[i] |= some;
+        }
       }
     });
     const Rows<T> value = rows_of<T>(p.value, b, kv);
@@ -158,7 +164,7 @@ struct Forward {
     if (p.lse == nullptr) return;
     float* const lse = p.lse + (b * m.heads + h) * m.queries;
     for (int64_t i = 0; i < m.queries; i++)
-      lse[i] = head.inverse[i] > 0 ? head.shift[i] - logf(head.inverse[i]) : 0.0f;
+      lse[i] = head.inverse[i] > 0 ? head.top[i] * m.scale - logf(head.inverse[i]) : 0.0f;
   }
 
   T* target(const Head& head, int64_t hop) const {
@@ -169,6 +175,11 @@ struct Forward {
   // The scores of a block of queries with the keys [column, column + size).
   void score(const Head& head, const Block& block, int64_t row, const Extent& seen, int64_t column, int64_t size,
              float* scores, int64_t stride) const {
+    if (!head.block_seen[column / kColumns]) {
+      for (int64_t r = 0; r < kRows; r++)
+        for (int64_t i = 0; i < size; i++) scores[r * stride + i] = -__builtin_inff();
+      return;
+    }
     product<Math>(kRows, size, dim_steps, block.query, dim_steps, 1, head.keys + column * dim_steps,
                   dim_steps * kPanel, scores, stride, false);
     const bool all = seen.all_begin <= column && seen.all_end >= column + size;
@@ -206,10 +217,10 @@ struct Forward {
         score(head, block, row, seen, column, smaller(kColumns, begin + size - column), scores + column, padded_keys);
       for (int64_t r = 0; r < kRows; r++) {
         float* const s = scores + r * padded_keys + begin;
-        const float top = size > 0 ? maximum(s, size) * m.scale : -__builtin_inff();
-        const float shift = top > -__builtin_inff() ? top : 0.0f;
-        const float sum = exponentials(s, size, m.scale, shift, weights + r * padded_keys + begin);
-        head.shift[row + r] = shift;
+        float top = size > 0 ? maximum(s, size) : 0.0f;
+        if (top == -__builtin_inff()) top = 0;  // nothing to attend to
+        const float sum = exponentials(s, size, m.scale, top, weights + r * padded_keys + begin);
+        head.top[row + r] = top;
         head.inverse[row + r] = sum > 0 ? 1.0f / sum : sum;  // NaN stays
       }
     }
@@ -221,41 +232,43 @@ struct Forward {
 
   void add_values(const Head& head, const Element* weights, int64_t stride, int64_t column, int64_t size,
                   float* sums) const {
+    if (!head.block_seen[column / kColumns]) return;
     product<Math>(kRows, m.dim, size / Math::kUnit, weights, stride, 1, head.values + column / Math::kUnit * kPanel,
                   head.value_panel, sums, width, true);
   }
 
   void weigh_in_blocks(const Head& head, const Block& block, int64_t row, const Extent& seen, bool first) const {
     memset(block.sums, 0, kRows * width * sizeof(float));
-    float* const shift = head.shift + row;
+    float* const top = head.top + row;
     float* const sum = head.inverse + row;  // while the first hop adds it up
     if (first)
-      for (int64_t r = 0; r < kRows; r++) shift[r] = -__builtin_inff(), sum[r] = 0;
+      for (int64_t r = 0; r < kRows; r++) top[r] = -__builtin_inff(), sum[r] = 0;
     for (int64_t column = seen.some_begin; column < seen.some_end; column += kColumns) {
+      if (!head.block_seen[column / kColumns]) continue;
       const int64_t size = smaller(kColumns, round_up(seen.some_end - column, kPanel));
       score(head, block, row, seen, column, size, block.scores, kColumns);
       Weight* const weights = Math::kUnit == 1 ? reinterpret_cast<Weight*>(block.scores) : block.weights;
       for (int64_t r = 0; r < kRows; r++) {
         float* const s = block.scores + r * kColumns;
         if (first) {
-          const float top = maximum(s, size) * m.scale;
-          if (!(top <= shift[r])) {  // or NaN
-            const float factor = shift[r] > -__builtin_inff() ? expf(shift[r] - top) : 0.0f;
+          const float larger_top = maximum(s, size);
+          if (!(larger_top <= top[r])) {  // or NaN
+            const float factor = top[r] > -__builtin_inff() ? expf((top[r] - larger_top) * m.scale) : 0.0f;
             scale_row(block.sums + r * width, width, factor);
             sum[r] *= factor;
-            shift[r] = top;
+            top[r] = larger_top;
           }
-          const float used = shift[r] > -__builtin_inff() || shift[r] != shift[r] ? shift[r] : 0.0f;
+          const float used = top[r] == -__builtin_inff() ? 0.0f : top[r];
           sum[r] += exponentials(s, size, m.scale, used, weights + r * kColumns);
         } else {
-          exponentials(s, size, m.scale, shift[r], weights + r * kColumns);
+          exponentials(s, size, m.scale, top[r], weights + r * kColumns);
         }
       }
       add_values(head, reinterpret_cast<const Element*>(weights), kColumns / Math::kUnit, column, size, block.sums);
     }
     if (first)
       for (int64_t r = 0; r < kRows; r++) {
-        if (shift[r] == -__builtin_inff()) shift[r] = 0;
+        if (top[r] == -__builtin_inff()) top[r] = 0;
         sum[r] = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
       }
   }
