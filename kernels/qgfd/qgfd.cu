@@ -69,7 +69,8 @@ int launch_fused(const QgfdForwardParams& p, Stream stream) {
   const int64_t bytes = fused_shared_bytes<T>(p.matrix.queries, p.matrix.dim);
   const int status = allow_shared(fused_kernel<T>, bytes);
   if (status) return status;
-  FD_LAUNCH(fused_kernel<T>, grid_of(p.matrix.batch * p.matrix.heads, 1), dim3(kFusedThreads), bytes, stream, f);
+  const dim3 grid = grid_of(p.matrix.batch * p.matrix.heads, 1), threads(round_up(p.matrix.queries, kWarpRows) / kWarpRows * kWarp);
+  FD_LAUNCH(fused_kernel<T>, grid, threads, bytes, stream, f);
   return launch_status();
 }
 

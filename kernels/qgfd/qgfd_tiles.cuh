@@ -34,9 +34,9 @@ struct Operand {
   }
 };
 
-// Copies `width` elements of each of `count` rows, from row `row` and column `column` on, as one thread of kThreads; what
+// Copies `width` elements of each of `count` rows, from row `row` and column `column` on, as one thread of the block; what
 // lies beyond `rows` and `dim` becomes zero. The copies may be in flight until copy_async_wait.
-template <class T, int kThreads>
+template <class T>
 __device__ __forceinline__ void copy_chunk(const Operand& from, const T* head, int row, int rows, int column, int dim,
                                            T* to, int stride, int count = kTile, int width = kChunk<T>) {
   constexpr int kPieces = kChunk<T> / kPiece<T>;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void copy_chunk(const Operand& from, const T* head, i
   int r, c;
   if (from.aligned) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < count * kPieces; i += kThreads) {
+    for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
       const bool inside = place(i, r, c);
       if (c >= width) continue;
       copy_async_16(to + r * stride + c, inside ? first + r * from.row_stride + c : head, inside);
@@ -57,7 +57,7 @@ __device__ __forceinline__ void copy_chunk(const Operand& from, const T* head, i
     return;
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * kPieces; i += kThreads) {
+  for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
     const bool inside = place(i, r, c);
     if (c >= width) continue;
     Pack<T, kPiece<T>> piece;

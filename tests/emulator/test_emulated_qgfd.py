@@ -268,10 +268,11 @@ def test_large_scores(qgfd):
 
 
 def test_what_fuses(qgfd):
-    """By the shared memory that M and two u take: 99 KiB."""
-    assert qgfd.fuses(case(160, 64, BF16, hops=2)) and not qgfd.fuses(case(161, 64, BF16, hops=2))
+    """By the shared memory that M and two u take, 99 KiB, and by the rows of a block."""
+    assert qgfd.fuses(case(128, 64, BF16, hops=2)) and not qgfd.fuses(case(129, 64, BF16, hops=2))
+    assert qgfd.fuses(case(112, 128, BF16, hops=2)) and not qgfd.fuses(case(113, 128, BF16, hops=2))
     assert qgfd.fuses(case(96, 64, F32, hops=2)) and not qgfd.fuses(case(97, 64, F32, hops=2))
-    assert not qgfd.fuses(case(16, 64, BF16, hops=1)) and not qgfd.fuses(case(193, 8, BF16, hops=2))
+    assert not qgfd.fuses(case(16, 64, BF16, hops=1))
 
 
 def test_refused(qgfd):
