@@ -105,7 +105,9 @@ class FusedBlock {
       sum[half] += value;
     });
 #pragma unroll
-    for (int half = 0; half < 2; ++half) describe_row(row + lane_id() / 4 + 8 * half, maximum[half], quad_sum(sum[half]));
+    for (int half = 0; half < 2; ++half) {
+      describe_row(row + lane_id() / 4 + 8 * half, maximum[half], quad_sum(sum[half]));
+    }
     T* to = matrix_ + (row + lane_id() / 4) * matrix_stride_ + lane_id() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kParts * kN; ++i) {
@@ -135,7 +137,8 @@ class FusedBlock {
   // 64 columns of y_j and u_j, for 16 rows.
   __device__ __forceinline__ void hop(int j, int row, int column) {
     float acc[kN][4] = {};
-    multiply_stored<0, kN>(acc, matrix_ + row * matrix_stride_, matrix_stride_, (j % 2 ? even_ : odd_) + column, stride_, rows_,
+    const T* u = (j % 2 ? even_ : odd_) + column;
+    multiply_stored<0, kN>(acc, matrix_ + row * matrix_stride_, matrix_stride_, u, stride_, rows_,
                            round_up(dim_, 16) - column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -186,7 +186,7 @@ class PassBlock {
     if (threadIdx.x >= kTile) return;
     Columns& c = columns_[turn];
     const int i = threadIdx.x, column = kTile * tile + i;
-    const Interval rows = tile < kNone / kTile && column < p_.columns ? allowed(column, p_.transposed) : Interval{kNone, 0};
+    const Interval rows = column < p_.columns ? allowed(column, p_.transposed) : Interval{kNone, 0};
     c.begin[i] = rows.begin;
     c.end[i] = rows.end;
     if (kKind == Kind::kFirstHop) return;
