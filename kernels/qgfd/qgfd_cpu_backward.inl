@@ -1,10 +1,12 @@
 // The gradients. Weights are made again with keys as rows and queries as columns, M^T = exp(scale k q^T - lse), a block at
-// a time: g_{j-1} = M^T h_j for the hops but the first, then one pass for all that is left, of width hops * d.
+// a time: g_{j-1} = M^T h_j for the hops but the first, then one pass for all that is left, of width hops * d. Where a
+// head's weights fit in the cache the first of these passes leaves them for the others.
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
 constexpr int64_t kStride = kColumns + 16;  // of a block of scores: read down its columns, too, which a power of 2 slows
+constexpr int64_t kKeptBytesBackward = int64_t(2) << 20;
 
 template <class Math, class T>
 struct Backward {
@@ -16,7 +18,10 @@ struct Backward {
   const QgfdMatrix& m;
   const QgfdRecurrence& recurrence;
   const int64_t dim_steps, dim_panels, width;
-  const int64_t padded_keys, padded_queries, query_blocks, segments;
+  const int64_t padded_keys, padded_queries, query_blocks;
+  const int64_t segments;  // of the keys: the queries' gradient is the sum of what each gives, in order
+  const bool shared;       // by all threads, so that each segment wants its own sums
+  const bool kept;
 
   explicit Backward(const QgfdBackwardParams& params)
       : p(params),
@@ -28,7 +33,9 @@ struct Backward {
         padded_keys(round_up(m.keys, kRows)),
         padded_queries(round_up(m.queries, kPanel)),
         query_blocks((padded_queries + kColumns - 1) / kColumns),
-        segments(heads_apart(m) ? 1 : larger(1, smaller(16, padded_keys / kRows))) {}
+        segments(smaller(16, larger(1, (padded_keys / kRows + 3) / 4))),
+        shared(!heads_apart(m)),
+        kept(recurrence.hops > 1 && padded_keys * padded_queries * int64_t(sizeof(Weight)) <= kKeptBytesBackward) {}
 
   // What all threads of a head share.
   struct Head {
@@ -44,7 +51,9 @@ struct Backward {
     float *lse, *delta;       // 0 beyond the queries
     float *first, *last;      // what a query sees
     Extent* seen;             // by each block of queries
-    float* grad_query;        // [segments, padded_queries, width]
+    Weight* kept;             // M^T, [padded_keys, kept_stride()]
+    bool made;                // whether it is there
+    float* grad_query;        // [buffers(), padded_queries, width]
   };
   // What a thread has of its own: one block of keys.
   struct Block {
@@ -52,7 +61,7 @@ struct Backward {
     Element* values;   // u_0 ... u_{hops-1}, left operands
     T* mixture;        // [kRows, dim]
     float *scores, *grad_scores;
-    Weight *weights, *grad_weights;  // rounded
+    Weight *weights, *grad_weights;  // the same memory where they are not rounded
     Element* grad_pairs;             // grad_weights, neighbouring keys in an element
     float *sums, *grad_key;
   };
@@ -73,7 +82,8 @@ struct Backward {
     head.first = pieces.template take<float>(padded_queries);
     head.last = pieces.template take<float>(padded_queries);
     head.seen = pieces.template take<Extent>(query_blocks);
-    head.grad_query = pieces.template take<float>(segments * padded_queries * width);
+    head.kept = pieces.template take<Weight>(kept ? padded_keys * kept_stride() : 0);
+    head.grad_query = pieces.template take<float>(buffers() * padded_queries * width);
   }
   void lay_out(Pieces& pieces, Block& block) const {
     block.keys = pieces.template take<Element>(kRows * dim_steps);
@@ -81,8 +91,12 @@ struct Backward {
     block.mixture = pieces.template take<T>(kRows * m.dim);
     block.scores = pieces.template take<float>(kRows * kStride);
     block.grad_scores = pieces.template take<float>(kRows * kStride);
-    block.weights = pieces.template take<Weight>(kRounds ? kRows * kStride : 0);
-    block.grad_weights = pieces.template take<Weight>(kRounds ? kRows * kStride : 0);
+    block.weights = reinterpret_cast<Weight*>(block.scores);
+    block.grad_weights = reinterpret_cast<Weight*>(block.grad_scores);
+    if (kRounds) {
+      block.weights = pieces.template take<Weight>(kRows * kStride);
+      block.grad_weights = pieces.template take<Weight>(kRows * kStride);
+    }
     block.grad_pairs = pieces.template take<Element>(kRounds ? kRows / kUnit * kStride : 0);
     block.sums = pieces.template take<float>(kRows * width);
     block.grad_key = pieces.template take<float>(kRows * width);
@@ -94,8 +108,10 @@ struct Backward {
     lay_out(measure, part);
     return measure.used();
   }
+  int64_t kept_stride() const { return padded_queries + 16; }
   int64_t query_panel() const { return padded_queries / kUnit * kPanel; }
   int64_t key_panel() const { return padded_keys / kUnit * kPanel; }
+  int64_t buffers() const { return shared ? segments : smaller(2, segments); }
   bool mixes() const { return recurrence.first_mixed <= recurrence.last_mixed; }
 
   template <class For>
@@ -122,19 +138,25 @@ struct Backward {
       });
       if (hop == 1) break;
       for_key_blocks(parallel_for, [&](const Block& block, int64_t row) { previous_gradient(head, block, row); });
+      head.made = kept;
       g = {head.g, m.dim};
     }
-    memset(head.grad_query, 0, segments * padded_queries * width * sizeof(float));
     const int64_t blocks = padded_keys / kRows;
     parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
       with_block([&](const Block& block) {
-        for (int64_t s = begin; s < end; s++)
+        for (int64_t s = begin; s < end; s++) {
+          float* const sums = head.grad_query + (shared ? s : smaller(s, 1)) * padded_queries * width;
+          memset(sums, 0, padded_queries * width * sizeof(float));
           for (int64_t i = s * blocks / segments; i < (s + 1) * blocks / segments; i++)
-            last_gradients(head, block, i * kRows, head.grad_query + s * padded_queries * width);
+            last_gradients(head, block, i * kRows, sums);
+          if (!shared && s > 0) add_grad_query(head, 1, 0, padded_queries);
+        }
       });
     });
     for_query_blocks(parallel_for, [&](int64_t, int64_t i, int64_t size) {
-      store_grad_query(head, i, smaller(i + size, m.queries));
+      const int64_t end = smaller(i + size, m.queries);
+      for (int64_t s = 1; shared && s < segments; s++) add_grad_query(head, s, i, end);
+      store_grad_query(head, i, end);
     });
   }
 
@@ -225,41 +247,47 @@ struct Backward {
     }
   }
 
-  // M^T of the keys [row, row + kRows) and the queries of one block: in block.scores, and rounded in block.weights.
-  // False where no key is seen.
-  bool transposed_weights(const Head& head, const Block& block, int64_t row, int64_t index, int64_t* size) const {
+  // M^T of a block of keys and a block of queries.
+  struct Weights {
+    Weight* data;
+    int64_t stride, size;  // queries, with padding
+    const Element* left() const { return reinterpret_cast<const Element*>(data); }
+  };
+
+  // M^T of the keys [row, row + kRows) and the queries of one block; size 0 where no query sees a key of them.
+  Weights transposed_weights(const Head& head, const Block& block, int64_t row, int64_t index) const {
     const int64_t i = index * kColumns;
     const Extent& seen = head.seen[index];
-    if (seen.some_begin >= row + kRows || seen.some_end <= row) return false;
-    *size = smaller(kColumns, padded_queries - i);
-    product<Math>(kRows, *size, dim_steps, block.keys, dim_steps, 1, head.queries_across + i * dim_steps,
-                  dim_steps * kPanel, block.scores, kStride, false);
+    Weights weights{block.weights, kStride, smaller(kColumns, padded_queries - i)};
+    if (kept)
+      weights = {head.kept + row * kept_stride() + i, kept_stride(), weights.size};
+    if (seen.some_begin >= row + kRows || seen.some_end <= row) weights.size = 0;
+    if (head.made || weights.size == 0) return weights;
+    float* const scores = kRounds ? block.scores : reinterpret_cast<float*>(weights.data);
+    const int64_t stride = kRounds ? kStride : weights.stride;
+    product<Math>(kRows, weights.size, dim_steps, block.keys, dim_steps, 1, head.queries_across + i * dim_steps,
+                  dim_steps * kPanel, scores, stride, false);
     const bool all = seen.all_begin <= row && seen.all_end >= row + kRows;
     const Vec by = Vec::set(m.scale);
     for (int64_t r = 0; r < kRows; r++) {
-      float* const s = block.scores + r * kStride;
+      const float* const s = scores + r * stride;
       const bool some = row + r < m.keys && (m.key_mask == nullptr || m.key_mask[head.b * m.keys + row + r] != 0);
       const Vec at = Vec::set(float(row + r)), after = Vec::set(float(row + r + 1));
-      for (int64_t c = 0; c < *size; c += W) {
+      for (int64_t c = 0; c < weights.size; c += W) {
         Vec weight = Vec::set(0);
         if (some) weight = exp(fma(Vec::load(s + c), by, Vec::set(0) - Vec::load(head.lse + i + c)));
         if (some && !all) {
           weight = keep_at_least(at, Vec::load(head.first + i + c), weight);
           weight = keep_at_least(Vec::load(head.last + i + c), after, weight);
         }
-        weight.store(s + c);
-        if constexpr (kRounds) weight.store(block.weights + r * kStride + c);
+        weight.store(weights.data + r * weights.stride + c);
       }
     }
-    return true;
+    return weights;
   }
 
-  const Element* left(const float* plain, const Weight* rounded) const {
-    return kRounds ? reinterpret_cast<const Element*>(rounded) : reinterpret_cast<const Element*>(plain);
-  }
-
-  void add_transposed(const Head& head, const Block& block, int64_t index, int64_t size) const {
-    product<Math>(kRows, m.dim, size / kUnit, left(block.scores, block.weights), kStride / kUnit, 1,
+  void add_transposed(const Head& head, const Block& block, const Weights& weights, int64_t index) const {
+    product<Math>(kRows, m.dim, weights.size / kUnit, weights.left(), weights.stride / kUnit, 1,
                   head.grad + index * kColumns / kUnit * kPanel, query_panel(), block.sums, width, true);
   }
 
@@ -267,9 +295,10 @@ struct Backward {
   void previous_gradient(const Head& head, const Block& block, int64_t row) const {
     pack_left(head.key, row, m.keys, kRows, m.dim, block.keys);
     memset(block.sums, 0, kRows * width * sizeof(float));
-    int64_t size;
-    for (int64_t index = 0; index < query_blocks; index++)
-      if (transposed_weights(head, block, row, index, &size)) add_transposed(head, block, index, size);
+    for (int64_t index = 0; index < query_blocks; index++) {
+      const Weights weights = transposed_weights(head, block, row, index);
+      if (weights.size > 0) add_transposed(head, block, weights, index);
+    }
     for (int64_t r = 0; r < kRows && row + r < m.keys; r++)
       store_row(block.sums + r * width, 1.0f, head.g + (row + r) * m.dim);
   }
@@ -302,33 +331,33 @@ struct Backward {
     memset(block.sums, 0, kRows * width * sizeof(float));
     memset(block.grad_key, 0, kRows * width * sizeof(float));
     for (int64_t index = 0; index < query_blocks; index++) {
-      int64_t size;
-      if (!transposed_weights(head, block, row, index, &size)) continue;
-      const int64_t i = index * kColumns;
-      add_transposed(head, block, index, size);
+      const Weights weights = transposed_weights(head, block, row, index);
+      const int64_t i = index * kColumns, size = weights.size;
+      if (size == 0) continue;
+      add_transposed(head, block, weights, index);
       for (int64_t hop = 0; hop < recurrence.hops; hop++)
         product<Math>(kRows, size, dim_steps, block.values + hop * kRows * dim_steps, dim_steps, 1,
                       head.grads_across + (hop * padded_queries + i) * dim_steps, dim_steps * kPanel,
                       block.grad_scores, kStride, hop > 0);
-      differentiate(head, block, i, size);
-      product<Math>(kRows, m.dim, size / kUnit, left(block.grad_scores, block.grad_weights), kStride / kUnit, 1,
-                    head.queries + i / kUnit * kPanel, query_panel(), block.grad_key, width, true);
-      const Element* const across = kRounds ? block.grad_pairs : left(block.grad_scores, block.grad_weights);
+      differentiate(head, block, weights, i);
+      const Element* const grads = reinterpret_cast<const Element*>(block.grad_weights);
+      product<Math>(kRows, m.dim, size / kUnit, grads, kStride / kUnit, 1, head.queries + i / kUnit * kPanel,
+                    query_panel(), block.grad_key, width, true);
+      const Element* const across = kRounds ? block.grad_pairs : grads;
       product<Math>(size, m.dim, kRows / kUnit, across, 1, kStride, head.keys + row / kUnit * kPanel, key_panel(),
                     grad_query + i * width, width, true);
     }
     store_keys_and_values(head, block, row);
   }
 
-  // dS^T = M^T (dP^T - delta), in place of dP^T and in the forms that products want.
-  void differentiate(const Head& head, const Block& block, int64_t i, int64_t size) const {
+  // dS^T = M^T (dP^T - delta), in the forms that products want.
+  void differentiate(const Head& head, const Block& block, const Weights& weights, int64_t i) const {
+    const int64_t size = weights.size;
     for (int64_t r = 0; r < kRows; r++)
       for (int64_t c = 0; c < size; c += W) {
-        float* const at = block.grad_scores + r * kStride + c;
-        const Vec weight = Vec::load(block.scores + r * kStride + c);
-        const Vec grad = weight * (Vec::load(at) - Vec::load(head.delta + i + c));
-        grad.store(at);
-        if constexpr (kRounds) grad.store(block.grad_weights + r * kStride + c);
+        const Vec weight = Vec::load(weights.data + r * weights.stride + c);
+        const Vec grad = weight * (Vec::load(block.grad_scores + r * kStride + c) - Vec::load(head.delta + i + c));
+        grad.store(block.grad_weights + r * kStride + c);
       }
     if constexpr (kRounds)
       for (int64_t r = 0; r < kRows; r += 2)
@@ -353,15 +382,16 @@ struct Backward {
     }
   }
 
+  // Adds a buffer's rows [begin, end) to the first buffer's.
+  void add_grad_query(const Head& head, int64_t buffer, int64_t begin, int64_t end) const {
+    const float* const more = head.grad_query + buffer * padded_queries * width;
+    for (int64_t c = begin * width; c < end * width; c += W)
+      (Vec::load(head.grad_query + c) + Vec::load(more + c)).store(head.grad_query + c);
+  }
   void store_grad_query(const Head& head, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; i++) {
-      float* const sum = head.grad_query + i * width;
-      for (int64_t s = 1; s < segments; s++) {
-        const float* const more = sum + s * padded_queries * width;
-        for (int64_t c = 0; c < width; c += W) (Vec::load(sum + c) + Vec::load(more + c)).store(sum + c);
-      }
       T* const to = static_cast<T*>(p.grad_query) + ((head.b * m.queries + i) * m.heads + head.h) * m.dim;
-      store_row(sum, m.scale, to);
+      store_row(head.grad_query + i * width, m.scale, to);
     }
   }
 };

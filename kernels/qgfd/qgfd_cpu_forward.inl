@@ -56,8 +56,7 @@ struct Forward {
   explicit Forward(const QgfdForwardParams& params)
       : p(params),
         m(params.matrix),
-        kept(heads_apart(params.matrix) &&
-             round_up(m.queries, kRows) * round_up(m.keys, kPanel) * int64_t(sizeof(Weight)) <= kKeptBytes),
+        kept(round_up(m.queries, kRows) * round_up(m.keys, kPanel) * int64_t(sizeof(Weight)) <= kKeptBytes),
         dim_steps(steps_of(m.dim, Math::kUnit)),
         dim_panels((m.dim + kPanel - 1) / kPanel),
         width(round_up(m.dim, W)),

@@ -280,8 +280,8 @@ struct SerialFor {
   }
 };
 
-// Whether each thread takes heads of its own, or all threads share one head after the other: a matter of the shape alone,
-// so that results do not depend on the threads. A head of one's own costs memory a thread.
+// Whether each thread takes heads of its own, or all threads share one head after the other. The results are the same, bit
+// for bit. A head of one's own costs memory a thread.
 inline bool heads_apart(const QgfdMatrix& m) {
   const int64_t longest = larger(m.queries, m.keys);
   return longest <= 4096 && (m.batch * m.heads >= 8 || longest <= kRows);

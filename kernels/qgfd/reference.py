@@ -90,7 +90,7 @@ def qgfd_attention(
     masks = {"key_mask": None, "is_causal": False, "cu_seqlens": None, "prefix_length": None, "attn_mask": None} | masks
     dtype = query.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    groups = query.shape[1] // key.shape[1]
+    groups = query.shape[1] // max(key.shape[1], 1)
     query = query.to(wide)
     key, value = (t.to(wide).repeat_interleave(groups, 1) for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -8,6 +8,7 @@ from fastdiff.kernels.adaln import reference as adaln_reference
 from ops.eos_cases import EOS_HEAD, EOS_LOGITS
 from ops.harness import Case, Dtypes, Inputs, Operator
 from ops.masked_loss_cases import MASKED_LOSS
+from ops.qgfd_cases import QGFD
 from ops.sampling_cases import HEAD, SAMPLE
 
 
@@ -95,4 +96,4 @@ ADALN = Operator("adaln", lambda **kw: (ops.adaln(**kw),), _adaln_reference, _ad
 GATED = Operator(
     "gated_residual_adaln", lambda **kw: ops.gated_residual_adaln(**kw), _gated_reference, _adaln_cases(gated=True)
 )
-OPERATORS = [ADALN, GATED, SAMPLE, HEAD, MASKED_LOSS, EOS_LOGITS, EOS_HEAD]
+OPERATORS = [ADALN, GATED, SAMPLE, HEAD, MASKED_LOSS, EOS_LOGITS, EOS_HEAD, QGFD]
