@@ -36,9 +36,8 @@ int forward_passes(const QgfdForwardParams& p, Stream stream) {
     Pass pass = pass_of(m, masks, false);
     const bool last = j == r.hops, mixed = r.mixed(j), kept = p.passes && j <= r.saved();
     const QgfdHeads y = by_heads(static_cast<char*>(p.passes) + (j - 1) * pass_bytes, m, m.queries);
-    const QgfdHeads next = last                ? by_rows(p.out, m, m.queries)
-                           : kept && !mixed ? y
-                                            : by_heads(w.u[(j - 1) % 2], m, m.queries);
+    const QgfdHeads kept_here = kept && !mixed ? y : by_heads(w.u[(j - 1) % 2], m, m.queries);
+    const QgfdHeads next = last ? by_rows(p.out, m, m.queries) : kept_here;
     pass.values = u;
     pass.lse = p.lse ? p.lse : w.lse;
     if (j == 1) pass.out.lse = p.lse ? p.lse : w.lse;
@@ -63,13 +62,14 @@ bool fused(const QgfdForwardParams& p, QgfdPath path) {
 
 template <class T>
 int launch_fused(const QgfdForwardParams& p, Stream stream) {
-  const Fused f{p, operand(p.matrix.query, 1, p.matrix.dtype),
-                operand(p.matrix.key, p.matrix.heads / p.matrix.kv_heads, p.matrix.dtype),
-                operand(p.value, p.matrix.heads / p.matrix.kv_heads, p.matrix.dtype), masks_of(p.matrix)};
-  const int64_t bytes = fused_shared_bytes<T>(p.matrix.queries, p.matrix.dim);
+  const QgfdMatrix& m = p.matrix;
+  const int64_t group = m.heads / m.kv_heads, bytes = fused_shared_bytes<T>(m.queries, m.dim);
+  const Fused f{p, operand(m.query, 1, m.dtype), operand(m.key, group, m.dtype), operand(p.value, group, m.dtype),
+                masks_of(m)};
   const int status = allow_shared(fused_kernel<T>, bytes);
   if (status) return status;
-  FD_LAUNCH(fused_kernel<T>, grid_of(p.matrix.batch * p.matrix.heads, 1), dim3(kFusedThreads), bytes, stream, f);
+  const int warps = round_up(m.queries, kWarpRows) / kWarpRows;
+  FD_LAUNCH(fused_kernel<T>, grid_of(m.batch * m.heads, 1), dim3(warps * kWarp), bytes, stream, f);
   return launch_status();
 }
 

@@ -35,8 +35,9 @@ class Backward {
   Backward(const QgfdBackwardParams& p, const BackwardWorkspace& w, Stream stream)
       : p_(p), m_(p.matrix), r_(p.recurrence), w_(w), stream_(stream), masks_(masks_of(m_)) {
     bytes_ = pass_elements(m_) * dtype_size(m_.dtype);
-    chain_ = {operand(p.value, m_.heads / m_.kv_heads, m_.dtype), operand(p.grad_out, 1, m_.dtype), p.passes, w.mixed, w.h,
-              r_, operand(by_heads(nullptr, m_, m_.queries), 1, m_.dtype), bytes_};
+    const Operand layout = operand(by_heads(nullptr, m_, m_.queries), 1, m_.dtype);
+    chain_ = {operand(p.value, m_.heads / m_.kv_heads, m_.dtype), operand(p.grad_out, 1, m_.dtype), p.passes, w.mixed,
+              w.h, r_, layout, bytes_};
     chain_.layout.aligned = reinterpret_cast<uintptr_t>(p.passes) % kPieceBytes == 0 && bytes_ % kPieceBytes == 0;
   }
 

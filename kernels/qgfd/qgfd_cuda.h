@@ -6,8 +6,8 @@ struct CUstream_st;  // a cudaStream_t points to it
 
 namespace fastdiff::cuda {
 
-// How a forward pass runs: every hop in one launch, M in shared memory, or one pass over M a hop. The sum of the weights
-// of a row is the same, their rounding is not (README.md), nor the order of sums.
+// How a forward pass runs: one pass over M a hop, or every hop in one launch with M in shared memory. The two round the
+// weights of 16-bit operands differently (README.md), and sum in another order.
 enum class QgfdPath { kByShape, kPasses, kFused };
 
 // Enqueue on `stream`; every pointer is device memory, and the current device is the stream's. They return a
@@ -17,7 +17,8 @@ enum class QgfdPath { kByShape, kPasses, kFused };
 int qgfd_forward(const QgfdForwardParams& params, CUstream_st* stream, QgfdPath path = QgfdPath::kByShape);
 int qgfd_backward(const QgfdBackwardParams& params, CUstream_st* stream);
 
-// Whether kByShape is kFused: several hops, and M and two u_j fit in the shared memory of a block (99 KiB).
+// Whether kByShape is kFused: several hops, at most 128 positions, and M and two u_j fit in the shared memory that a
+// block has on every target (99 KiB).
 bool qgfd_fuses(const QgfdForwardParams& params);
 
 // How many bytes params.workspace must hold, for parameters with all but `out` and `workspace` set.

@@ -4,8 +4,8 @@
 
 namespace fastdiff::cuda::qgfd {
 
-constexpr int kFusedThreads = 256;
-constexpr int kFusedRows = 192;  // at most: a warp has 16 rows of scores in registers at a time
+constexpr int kFusedWarps = 8;    // at most, one for 16 rows
+constexpr int kFusedRows = 128;  // at most: a warp has its rows' scores in registers, all columns
 
 __host__ __device__ __forceinline__ int round_up(int64_t size, int step) {
   return static_cast<int>((size + step - 1) / step * step);
@@ -50,30 +50,25 @@ class FusedBlock {
     copy(f_.key, even_);
     copy(f_.query, odd_);
     arrive();
-    for (int row = first_row(); row < rows_; row += kRowsAtATime) make_rows(row);
+    const int row = threadIdx.x / kWarp * kWarpRows;
+    make_rows(row);
     __syncthreads();
     copy(f_.value, even_);
     arrive();
     const int hops = static_cast<int>(f_.params.recurrence.hops);
     for (int j = 1; j <= hops; ++j) {
-      for (int row = first_row(); row < rows_; row += kRowsAtATime) {
 #pragma unroll 1
-        for (int column = 0; column < dim_; column += kTile) hop(j, row, column);
-      }
+      for (int column = 0; column < dim_; column += kTile) hop(j, row, column);
       __syncthreads();
     }
   }
 
  private:
-  static constexpr int kRowsAtATime = kFusedThreads / kWarp * kWarpRows;
-
-  __device__ __forceinline__ static int first_row() { return threadIdx.x / kWarp * kWarpRows; }
-
   __device__ __forceinline__ void copy(const Operand& from, T* to) {
 #pragma unroll 1
     for (int column = 0; column < dim_; column += kChunk<T>) {  // the last chunk ends where rows do
       const int width = min(kChunk<T>, round_up(dim_, 16) - column);
-      copy_chunk<T, kFusedThreads>(from, from.head<T>(batch_, head_), 0, length_, column, dim_, to + column,
+      copy_chunk(from, from.head<T>(batch_, head_), 0, length_, column, dim_, to + column,
                                    stride_, rows_, width);
     }
   }
@@ -110,7 +105,9 @@ class FusedBlock {
       sum[half] += value;
     });
 #pragma unroll
-    for (int half = 0; half < 2; ++half) describe_row(row + lane_id() / 4 + 8 * half, maximum[half], quad_sum(sum[half]));
+    for (int half = 0; half < 2; ++half) {
+      describe_row(row + lane_id() / 4 + 8 * half, maximum[half], quad_sum(sum[half]));
+    }
     T* to = matrix_ + (row + lane_id() / 4) * matrix_stride_ + lane_id() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kParts * kN; ++i) {
@@ -140,7 +137,8 @@ class FusedBlock {
   // 64 columns of y_j and u_j, for 16 rows.
   __device__ __forceinline__ void hop(int j, int row, int column) {
     float acc[kN][4] = {};
-    multiply_stored<0, kN>(acc, matrix_ + row * matrix_stride_, matrix_stride_, (j % 2 ? even_ : odd_) + column, stride_, rows_,
+    const T* u = (j % 2 ? even_ : odd_) + column;
+    multiply_stored<0, kN>(acc, matrix_ + row * matrix_stride_, matrix_stride_, u, stride_, rows_,
                            round_up(dim_, 16) - column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -187,7 +185,7 @@ class FusedBlock {
 };
 
 template <class T>
-__global__ __launch_bounds__(kFusedThreads) void fused_kernel(const __grid_constant__ Fused f) {
+__global__ __launch_bounds__(kFusedWarps* kWarp, 2) void fused_kernel(const __grid_constant__ Fused f) {
   FD_DYN_SMEM(unsigned char, shared);
   const int64_t items = f.params.matrix.batch * f.params.matrix.heads;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) FusedBlock<T>(f, shared, item).run();

@@ -13,8 +13,8 @@ struct Interval {
   __device__ __forceinline__ bool has(int i) const { return begin <= i && i < end; }
 };
 
-// Of the queries of a tile that attend to anything: the least and the greatest begin and end of their intervals. A query
-// with an empty one makes last_begin kNone: no key is then attended to by all.
+// The least and the greatest begin and end of the intervals of a tile's queries. An empty interval is {kNone, 0}: it
+// widens nothing, and leaves no key that all attend to.
 struct QueryTile {
   int first_begin, last_begin, first_end, last_end;
 };
@@ -53,7 +53,7 @@ struct Masks {
   }
 };
 
-// The tiles of columns that a tile of rows needs. Rows are queries and columns keys, or the other way round (transposed).
+// The tiles of columns that a tile of rows needs. Rows are queries and columns keys, or, transposed, the other way round.
 class Plan {
  public:
   __device__ __forceinline__ Plan(const Masks& masks, int64_t batch, int row_tile, bool transposed)

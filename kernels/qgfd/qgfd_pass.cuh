@@ -97,7 +97,7 @@ class PassBlock {
   }
 
   __device__ __forceinline__ void copy(const Operand& from, int row, int rows, int column, T* to, int stride) {
-    copy_chunk<T, kThreads>(from, from.head<T>(batch_, head_), row, rows, column, p_.dim, to, stride);
+    copy_chunk(from, from.head<T>(batch_, head_), row, rows, column, p_.dim, to, stride);
   }
   __device__ __forceinline__ void copy_resident() {
     const int stride = resident_stride(p_.dim, kChunk<T>, kPiece<T>);
@@ -186,7 +186,7 @@ class PassBlock {
     if (threadIdx.x >= kTile) return;
     Columns& c = columns_[turn];
     const int i = threadIdx.x, column = kTile * tile + i;
-    const Interval rows = tile < kNone / kTile && column < p_.columns ? allowed(column, p_.transposed) : Interval{kNone, 0};
+    const Interval rows = column < p_.columns ? allowed(column, p_.transposed) : Interval{kNone, 0};
     c.begin[i] = rows.begin;
     c.end[i] = rows.end;
     if (kKind == Kind::kFirstHop) return;
@@ -332,12 +332,27 @@ class PassBlock {
   float row_lse_[2], row_delta_[2];
 };
 
-template <class T, int kOut, Kind kKind>
-__global__ __launch_bounds__(kThreads, kOut == 64 && kKind != Kind::kGradient ? 3 : 2) void pass_kernel(const __grid_constant__ Pass p) {
+// Types, whose names a compiler's reports show.
+struct FirstHop {
+  static constexpr Kind kKind = Kind::kFirstHop;
+};
+struct Hop {
+  static constexpr Kind kKind = Kind::kHop;
+};
+struct Gradient {
+  static constexpr Kind kKind = Kind::kGradient;
+};
+
+// How many blocks a multiprocessor is to hold, as far as registers go without spilling.
+template <class T, int kOut, class Does>
+constexpr int kBlocks = sizeof(T) == 2 && kOut == 64 && Does::kKind != Kind::kGradient ? 3 : 2;
+
+template <class T, int kOut, class Does>
+__global__ __launch_bounds__(kThreads, (kBlocks<T, kOut, Does>)) void pass_kernel(const __grid_constant__ Pass p) {
   FD_DYN_SMEM(unsigned char, shared);
   const int64_t items = p.batch * p.heads * Masks::tiles(p.rows) * ((p.dim + kOut - 1) / kOut);
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    PassBlock<T, kOut, kKind>(p, shared, item).run();
+    PassBlock<T, kOut, Does::kKind>(p, shared, item).run();
     __syncthreads();  // the next item's copies go where this one's were read
   }
 }

@@ -30,7 +30,7 @@ struct Mixture {  // to = round(a * x + b * y), y nothing where its data is null
   DType dtype;
 };
 
-__global__ __launch_bounds__(kRowWarps * kWarp) void mix_kernel(const __grid_constant__ Mixture m) {
+__global__ __launch_bounds__(kRowWarps * kWarp, 8) void mix_kernel(const __grid_constant__ Mixture m) {
   const int64_t all = m.batch * m.heads * m.rows, step = int64_t{gridDim.x} * kRowWarps;
   for (int64_t i = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarp; i < all; i += step) {
     const RowIndex row = row_index(i, m.heads, m.rows);
@@ -51,7 +51,7 @@ struct Delta {  // sum over j of rowsum(h_j * y_j)
   DType dtype;
 };
 
-__global__ __launch_bounds__(kRowWarps * kWarp) void delta_kernel(const __grid_constant__ Delta d) {
+__global__ __launch_bounds__(kRowWarps * kWarp, 6) void delta_kernel(const __grid_constant__ Delta d) {
   const int64_t all = d.batch * d.heads * d.rows, step = int64_t{gridDim.x} * kRowWarps;
   const int64_t hops = d.chain.recurrence.hops;
   for (int64_t i = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarp; i < all; i += step) {

@@ -34,9 +34,9 @@ struct Operand {
   }
 };
 
-// Copies `width` elements of each of `count` rows, from row `row` and column `column` on, as one thread of kThreads; what
-// lies beyond `rows` and `dim` becomes zero. The copies may be in flight until copy_async_wait.
-template <class T, int kThreads>
+// Copies `width` elements of each of `count` rows, from row `row` and column `column` on, as one thread of the block;
+// what lies beyond `rows` and `dim` becomes zero. The copies may be in flight until copy_async_wait.
+template <class T>
 __device__ __forceinline__ void copy_chunk(const Operand& from, const T* head, int row, int rows, int column, int dim,
                                            T* to, int stride, int count = kTile, int width = kChunk<T>) {
   constexpr int kPieces = kChunk<T> / kPiece<T>;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void copy_chunk(const Operand& from, const T* head, i
   int r, c;
   if (from.aligned) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < count * kPieces; i += kThreads) {
+    for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
       const bool inside = place(i, r, c);
       if (c >= width) continue;
       copy_async_16(to + r * stride + c, inside ? first + r * from.row_stride + c : head, inside);
@@ -57,7 +57,7 @@ __device__ __forceinline__ void copy_chunk(const Operand& from, const T* head, i
     return;
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * kPieces; i += kThreads) {
+  for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
     const bool inside = place(i, r, c);
     if (c >= width) continue;
     Pack<T, kPiece<T>> piece;
@@ -142,8 +142,8 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kN][4], const float* 
   }
 }
 
-// Weights, 16 rows x 64 columns in mma's layout, become the left operand of a product: 16-bit ones in registers, fp32 in
-// shared memory, kWeightStride apart, the warp's own.
+// Weights, 16 rows x 64 columns in mma's layout, become the left operand of a product: 16-bit ones in registers, fp32
+// ones in shared memory of the warp's own.
 template <class T>
 struct Weights {
   static constexpr int kStored = 0;  // elements in shared memory, a warp
@@ -173,7 +173,7 @@ struct Weights<float> {
     __syncwarp();
   }
 };
-// acc[kFirst...] += left b, for 16 columns of weights and 16 rows of b, of whose 8 kN columns the first `columns` count.
+// acc[kFirst...] += left b: 16 columns of weights, 16 rows of b, of whose 8 kN columns the first `columns` count.
 template <class T, int kFirst, int kN, int kAll>
 __device__ __forceinline__ void multiply_fragment(float (&acc)[kAll][4], const uint32_t (&left)[4], const T* b,
                                                   int b_stride, int columns = 8 * kN) {
@@ -232,7 +232,9 @@ template <int kFirst, int kN, class T, int kAll>
 __device__ __forceinline__ void multiply_values(float (&acc)[kAll][4], const Weights<T>& weights, const T* b,
                                                 int b_stride) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) multiply_fragment<T, kFirst, kN>(acc, weights.fragment[k], b + 16 * k * b_stride, b_stride);
+  for (int k = 0; k < 4; ++k) {
+    multiply_fragment<T, kFirst, kN>(acc, weights.fragment[k], b + 16 * k * b_stride, b_stride);
+  }
 }
 template <int kFirst, int kN, int kAll>
 __device__ __forceinline__ void multiply_values(float (&acc)[kAll][4], const Weights<float>& weights, const float* b,

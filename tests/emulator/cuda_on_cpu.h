@@ -20,7 +20,11 @@
 #undef __grid_constant__
 #define __grid_constant__
 #undef __forceinline__
+#ifdef EMULATOR_ASAN  // each access becomes many instructions: compiled once a function, not once a call
+#define __forceinline__ inline
+#else
 #define __forceinline__ inline __attribute__((always_inline))
+#endif
 
 #define threadIdx (::cuda_on_cpu::g_block->current->index)
 #define blockIdx (::cuda_on_cpu::g_block->index)
