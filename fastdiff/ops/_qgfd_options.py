@@ -193,9 +193,9 @@ def _check_masks(masks: Masks, batch: int, queries: int, keys: int, device: torc
     if masks.key_mask is not None:
         _check_bool("key_mask", masks.key_mask, device)
         if masks.key_mask.shape != (batch, keys):
-            raise ValueError(
-                f"key_mask has shape {list(masks.key_mask.shape)}; expected [{batch}, {keys}], True = attend"
-            )
+            shape = list(masks.key_mask.shape)
+            hint = ": pass mask[:, 0, 0]" if shape == [batch, 1, 1, keys] else ""
+            raise ValueError(f"key_mask has shape {shape}; expected [{batch}, {keys}], True = attend{hint}")
     sequences = batch
     if masks.cu_seqlens is not None:
         _check_cu_seqlens(masks.cu_seqlens, batch, queries, keys, device)

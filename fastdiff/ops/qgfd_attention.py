@@ -224,7 +224,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: float 
         lower = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         mask = lower if mask is None else mask & lower
         causal = False
-    grouped = bool(query.shape[1] != key.shape[1])
+    grouped = False
+    if query.shape[1] != key.shape[1]:  # a branch: under torch.compile the comparison itself is not a bool
+        grouped = True
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped, dropout_p=dropout_p
     )

@@ -228,6 +228,9 @@ def test_settings_survive_saving(tmp_path):
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="qgfd").eval()
     assert loaded.config.qgfd == settings and loaded.config._attn_implementation == "qgfd"
     assert torch.equal(first(loaded, **given), first(model, **given))
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    qgfd.use_qgfd(again, alpha=0.5)
+    assert again.config.qgfd == settings | {"alpha": 0.5}, "settings that a model was saved with stay"
 
 
 # ------------------------------------------------------------------------------------------ what is refused

@@ -129,6 +129,23 @@ def test_other_masks_run_on_the_dense_path():
     torch.testing.assert_close(out, wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_a_causal_attn_mask_wants_no_dense_path(monkeypatch):
+    monkeypatch.setattr("fastdiff.nn.qgfd.qgfd_attention_dense", None)
+    attention, x = QGFDAttention(16, 2), torch.randn(2, 7, 16)
+    ignored = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    floats = torch.zeros(7, 7).masked_fill(ignored, -torch.inf)
+    expected, _ = attention(x, x, x, is_causal=True)
+    for mask in (ignored, floats):
+        assert torch.equal(attention(x, x, x, attn_mask=mask)[0], expected)
+
+
+def test_a_bias_of_the_scores_is_refused_under_compile_as_well():
+    attention, x = QGFDAttention(16, 2), torch.randn(2, 7, 16)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="attn_mask has values other than 0 and -inf"):
+        compiled(x, x, x, attn_mask=torch.randn(7, 7))
+
+
 def test_cross_attention_is_plain_with_transition_attention():
     x, memory = states(), states(5)
     for transition, plain in (("attention", True), ("key", False)):
@@ -298,6 +315,19 @@ def test_other_settings_and_fewer_rows_start_anew():
         w = held.update(key[:, :, :length], value[:, :, :length], settings)
         fresh = DiffusedValues().update(key[:, :, :length], value[:, :, :length], settings)
         assert torch.equal(w, fresh)
+
+
+def test_other_sequences_want_a_reset():
+    settings, held = QGFDSettings(transition="key"), DiffusedValues()
+    key, value = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    held.update(key, value, settings)
+    with pytest.raises(ValueError, match=r"key has \[1, 2\] samples and heads, \[2, 2\] are held"):
+        held.update(key[:1], value[:1], settings)
+    held.reset()
+    other = torch.randn(1, 2, 6, 8)
+    torch.testing.assert_close(
+        held.update(other, value[:1], settings), qgfd_values(other, value[:1], is_causal=True), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_no_values_to_keep_with_transition_attention():
