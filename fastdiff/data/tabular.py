@@ -1,6 +1,7 @@
 """Tables: scikit-learn's bundled sets and CSV files, as standardised numbers and ids of categories."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ def load_tabular_data(config: TabularDataConfig) -> TabularData:
     table = {name: values for name, values in table.items() if name not in config.drop}
     for name, values in table.items():
         _check(name, values, _where(config))
-    train, held_out = _split(table[target], config.held_out_fraction)
+    train, held_out = _split(table[target], config.held_out_fraction, _where(config))
     schema = _schema(table, target, train, _where(config))
     parts = [TableRows(*schema.encode({n: v[rows] for n, v in table.items()})) for rows in (train, held_out)]
     category = schema.target_category
@@ -145,12 +146,12 @@ def _check(name: str, values: np.ndarray, where: str) -> None:
         )
 
 
-def _split(target: np.ndarray, held_out_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def _split(target: np.ndarray, held_out_fraction: float, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Sorted rows to train on and held out: of each class, where the target is a category."""
     if target.dtype == object:
         labels = np.unique(target.astype(str), return_inverse=True)[1]
         if np.bincount(labels).min() < 2:
-            raise ValueError("a class of the target has one row alone; expected at least 2 (one is held out)")
+            raise ValueError(f"{where}: a class of the target has one row alone; expected at least 2 (one is held out)")
     else:
         labels = np.zeros(len(target), dtype=np.int64)
     train, held_out = stratified_split(torch.from_numpy(labels), held_out_fraction)
@@ -220,13 +221,13 @@ def _csv(config: TabularDataConfig) -> tuple[Table, str]:
     if not path.is_file():
         raise FileNotFoundError(f"data.path is {config.path!r}, which is not a file; pass a CSV file")
     try:
-        frame = pd.read_csv(path, skipinitialspace=True)
-    except (ValueError, OSError) as error:  # pandas' own errors are of the first kind, and of several lines
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than there are names
+            frame = pd.read_csv(path, skipinitialspace=True, index_col=False)
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path} cannot be read as CSV ({' '.join(str(error).split())}); repair it") from None
     if len(frame) < 2 or not len(frame.columns):
         raise ValueError(f"{path} has {len(frame)} rows; expected a line of names and at least 2 of values")
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the surplus for an index
-        raise ValueError(f"{path} has rows with more values than its first line has names; repair it")
     columns = {str(name): _values(frame[name], str(name) in config.categories) for name in frame.columns}
     return columns, config.target or list(columns)[-1]
 
