@@ -128,7 +128,7 @@ def check_operands(
     if kv_heads != heads and not (enable_gqa and kv_heads > 0 and heads % kv_heads == 0):
         how = "a divisor of it" if enable_gqa else "as many, or enable_gqa=True"
         raise ValueError(f"key has {kv_heads} heads, query {heads}; expected {how}")
-    _check_options(options, dropout_p)
+    check_options(options, dropout_p)
     diffuses = not options.plain
     if queries != keys and diffuses and options.transition == "attention":
         raise ValueError(
@@ -151,7 +151,7 @@ def _number(name: str, value: float, fits: bool, expected: str) -> None:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
-def _check_options(options: Options, dropout_p: float) -> None:
+def check_options(options: Options, dropout_p: float) -> None:
     def between(value: float, low: float, high: float) -> bool:
         return isinstance(value, int | float) and low <= value <= high
 
