@@ -1,5 +1,6 @@
 """One call for a QGFD diffusion model of a modality, with what prepares its data and its noise schedule."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.models.qgfd_adapters import MODALITIES, AudioProcessor, ImageProcessor, VideoProcessor
 from fastdiff.models.qgfd_adapters.base import AdapterConfig
-from fastdiff.models.qgfd_adapters.huggingface import load_processor
+from fastdiff.models.qgfd_adapters.huggingface import check_type, load_processor
 from fastdiff.models.qgfd_model import QGFDModel, QGFDModelConfig
 
+_OWN = (ImageProcessor, AudioProcessor, VideoProcessor)
 _CONFIGS = {
     field.name: next(kind for kind in field.type.__args__ if kind is not type(None))
     for field in dataclasses.fields(QGFDModelConfig)
@@ -39,10 +41,10 @@ def create_qgfd_model(
 
     Returns:
         (model, processor, schedule): the processor is a tokenizer, image processor or feature extractor of transformers
-        with a Hugging Face encoder, else the tokenizer, an `ImageProcessor`, `AudioProcessor`, `VideoProcessor` or
-        `TabularProcessor`; a dict of them by modality where there are several. Those of transformers are set to give
-        what the adapters take (pixels in [-1, 1], waveforms as they are): the encoder's own normalisation happens in
-        the adapter. The schedule is `Diffusion(config.diffusion)`.
+        with a Hugging Face encoder, else the tokenizer, an `ImageProcessor`, `AudioProcessor` or `TabularProcessor`;
+        for films always a `VideoProcessor`; a dict of them by modality where there are several. Those of transformers
+        are set to give what the adapters take (pixels in [-1, 1], waveforms as they are): the encoder's own
+        normalisation happens in the adapter. The schedule is `Diffusion(config.diffusion)`.
 
     Raises:
         ValueError: an unknown modality, a backbone of another modality, a tokenizer or table processor that is missing.
@@ -85,9 +87,8 @@ def _prepare(modality: str, config: Any, processor: Any) -> Any:
     """The processor of an adapter; what only the processor knows is written into the adapter's configuration."""
     if modality == "tabular":
         return _prepare_table(config, processor)
-    if config.backbone_name is not None and processor is None:
-        # The model is looked at first: "of another modality" says more than a processor that is not there.
-        return _prepare_pretrained(modality, config)
+    if config.backbone_name is not None and not isinstance(processor, _OWN):
+        return _prepare_pretrained(modality, config, processor)
     if modality == "text":
         return _prepare_text(config, processor)
     if processor is not None:
@@ -97,11 +98,12 @@ def _prepare(modality: str, config: Any, processor: Any) -> Any:
     return (ImageProcessor if modality == "image" else VideoProcessor)(config.size, config.channels)
 
 
-def _prepare_pretrained(modality: str, config: Any) -> Any:
-    from fastdiff.models.qgfd_adapters.huggingface import check_type
-
+def _prepare_pretrained(modality: str, config: Any, processor: Any) -> Any:
+    # The model is looked at first: "of another modality" says more than a processor that is not there.
     check_type(config.backbone_name, modality)
-    processor = load_processor(config.backbone_name, modality)
+    if processor is None:
+        processor = load_processor(config.backbone_name, modality)
+    processor = copy.copy(processor)
     if modality == "text":
         if processor.pad_token_id is not None:
             config.pad_token_id = processor.pad_token_id
@@ -114,10 +116,12 @@ def _prepare_pretrained(modality: str, config: Any) -> Any:
             config.image_mean, config.image_std = tuple(processor.image_mean), tuple(processor.image_std)
         else:
             config.image_mean, config.image_std = (0.0,) * 3, (1.0,) * 3
-        height, width = config.size
-        processor.size, processor.crop_size = {"height": height, "width": width}, {"height": height, "width": width}
-        processor.do_center_crop = False
-        processor.do_normalize, processor.image_mean, processor.image_std = True, (0.5,) * 3, (0.5,) * 3
+        if modality == "video":
+            return VideoProcessor(config.size, config.channels)
+        processor.size, processor.do_center_crop = {"height": config.size[0], "width": config.size[1]}, False
+        half = (0.5,) * config.channels
+        processor.do_normalize, processor.image_mean, processor.image_std = True, half, half
+        processor.do_convert_rgb = config.channels == 3
     return processor
 
 

@@ -281,7 +281,7 @@ class QGFDModel(nn.Module):
 
 
 class _Predictor:
-    """The backbone's prediction under classifier-free guidance, as `fastdiff.diffusion.sampling.denoise` asks for it."""
+    """The backbone's prediction under classifier-free guidance, as `denoise` of the samplers asks for it."""
 
     def __init__(self, backbone, mask, position_ids, condition, null, scale, interval, autocast_dtype) -> None:
         self.backbone, self.mask, self.position_ids, self.condition = backbone, mask, position_ids, condition

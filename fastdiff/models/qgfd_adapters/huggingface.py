@@ -14,8 +14,9 @@ _IMAGE = (
 )  # fmt: skip
 # Encoders of a waveform through strided convolutions.
 _AUDIO = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-# Parameters that no output of the last layer depends on, and that would never get a gradient.
-_UNUSED = ("pooler", "mask_token", "masked_spec_embed", "vision_model.head")
+# Parameters that the states of the last layer do not depend on, and that would never get a gradient.
+_UNUSED = ("pooler", "mask_token", "masked_spec_embed", "head.")
+_UNUSED_OF = {"clip_vision_model": ("post_layernorm",)}
 
 
 def model_types(modality: str) -> tuple[str, ...]:
@@ -79,8 +80,9 @@ def encoder_of(config: Any, modality: str) -> nn.Module | None:
         encoder, config.backbone_config = load_encoder(config.backbone_name, modality)
     else:
         return None
+    unused = _UNUSED + _UNUSED_OF.get(encoder.config.model_type, ())
     for name, parameter in encoder.named_parameters():
-        if config.freeze_backbone or any(part in name for part in _UNUSED):
+        if config.freeze_backbone or any(part in name for part in unused):
             parameter.requires_grad_(False)
     return encoder
 

@@ -61,9 +61,7 @@ class VideoProcessor:
             sizes = sorted({frame.size if isinstance(frame, Image.Image) else np.shape(frame)[1::-1] for frame in film})
             if len(sizes) > 1:
                 given = ", ".join(f"{width} x {height}" for width, height in sizes)
-                raise ValueError(
-                    f"films: got frames of {given} pixels in one film; expected one size: scale them first"
-                )
+                raise ValueError(f"films: got frames of {given} pixels in one film; expected one: scale them first")
         return {"pixel_values": torch.stack([self.frames(film)["pixel_values"] for film in films])}
 
 
@@ -102,7 +100,7 @@ def resample(wave: Tensor, rate: int, wanted: int) -> Tensor:  # [S] -> [about S
         from scipy.signal import resample_poly
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            f"audio of {rate} Hz for a model of {wanted} Hz: resampling needs scipy: pip install 'fastdiff-kernels[data]'"
+            f"audio of {rate} Hz for a model of {wanted} Hz needs scipy: pip install 'fastdiff-kernels[data]'"
         ) from None
     return torch.from_numpy(resample_poly(wave.double().numpy(), wanted, rate)).float()
 
@@ -157,8 +155,8 @@ class TabularProcessor:
             distinct = sorted({str(value) for value in column})
             if len(distinct) < 2:
                 raise ValueError(
-                    f"table: column {name!r} is constant ({distinct[0] if distinct else 'empty'}), which leaves nothing "
-                    "to learn; drop it"
+                    f"table: column {name!r} is constant ({distinct[0] if distinct else 'empty'}) and says nothing; "
+                    "drop it"
                 )
             if name in categories or any(isinstance(value, str) for value in column):
                 values[name] = distinct
