@@ -211,9 +211,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
     ],
 )  # fmt: skip
 def test_bad_configurations_are_one_line(options):
-    with pytest.raises(
-        ValueError, match=rf"QGFDConfig\.{next(iter(options))}: got .*; expected|QGFDConfig.*got"
-    ) as caught:
+    with pytest.raises(ValueError, match=rf"QGFDConfig\.{next(iter(options))}: got .*; expected") as caught:
         QGFDConfig(**options)
     assert "\n" not in str(caught.value)
 
