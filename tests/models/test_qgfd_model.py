@@ -29,9 +29,6 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def make(checkpoints):
     def build(modality, pretrained, **options):
-        options = {} if modality == "image" and False else options
-        if pretrained and modality == "image":
-            options = {"channels": 1, **options}
         return make_model(modality, checkpoint=checkpoints[modality] if pretrained else None, **options)
 
     return build
@@ -56,8 +53,12 @@ def test_the_loss_is_one_number_a_sample_and_reaches_every_parameter(make, modal
     assert loss.shape == (3,) and loss.dtype == torch.float32 and torch.isfinite(loss).all()
     loss.sum().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    silent = [name for name, p in trained.items() if p.grad is None or p.grad.abs().max() == 0]
-    assert not silent, silent
+    assert all(p.grad is not None for p in trained.values())
+    silent = [name for name, p in trained.items() if p.grad.abs().max() == 0]
+    # Attention to a single token does not depend on the scores, and the zero token has no value.
+    tokens, _ = model.adapter().condition(batch)
+    expected = () if modality == "text" else ("cross_attn",) if tokens is not None else ("cross_attn", "cond_proj")
+    assert not [name for name in silent if not any(part in name for part in expected)], silent
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert bool(frozen) == pretrained and all(".backbone." in name for name in frozen)
 
@@ -87,7 +88,7 @@ def test_a_few_steps_lower_the_loss(make, modality, pretrained):
     optimizer, parts = torch.optim.Adam(parameters, lr=1e-2), []
     for _ in range(25):
         error, reconstruction = model.losses(batch, **given)
-        parts.append((float(error.mean()), float(reconstruction.mean())))
+        parts.append((error.mean().item(), reconstruction.mean().item()))
         optimizer.zero_grad()
         (error + reconstruction).mean().backward()
         optimizer.step()
