@@ -78,7 +78,7 @@ def _by_modality(argument: str, value: Any, names: tuple[str, ...], several: boo
     if value is None:
         return {}
     if not isinstance(value, Mapping) or any(name not in names for name in value):
-        given = list(value) if isinstance(value, Mapping) else value
+        given = list(value) if isinstance(value, Mapping) else repr(value)
         raise ValueError(f"{argument}: got {given}; with several modalities a dict by name, of {', '.join(names)}")
     return dict(value)
 

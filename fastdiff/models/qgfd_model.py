@@ -191,6 +191,7 @@ class QGFDModel(nn.Module):
         sampler: str | None = None,
         seed: int | Sequence[int] = 0,
         diffusion: Diffusion | None = None,
+        clip_sample: float | None = None,
         autocast_dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> Latents:
@@ -201,8 +202,8 @@ class QGFDModel(nn.Module):
             count: number of samples; may be left out where `conditions` tell.
             conditions: what to condition on, as in a batch: {"labels"}, {"condition_ids", "condition_mask"}.
             length: of the samples, in the modality's unit (`Adapter.sample_shape`).
-            num_inference_steps, guidance_scale, guidance_interval, sampler, seed, autocast_dtype, progress: as in
-                `fastdiff.diffusion.sample`.
+            num_inference_steps, guidance_scale, guidance_interval, sampler, seed, clip_sample, autocast_dtype,
+                progress: as in `fastdiff.diffusion.sample`; latents have unit scale.
             diffusion: None is the configuration's.
 
         Raises ValueError for an argument that does not fit.
@@ -213,7 +214,8 @@ class QGFDModel(nn.Module):
         check_interval(guidance_interval)
         device = next(self.backbone.parameters()).device
         shape = adapter.sample_shape(count, length, device)
-        options = {"num_inference_steps": num_inference_steps, "sampler": sampler, "seed": seed, "progress": progress}
+        options = {"num_inference_steps": num_inference_steps, "sampler": sampler, "seed": seed}
+        options |= {"clip_sample": clip_sample, "progress": progress}
         with self._evaluating():
             conditions = {name: value.to(device) for name, value in conditions.items()}
             condition = self._condition(adapter, conditions or {"count": torch.empty(count, device=device)})

@@ -114,11 +114,11 @@ def test_padding_changes_nothing(make, modality, pretrained):
         given, alone = fixed(model, longer), model.latent_shape(sample)[1]
         short = model.adapter().encode(sample).tokens
         found = model.adapter().encode(longer)
-        torch.testing.assert_close(found.tokens[:, :alone], short, rtol=0, atol=2e-5)  # SEEN_A
+        torch.testing.assert_close(found.tokens[:, :alone], short, rtol=0, atol=2e-5)  # seen: 5e-7
         assert found.mask.sum() == alone
         expected = model.losses(sample, t=given["t"], noise=given["noise"][:, :alone])
         for long, ref in zip(model.losses(longer, **given), expected, strict=True):
-            torch.testing.assert_close(long, ref, rtol=0, atol=2e-5)  # SEEN_B
+            torch.testing.assert_close(long, ref, rtol=0, atol=2e-5)  # seen: 0
 
 
 @every_kind
@@ -134,7 +134,7 @@ def test_samples_have_the_form_of_a_batch_and_depend_on_their_seed_alone(make, m
     other = model.sample(count=3, num_inference_steps=3, seed=50)
     for name, value in samples.items():
         assert torch.equal(value, again[name])
-        tolerance = dict(rtol=0, atol=1e-4)  # SEEN_C: products of other sizes round otherwise
+        tolerance = dict(rtol=0, atol=1e-4)  # seen: 5e-7, products of other sizes round otherwise
         torch.testing.assert_close(value[2:], last[name], **(tolerance if value.is_floating_point() else {}))
     assert any(not torch.equal(value, other[name]) for name, value in samples.items())
     model.eval()(samples)  # and it can be read again
@@ -188,7 +188,7 @@ def test_guidance_moves_along_the_difference(make, modality):
     assert (bound - free).abs().max() > 1e-3
     guided = latents(conditions=given, guidance_scale=2.5)
     scale = float((bound - free).abs().max())
-    torch.testing.assert_close(guided, free + 2.5 * (bound - free), rtol=0, atol=1e-3 * scale)  # SEEN_D
+    torch.testing.assert_close(guided, free + 2.5 * (bound - free), rtol=0, atol=1e-3 * scale)  # seen: 3e-6 * scale
     off = latents(conditions=given, guidance_scale=2.5, guidance_interval=(0.0, 0.5))
     assert torch.equal(off, bound)
 
@@ -199,7 +199,7 @@ def test_conditions_are_dropped_in_training():
         free = {name: value for name, value in batch.items() if name not in ("labels", "condition_ids")}
         given = fixed(model, batch)
         dropped, bound = model.train()(batch, **given), model.eval()(batch, **given)
-        torch.testing.assert_close(dropped, model(free, **given), rtol=0, atol=1e-5)  # SEEN_E
+        torch.testing.assert_close(dropped, model(free, **given), rtol=0, atol=1e-5)  # seen: 0
         assert (bound - dropped).abs().max() > 1e-4
 
 
