@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from fastdiff.kernels.adaln import triton_kernels
 from fastdiff.kernels.eos_length import triton_kernels as eos_kernels
 from fastdiff.kernels.masked_loss import triton_kernels as loss_kernels
+from fastdiff.kernels.qgfd import triton_kernels as qgfd_kernels
 from fastdiff.kernels.token_sampling import triton_kernels as sampling_kernels
 
 ARCHITECTURES = (80, 87, 90, 100, 110, 120)
@@ -254,6 +255,41 @@ def eos_length_variants(vocab: int, dtype: torch.dtype, length: int = 64, dim: i
     return variants
 
 
+@dataclass(frozen=True)
+class AttentionCase:
+    """One way of calling the operator under qgfd_attention on [2, heads, length, dim], forward and backward."""
+
+    dim: int
+    dtype: torch.dtype
+    masks: str = "begin end"  # and "keys"
+    hops: int = 2
+
+    def __str__(self) -> str:
+        return f"d={self.dim} {self.dtype} hops={self.hops} {self.masks}"
+
+
+def attention_cases() -> list[AttentionCase]:
+    """Every tile with every dtype under every interval, which takes most; the other masks, one hop, odd head sizes."""
+    sizes = sorted(qgfd_kernels.HOP)
+    assert sizes[-1] == qgfd_kernels.MAX_DIM
+    cases = [AttentionCase(dim, dtype) for dim in sizes for dtype in (F32, BF16, F16)]
+    cases += [AttentionCase(64, BF16, masks) for masks in ("", "keys", "end", "begin end keys")]
+    return cases + [AttentionCase(64, BF16, hops=1), AttentionCase(33, BF16), AttentionCase(250, F16, "keys")]
+
+
+def attention_variants(case: AttentionCase, length: int = 1024, heads: int = 12) -> list[Variant]:
+    """The kernels that a forward and a backward pass launch in this case."""
+    query = meta(2, heads, length, case.dim, dtype=case.dtype)
+    grad_out = meta(2, length, heads, case.dim, dtype=case.dtype).transpose(1, 2)
+    masks = [meta(2, length, dtype=torch.bool) if "keys" in case.masks else None]
+    masks += [meta(1, length, dtype=torch.int32) if name in case.masks else None for name in ("begin", "end")]
+    numbers = (0.125, case.hops, case.hops, case.hops, 0.5)  # the last hop is mixed: every launch there is
+    with recorded_launches() as variants:
+        out, lse, passes = qgfd_kernels.qgfd_forward_saved(query, query, query, *masks, *numbers)
+        qgfd_kernels.qgfd_backward(grad_out, query, query, query, out, lse, passes, *masks, *numbers)
+    return variants
+
+
 def labelled_variants() -> dict[Variant, str]:
     """Every kernel variant of every operator that is compiled, with the label of the first case that launches it."""
     labels: dict[Variant, str] = {}
@@ -276,6 +312,8 @@ def labelled_variants() -> dict[Variant, str]:
     add("masked_loss", masked_loss_variants(50257, F32, True, False), "V=50257 without gradient", "TILE")
     for vocab, dtype in itertools.product((5, 50257, 126464, sampling_kernels.MAX_VOCAB), (F32, BF16, F16)):
         add("eos_length", eos_length_variants(vocab, dtype), f"V={vocab} {dtype}", "NBLOCKS")
+    for case in attention_cases():
+        add("qgfd", attention_variants(case), case, "ROWS", "KEYS")
     return labels
 
 

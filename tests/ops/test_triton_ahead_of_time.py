@@ -19,14 +19,15 @@ def test_every_kernel_is_among_the_variants():
     from fastdiff.kernels.adaln import triton_device as adaln
     from fastdiff.kernels.eos_length import triton_device as eos
     from fastdiff.kernels.masked_loss import triton_device as loss
+    from fastdiff.kernels.qgfd import triton_device as qgfd
     from fastdiff.kernels.token_sampling import triton_device as sampling
     from fastdiff.kernels.token_sampling import triton_threshold_device as threshold
     from fastdiff.kernels.token_sampling import triton_unmask_device as unmask
 
-    modules = (adaln, sampling, threshold, unmask, loss, eos)
+    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd)
     kernels = {(module.__name__, name) for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(variant.module, variant.kernel) for variant in aot.labelled_variants()}
-    assert found == kernels and len(kernels) == 18
+    assert found == kernels and len(kernels) == 24
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -50,6 +51,16 @@ def test_another_batch_or_length_compiles_nothing_new(vocab, full):
     assert all(set(aot.eos_length_variants(vocab, aot.BF16, length=length)) == first for length in (1, 7, 1023))
 
 
+@pytest.mark.parametrize("masks", ["", "begin end", "keys"])
+def test_another_length_or_number_of_hops_compiles_nothing_new(masks):
+    case = aot.AttentionCase(64, aot.BF16, masks)
+    first = set(aot.attention_variants(case))
+    assert all(
+        set(aot.attention_variants(case, length, heads)) == first for length, heads in ((1, 8), (7, 1), (999, 5))
+    )
+    assert set(aot.attention_variants(aot.AttentionCase(64, aot.BF16, masks, hops=5))) == first
+
+
 def test_another_seed_or_temperature_compiles_nothing_new():
     def variants(temperature, top_k, seed):
         logits = aot.meta(2, 64, 50257, dtype=aot.BF16)
@@ -65,7 +76,7 @@ def test_another_seed_or_temperature_compiles_nothing_new():
 def some_variants() -> list[aot.Variant]:
     sampling = aot.sampling_variants(aot.SamplingCase(126464, aot.BF16, 0.7, (50, 0.9), full=True))
     others = aot.unmask_variants(2, 3, full=True) + aot.masked_loss_variants(50257, aot.F32, True, True)
-    others += aot.eos_length_variants(126464, aot.BF16)
+    others += aot.eos_length_variants(126464, aot.BF16) + aot.attention_variants(aot.AttentionCase(64, aot.BF16))
     return aot.adaln_variants(aot.Case(1152, AUTOCAST)) + sampling + others
 
 

@@ -1,7 +1,8 @@
 """Triton's interpreter for tests: its bf16 rounding mended, memory accesses checked, programs in any order.
 
 Import it in a process that was started with TRITON_INTERPRET=1. Written for Triton 3.7 to 3.9, whose interpreter
-truncates fp32 to bf16, reads and writes out of bounds without a word, and runs programs in the order of the grid.
+truncates fp32 to bf16, multiplies matrices of bf16 as if their bits were integers, reads and writes out of bounds
+without a word, and runs programs in the order of the grid.
 """
 
 import contextlib
@@ -36,6 +37,25 @@ def mend_bf16_rounding() -> None:
 
     convert.mended = True
     interpreter._convert_float = convert
+
+
+def mend_bf16_products() -> None:
+    """Makes tl.dot of bf16 multiply numbers, in fp32, for the rest of the process."""
+    original = interpreter.InterpreterBuilder.create_dot
+    if getattr(original, "mended", False):
+        return
+
+    def widened(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = np.ascontiguousarray(operand.data).view(np.uint16)
+        return interpreter.TensorHandle(torch.from_numpy(bits).view(torch.bfloat16).float().numpy(), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return original(self, widened(a), widened(b), *rest)
+
+    create_dot.mended = True
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
