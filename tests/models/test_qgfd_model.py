@@ -163,6 +163,8 @@ def test_every_diffusion_trains_and_samples(prediction, levels):
     model = QGFDModel(config)
     assert torch.isfinite(model(make_batch("tabular"))).all()
     assert torch.isfinite(model.sample(count=2, num_inference_steps=3)["numbers"]).all()
+    clipped = model.sample_latents(count=2, num_inference_steps=3, clip_sample=0.5).tokens
+    assert clipped.abs().max() == 0.5  # the last step ends at the clipped prediction
     # another diffusion than the configuration's
     other = Diffusion(DiffusionConfig(prediction_type="sample", noise_levels="beta"))
     assert torch.isfinite(
