@@ -1,7 +1,7 @@
 """Modules made of fastdiff's operators: what a diffusion transformer is put together from."""
 
 from fastdiff.nn.attention import SelfAttention
-from fastdiff.nn.embeddings import LabelEmbedding, PatchEmbed, TimestepEmbedding, sincos_2d
+from fastdiff.nn.embeddings import LabelEmbedding, PatchEmbed, TimestepEmbedding, sincos_2d, sincos_positions
 from fastdiff.nn.mlp import ACTIVATIONS, Mlp
 from fastdiff.nn.norm import AdaLayerNorm, GatedResidualAdaLayerNorm
 from fastdiff.nn.qgfd import DiffusedValues, QGFDAttention, QGFDSettings
@@ -23,4 +23,5 @@ __all__ = [
     "TransformerBlock",
     "annealed_attention_mask",
     "sincos_2d",
+    "sincos_positions",
 ]
