@@ -112,7 +112,9 @@ class QgfdEmulator:
     def fuses(self, c: Case) -> bool:
         return bool(self.lib.fd_qgfd_fuses(ctypes.byref(ForwardParams(c.matrix(), c.recurrence(), heads_of(c.value)))))
 
-    def forward(self, c: Case, path: str = "by_shape", saved: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(
+        self, c: Case, path: str = "by_shape", saved: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """out [B, L_q, H, d]; where saved lse [B, H, L_q] and passes [S, B, H, L_q, d]."""
         batch, heads, queries, dim = c.query.shape
         nan = float("nan")
@@ -133,8 +135,8 @@ class QgfdEmulator:
         sizes = (queries, c.key.shape[2], c.key.shape[2])
         grads = [torch.full((batch, n, heads, dim), float("nan"), dtype=c.query.dtype) for n in sizes]
         p = BackwardParams(
-            c.matrix(), c.recurrence(), heads_of(c.value), heads_of(out.transpose(1, 2)), heads_of(grad_out), pointer(lse),
-            pointer(passes), *map(pointer, grads),
+            c.matrix(), c.recurrence(), heads_of(c.value), heads_of(out.transpose(1, 2)), heads_of(grad_out),
+            pointer(lse), pointer(passes), *map(pointer, grads),
         )  # fmt: skip
         workspace = _workspace(self.lib.fd_qgfd_backward_workspace_bytes(ctypes.byref(p)))
         p.workspace = pointer(workspace)

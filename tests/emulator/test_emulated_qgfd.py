@@ -162,16 +162,10 @@ def test_rows_without_keys_are_zero_and_have_no_gradient(qgfd, path):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("queries, keys", [(1, 70), (70, 1), (5, 130), (130, 33), (64, 128)])
+@pytest.mark.parametrize("queries, keys", [(1, 70), (70, 2), (5, 130), (130, 33), (64, 128)])
 def test_queries_and_keys_of_different_numbers(qgfd, queries, keys, dtype):
-    c = case(queries, 16, dtype, keys=keys, heads=2, row_end=(causal(queries) + keys - queries).clamp(min=0).contiguous())
-    if keys == 1:
-        c.row_end = None
-        c.scale = 0.0 + 1e-20  # gradients of query and key are zero: only rounding would be compared
-        saved = qgfd.forward(c)
-        assert error(saved[0].transpose(1, 2), exact(c)[0]) <= VALUES[dtype]
-        return
-    check(qgfd, c)
+    ends = (causal(queries) + keys - queries).clamp(min=0)
+    check(qgfd, case(queries, 16, dtype, keys=keys, heads=2, row_end=ends))
 
 
 def test_grouped_heads(qgfd):
@@ -202,8 +196,9 @@ def test_strides_and_alignment_change_no_bit(qgfd, dtype, path):
     expected = qgfd.forward(plain, path)
     expected_grads = qgfd.backward(plain, grad_out, expected)
     for offset, gap in ((0, 0), (1, 0), (0, 3)):  # aligned; every row off by one element; rows at any alignment
-        packed = torch.full((2 * 34 * (4 * 48 + gap) + 8,), float("nan"), dtype=dtype)[offset:]
-        parts = packed[: 2 * 34 * (4 * 48 + gap)].view(2, 34, 4 * 48 + gap)[..., : 4 * 48].view(2, 34, 4, 2, 24).unbind(2)
+        row = 4 * 48 + gap
+        packed = torch.full((2 * 34 * row + 8,), float("nan"), dtype=dtype)[offset : offset + 2 * 34 * row]
+        parts = packed.view(2, 34, row)[..., : 4 * 48].view(2, 34, 4, 2, 24).unbind(2)
         given = (plain.query, plain.key, plain.value, grad_out)
         views = [part.transpose(1, 2).copy_(t) for part, t in zip(parts, given, strict=True)]
         c = Case(*views[:3], scale=plain.scale, hops=2, mixed=plain.mixed)
@@ -276,9 +271,9 @@ def test_what_fuses(qgfd):
 def test_refused(qgfd):
     good = {"hops": 2, "mixed": range(2, 3)}
     wrong = [
-        case(9, 12), case(9, 264), case(9, 8, scale=-1.0), case(9, 8, scale=float("nan")), case(9, 8, hops=0, mixed=range(0, 1)),
-        case(9, 8, keys=10, hops=2), case(9, 8, keys=10, hops=1, mixed=range(1, 2)), case(9, 8, hops=1, mixed=range(1, 3)),
-        case(9, 8, dtype=torch.float64, **good), case(9, 8, heads=3, kv_heads=2),
+        case(9, 12), case(9, 264), case(9, 8, dtype=torch.float64, **good), case(9, 8, heads=3, kv_heads=2),
+        case(9, 8, scale=-1.0), case(9, 8, scale=float("nan")), case(9, 8, hops=0, mixed=range(0, 1)),
+        case(9, 8, keys=10, hops=2), case(9, 8, keys=10, mixed=range(1, 2)), case(9, 8, mixed=range(1, 3)),
     ]  # fmt: skip
     for c in wrong:
         with pytest.raises(ValueError, match="cudaError 1"):
@@ -291,6 +286,6 @@ def test_refused(qgfd):
 
 def test_under_address_and_undefined_behaviour_sanitizers(libraries):
     """A selection of these tests, in a process of its own with the sanitized library."""
-    chosen = ["head_sizes and (40- or 96-dtype1)", "lengths and 17-", "masks and varlen and 40", "zero", "strides", "groups"]
+    chosen = ["head_sizes and (40- or 96-)", "lengths and 17-", "masks and varlen and 40", "zero", "strides", "grouped"]
     done = sanitized_tests(__file__, chosen, libraries("asan"))
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

@@ -19,7 +19,8 @@ def test_products(emulator, dtype, transposed, schedule):
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (16, 16), generator=g).to(dtype) for _ in range(2))
     c = torch.full((16, 16), float("nan"))
-    emulator.check(emulator.lib.fd_mma_product(dtype == torch.bfloat16, transposed, *(_P(pointer(t)) for t in (a, b, c))))
+    operands = (_P(pointer(t)) for t in (a, b, c))
+    emulator.check(emulator.lib.fd_mma_product(dtype == torch.bfloat16, transposed, *operands))
     assert torch.equal(c, a.float() @ (b.mT if transposed else b).float())
 
 
