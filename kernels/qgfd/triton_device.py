@@ -1,6 +1,7 @@
 """QGFD attention in Triton: the device code. triton_kernels.py launches it; README.md has the mathematics.
 
-Heads are [B, H, L, D], read in place by their strides; D is padded to DIM, a power of two, in registers. Scores are in
+Heads are [B, H, L, D], read in place by their strides, which come in units of 8 elements: so Triton knows that rows are
+aligned, and compiles nothing new for another length. D is padded to DIM, a power of two, in registers. Scores are in
 base 2: `scale_log2` is the scale times log2(e). A query's keys are those of its interval (begin_ptr, end_ptr) that
 key_mask_ptr allows; tiles of keys that no query of a program sees are skipped. They would add exact zeros, so that a
 row is the same whatever shares its tile; every sum runs in the order of the tiles.
@@ -13,7 +14,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 RANGE_ROWS = tl.constexpr(1024)
 SIZES = ["heads", "group", "queries", "keys", "tiles", "hops", "saved", "rows_count"]
-SIZES += ["begin_batch_stride", "end_batch_stride", "span_batch_stride"]
+SIZES += ["begin_batch_stride", "end_batch_stride", "span_batch_stride", "hop_stride"]
+SIZES += [f"{t}_{of}_stride" for t in ("query", "key", "value", "out") for of in ("batch", "head", "row")]
+UNIT = tl.constexpr(8)  # of strides
 
 
 @triton.jit
@@ -28,7 +31,7 @@ def _place(tiles, heads):
 def _load(base, rows, row_stride, count, D: tl.constexpr, DIM: tl.constexpr, INSIDE: tl.constexpr):
     """[ROWS, DIM]: zeros past D, and past the last of `count` rows unless all are INSIDE."""
     columns = tl.arange(0, DIM)[None, :]
-    pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride * UNIT + columns
     if INSIDE and D == DIM:
         values = tl.load(pointers)
     elif INSIDE:
@@ -44,7 +47,7 @@ def _load(base, rows, row_stride, count, D: tl.constexpr, DIM: tl.constexpr, INS
 def _store(base, rows, row_stride, count, values, D: tl.constexpr, DIM: tl.constexpr):
     """Rounds and stores the rows below `count`."""
     columns = tl.arange(0, DIM)[None, :]
-    pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride * UNIT + columns
     mask = rows[:, None] < count
     if D != DIM:
         mask = mask & (columns < D)
@@ -64,8 +67,8 @@ def _products(
             columns = start + tl.arange(0, CHUNK)[None, :]
             a_mask = (a_rows[:, None] < a_count) & (columns < D)
             b_mask = (b_rows[:, None] < b_count) & (columns < D)
-            a_part = tl.load(a_base + a_rows.to(tl.int64)[:, None] * a_stride + columns, mask=a_mask, other=0.0)
-            b_part = tl.load(b_base + b_rows.to(tl.int64)[:, None] * b_stride + columns, mask=b_mask, other=0.0)
+            a_part = tl.load(a_base + a_rows.to(tl.int64)[:, None] * a_stride * UNIT + columns, mask=a_mask, other=0.0)
+            b_part = tl.load(b_base + b_rows.to(tl.int64)[:, None] * b_stride * UNIT + columns, mask=b_mask, other=0.0)
             acc = tl.dot(a_part, tl.trans(b_part), acc, input_precision="ieee")
     return acc
 
@@ -139,12 +142,12 @@ def hop_kernel(
     """
     batch, head, tile = _place(tiles, heads)
     rows = tile * ROWS + tl.arange(0, ROWS)
-    q_base = query_ptr + batch * query_batch_stride + head * query_head_stride
-    k_base = key_ptr + batch * key_batch_stride + head // group * key_head_stride
+    q_base = query_ptr + (batch * query_batch_stride + head * query_head_stride) * UNIT
+    k_base = key_ptr + (batch * key_batch_stride + head // group * key_head_stride) * UNIT
     value_head = head
     if FIRST:
         value_head = head // group
-    v_base = value_ptr + batch * value_batch_stride + value_head * value_head_stride
+    v_base = value_ptr + (batch * value_batch_stride + value_head * value_head_stride) * UNIT
     lse_base = lse_ptr
     if lse_ptr is not None:
         lse_base = lse_ptr + (batch * heads + head) * queries
@@ -187,7 +190,7 @@ def hop_kernel(
         if lse_ptr is not None:
             origin = tl.where(maximum == float("-inf"), 0.0, maximum)
             tl.store(lse_base + rows, (origin + tl.log2(total)) * LN_2, mask=rows < queries)
-    out_base = out_ptr + batch * out_batch_stride + head * out_head_stride
+    out_base = out_ptr + (batch * out_batch_stride + head * out_head_stride) * UNIT
     _store(out_base, rows, out_row_stride, queries, acc, D, DIM)
 
 
@@ -260,8 +263,8 @@ def transposed_kernel(
     """out = round(M^T h) for one tile of keys; h and out are contiguous. Grid: (batch * heads * tiles,)."""
     batch, head, tile = _place(tiles, heads)
     columns = tile * KEYS + tl.arange(0, KEYS)
-    q_base = query_ptr + batch * query_batch_stride + head * query_head_stride
-    k_base = key_ptr + batch * key_batch_stride + head // group * key_head_stride
+    q_base = query_ptr + (batch * query_batch_stride + head * query_head_stride) * UNIT
+    k_base = key_ptr + (batch * key_batch_stride + head // group * key_head_stride) * UNIT
     lse_base = lse_ptr + (batch * heads + head) * queries
     h_base = h_ptr + (batch * heads + head) * queries * D
     k = _load(k_base, columns, key_row_stride, keys, D, DIM, False)
@@ -278,10 +281,10 @@ def transposed_kernel(
             s * scale_log2, columns, rows, lse_base, begin_ptr, end_ptr,
             batch * begin_batch_stride, batch * end_batch_stride, queries, keys,
         )  # fmt: skip
-        h = _load(h_base, rows, D, queries, D, DIM, False)
+        h = _load(h_base, rows, D // UNIT, queries, D, DIM, False)
         acc = tl.dot(p.to(h.dtype), h, acc, input_precision="ieee")
     acc = _only_allowed(acc, key_mask_ptr, batch * keys, columns, keys)
-    _store(out_ptr + (batch * heads + head) * keys * D, columns, D, keys, acc, D, DIM)
+    _store(out_ptr + (batch * heads + head) * keys * D, columns, D // UNIT, keys, acc, D, DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -298,14 +301,16 @@ def delta_kernel(
     stride = rows_count.to(tl.int64) * D
     for hop in range(0, saved):
         offset = hop * stride
-        h = _load(h_ptr + offset, rows, D, rows_count, D, DIM, False).to(tl.float32)
-        delta += tl.sum(h * _load(passes_ptr + offset, rows, D, rows_count, D, DIM, False).to(tl.float32), axis=1)
+        h = _load(h_ptr + offset, rows, D // UNIT, rows_count, D, DIM, False).to(tl.float32)
+        delta += tl.sum(
+            h * _load(passes_ptr + offset, rows, D // UNIT, rows_count, D, DIM, False).to(tl.float32), axis=1
+        )
     if saved < hops:
         head = rows // queries
         places = (head // heads * queries + rows % queries) * heads + head % heads
         places = tl.where(rows < rows_count, places, rows_count)
-        h = _load(h_ptr + saved * stride, rows, D, rows_count, D, DIM, False).to(tl.float32)
-        delta += tl.sum(h * _load(out_ptr, places, D, rows_count, D, DIM, False).to(tl.float32), axis=1)
+        h = _load(h_ptr + saved * stride, rows, D // UNIT, rows_count, D, DIM, False).to(tl.float32)
+        delta += tl.sum(h * _load(out_ptr, places, D // UNIT, rows_count, D, DIM, False).to(tl.float32), axis=1)
     tl.store(delta_ptr + rows, delta, mask=rows < rows_count)
 
 
@@ -327,9 +332,9 @@ def grad_key_kernel(
     """
     batch, head, tile = _place(tiles, heads)
     columns = tile * KEYS + tl.arange(0, KEYS)
-    q_base = query_ptr + batch * query_batch_stride + head * query_head_stride
-    k_base = key_ptr + batch * key_batch_stride + head // group * key_head_stride
-    v_base = value_ptr + batch * value_batch_stride + head // group * value_head_stride
+    q_base = query_ptr + (batch * query_batch_stride + head * query_head_stride) * UNIT
+    k_base = key_ptr + (batch * key_batch_stride + head // group * key_head_stride) * UNIT
+    v_base = value_ptr + (batch * value_batch_stride + head // group * value_head_stride) * UNIT
     index = batch * heads + head
     h_base = h_ptr + index * queries * D
     k = _load(k_base, columns, key_row_stride, keys, D, DIM, False)
@@ -348,30 +353,32 @@ def grad_key_kernel(
             s * scale_log2, columns, rows, lse_ptr + index * queries, begin_ptr, end_ptr,
             batch * begin_batch_stride, batch * end_batch_stride, queries, keys,
         )  # fmt: skip
-        h = _load(h_base, rows, D, queries, D, DIM, False)
+        h = _load(h_base, rows, D // UNIT, queries, D, DIM, False)
         grad_value = tl.dot(p.to(h.dtype), h, grad_value, input_precision="ieee")
         ds = _products(
             v, h, tl.zeros([KEYS, ROWS], tl.float32), v_base, columns, value_row_stride, keys,
-            h_base, rows, D, queries, D, DIM, CHUNK,
+            h_base, rows, D // UNIT, queries, D, DIM, CHUNK,
         )  # fmt: skip
         if MANY:  # u_j h_{j+1}^T
             u_base, h_next = hidden_ptr + index * keys * D, h_base
             for _ in range(1, hops):
-                h_next += hop_stride
-                u = _load(u_base, columns, D, keys, D, DIM, False)
-                g = _load(h_next, rows, D, queries, D, DIM, False)
-                ds = _products(u, g, ds, u_base, columns, D, keys, h_next, rows, D, queries, D, DIM, CHUNK)
-                u_base += hop_stride
+                h_next += hop_stride * UNIT
+                u = _load(u_base, columns, D // UNIT, keys, D, DIM, False)
+                g = _load(h_next, rows, D // UNIT, queries, D, DIM, False)
+                ds = _products(
+                    u, g, ds, u_base, columns, D // UNIT, keys, h_next, rows, D // UNIT, queries, D, DIM, CHUNK
+                )
+                u_base += hop_stride * UNIT
         delta = tl.load(delta_ptr + index * queries + rows, mask=rows < queries, other=0.0)
         ds = p * (ds - delta[None, :])
         grad_key = tl.dot(ds.to(q.dtype), q, grad_key, input_precision="ieee")
     grad_key = _only_allowed(grad_key * scale, key_mask_ptr, batch * keys, columns, keys)
     grad_value = _only_allowed(grad_value, key_mask_ptr, batch * keys, columns, keys)
     if value_sum_ptr is not None:
-        grad_value += _load(value_sum_ptr + index * keys * D, columns, D, keys, D, DIM, False)
+        grad_value += _load(value_sum_ptr + index * keys * D, columns, D // UNIT, keys, D, DIM, False)
     out = (batch * keys * heads + head) * D
-    _store(grad_key_ptr + out, columns, heads * D, keys, grad_key, D, DIM)
-    _store(grad_value_ptr + out, columns, heads * D, keys, grad_value, D, DIM)
+    _store(grad_key_ptr + out, columns, heads * (D // UNIT), keys, grad_key, D, DIM)
+    _store(grad_value_ptr + out, columns, heads * (D // UNIT), keys, grad_value, D, DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -388,16 +395,16 @@ def grad_query_kernel(
     """grad_query = scale dS key for one tile of queries, [B, L, H, D]; h and hidden as in grad_key_kernel."""
     batch, head, tile = _place(tiles, heads)
     rows = tile * ROWS + tl.arange(0, ROWS)
-    q_base = query_ptr + batch * query_batch_stride + head * query_head_stride
-    k_base = key_ptr + batch * key_batch_stride + head // group * key_head_stride
-    v_base = value_ptr + batch * value_batch_stride + head // group * value_head_stride
+    q_base = query_ptr + (batch * query_batch_stride + head * query_head_stride) * UNIT
+    k_base = key_ptr + (batch * key_batch_stride + head // group * key_head_stride) * UNIT
+    v_base = value_ptr + (batch * value_batch_stride + head // group * value_head_stride) * UNIT
     index = batch * heads + head
     h_base = h_ptr + index * queries * D
     begin, end = _intervals(
         begin_ptr, end_ptr, batch * begin_batch_stride, batch * end_batch_stride, rows, queries, keys
     )
     q = _load(q_base, rows, query_row_stride, queries, D, DIM, False)
-    h = _load(h_base, rows, D, queries, D, DIM, False)
+    h = _load(h_base, rows, D // UNIT, queries, D, DIM, False)
     lse = tl.load(lse_ptr + index * queries + rows, mask=rows < queries, other=0.0) * LOG2_E
     delta = tl.load(delta_ptr + index * queries + rows, mask=rows < queries, other=0.0)
     acc = tl.zeros([ROWS, DIM], tl.float32)
@@ -415,20 +422,20 @@ def grad_query_kernel(
                 s = _masked(s * scale_log2, columns, begin, end, key_mask_ptr, batch * keys, keys, span == 1)
                 v = _load(v_base, columns, value_row_stride, keys, D, DIM, span == 1)
                 ds = _products(
-                    h, v, tl.zeros([ROWS, KEYS], tl.float32), h_base, rows, D, queries,
+                    h, v, tl.zeros([ROWS, KEYS], tl.float32), h_base, rows, D // UNIT, queries,
                     v_base, columns, value_row_stride, keys, D, DIM, CHUNK,
                 )  # fmt: skip
                 if MANY:  # h_{j+1} u_j^T
                     u_base, h_next = hidden_ptr + index * keys * D, h_base
                     for _ in range(1, hops):
-                        h_next += hop_stride
-                        u = _load(u_base, columns, D, keys, D, DIM, span == 1)
-                        g = _load(h_next, rows, D, queries, D, DIM, False)
+                        h_next += hop_stride * UNIT
+                        u = _load(u_base, columns, D // UNIT, keys, D, DIM, span == 1)
+                        g = _load(h_next, rows, D // UNIT, queries, D, DIM, False)
                         ds = _products(
-                            g, u, ds, h_next, rows, D, queries, u_base, columns, D, keys, D, DIM, CHUNK
+                            g, u, ds, h_next, rows, D // UNIT, queries, u_base, columns, D // UNIT, keys, D, DIM, CHUNK
                         )  # fmt: skip
-                        u_base += hop_stride
+                        u_base += hop_stride * UNIT
                 ds = tl.exp2(s - lse[:, None]) * (ds - delta[:, None])
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     out_base = grad_query_ptr + (batch * queries * heads + head) * D
-    _store(out_base, rows, heads * D, queries, acc * scale, D, DIM)
+    _store(out_base, rows, heads * (D // UNIT), queries, acc * scale, D, DIM)

@@ -9,14 +9,15 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from . import triton_device as device
 
 MAX_DIM = 256
+UNIT = device.UNIT.value
 MAX_PROGRAMS = 2**31 - 1  # a grid's first dimension
-CHUNK_FP32 = 32  # columns of an fp32 product's operands that lie in registers
 DELTA_ELEMENTS = 4096  # that a program of delta_kernel reads at a time
 
 
@@ -25,25 +26,31 @@ class Tile(NamedTuple):
     step: int  # rows of the other side that it reads at a time
     num_warps: int
     num_stages: int
+    chunk: int  # columns at a time of products over them; more than the head size: all
 
-    def of_queries(self) -> dict[str, int]:
-        return {"ROWS": self.own, "KEYS": self.step} | self._options()
+    def of_queries(self, dim: int) -> dict[str, int]:
+        return {"ROWS": self.own, "KEYS": self.step} | self._options(dim)
 
-    def of_keys(self) -> dict[str, int]:
-        return {"ROWS": self.step, "KEYS": self.own} | self._options()
+    def of_keys(self, dim: int) -> dict[str, int]:
+        return {"ROWS": self.step, "KEYS": self.own} | self._options(dim)
 
-    def _options(self) -> dict[str, int]:
+    def _options(self, dim: int) -> dict[str, int]:
         # Told how many registers a thread may have, ptxas does not spill a few to fit more programs.
         most = min(65536 // (32 * self.num_warps), 255)
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": most}
+        sizes = {"D": dim, "DIM": padded(dim), "CHUNK": min(self.chunk, padded(dim))}
+        return sizes | {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": most}
 
 
 # By padded head size; what stays free of spills, and within 99 KB of shared memory, on every target
-# (tools/triton_aot.py checks it). 16-bit products run on tensor cores; fp32 ones do not: their tiles live in registers.
-HOP = {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
-HOP_FP32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
-GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
-GRADIENT_FP32 = {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}
+# (tools/triton_aot.py checks it). 16-bit products run on tensor cores; fp32 ones have their operands in registers.
+HOP_TILES = {
+    "16-bit": {64: Tile(128, 64, 8, 2, 256), 128: Tile(128, 32, 8, 2, 256), 256: Tile(64, 32, 8, 2, 256)},
+    "fp32": {64: Tile(32, 32, 4, 1, 32), 128: Tile(32, 16, 4, 1, 32), 256: Tile(16, 16, 4, 1, 32)},
+}
+GRADIENT_TILES = {
+    "16-bit": {64: Tile(64, 64, 8, 2, 256), 128: Tile(64, 32, 8, 2, 64), 256: Tile(32, 32, 8, 1, 64)},
+    "fp32": {64: Tile(32, 16, 4, 1, 32), 128: Tile(16, 16, 4, 1, 32), 256: Tile(16, 16, 8, 1, 32)},
+}
 
 
 def padded(dim: int) -> int:
@@ -51,18 +58,22 @@ def padded(dim: int) -> int:
     return max(triton.next_power_of_2(dim), 16)
 
 
-def tile_of(table: dict[str, dict[int, Tile]], dtype: torch.dtype, dim: int) -> Tile:
-    sizes = table["fp32" if dtype == torch.float32 else "16-bit"]
+def tile_of(tiles: dict[str, dict[int, Tile]], dtype: torch.dtype, dim: int) -> Tile:
+    sizes = tiles["fp32" if dtype == torch.float32 else "16-bit"]
     return sizes[max(padded(dim), min(sizes))]
 
 
-HOP_TILES = {"16-bit": HOP, "fp32": HOP_FP32}
-GRADIENT_TILES = {"16-bit": GRADIENT, "fp32": GRADIENT_FP32}
+def _aligned(t: Tensor) -> Tensor:
+    """t where its rows start at multiples of UNIT elements and of 16 bytes, a copy otherwise."""
+    strides = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
+    if t.data_ptr() % 16 == 0 and all(stride % UNIT == 0 for stride in strides):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _heads(name: str, t: Tensor) -> dict[str, object]:
-    """[B, H, L, d] in place."""
-    strides = (0 if size == 1 else stride for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True))
+    """[B, H, L, d] in place, strides in units."""
+    strides = (0 if size == 1 else stride // UNIT for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True))
     names = (f"{name}_batch_stride", f"{name}_head_stride", f"{name}_row_stride")
     return {f"{name}_ptr": t, **dict(zip(names, strides, strict=True))}
 
@@ -96,12 +107,11 @@ class Matrix(NamedTuple):
         return arguments
 
     def arguments(self) -> dict[str, object]:
-        _, heads, queries, dim = self.query.shape
+        heads, queries = self.query.shape[1:3]
         sizes = {"heads": heads, "group": heads // self.key.shape[1], "queries": queries, "keys": self.key.shape[2]}
-        numbers = {"scale_log2": self.scale * math.log2(math.e), "D": dim, "DIM": padded(dim)}
-        numbers["CHUNK"] = min(padded(dim), CHUNK_FP32) if self.query.dtype == torch.float32 else padded(dim)
+        sizes["scale_log2"] = self.scale * math.log2(math.e)
         heads_of = _heads("query", self.query) | _heads("key", self.key)
-        return heads_of | {"key_mask_ptr": self.key_mask} | self.intervals() | sizes | numbers
+        return heads_of | {"key_mask_ptr": self.key_mask} | self.intervals() | sizes
 
     def hop(self, value: Tensor, out: Tensor, lse: Tensor | None, first: bool) -> None:
         """out = M·value, [B, H, L, d] with any strides; the first hop fills lse, later ones want it."""
@@ -109,7 +119,7 @@ class Matrix(NamedTuple):
         tile = tile_of(HOP_TILES, self.query.dtype, dim)
         device.hop_kernel[self.programs(queries, tile.own)](
             **self.arguments(), **_heads("value", value), **_heads("out", out), lse_ptr=lse,
-            tiles=triton.cdiv(queries, tile.own), FIRST=first, **tile.of_queries(),
+            tiles=triton.cdiv(queries, tile.own), FIRST=first, **tile.of_queries(dim),
         )  # fmt: skip
 
     def query_spans(self, tile: int) -> dict[str, object]:
@@ -136,6 +146,12 @@ def _mixture(y: Tensor, value: Tensor, alpha: float) -> Tensor:
 def _forward(query, key, value, key_mask, row_begin, row_end, scale, hops, first_mixed, last_mixed, alpha, save):
     """(out, lse, passes); the last two are None unless `save`."""
     batch, heads, queries, dim = query.shape
+    if rest := -dim % UNIT:
+        wide = (F.pad(t, (0, rest)) for t in (query, key, value))
+        numbers = (scale, hops, first_mixed, last_mixed, alpha)
+        out, lse, passes = _forward(*wide, key_mask, row_begin, row_end, *numbers, save)
+        return out[..., :dim].contiguous(), lse, passes[..., :dim].contiguous() if save else None
+    query, key, value = (_aligned(t) for t in (query, key, value))
     out = query.new_empty(batch, queries, heads, dim)
     mixes_last = first_mixed <= hops <= last_mixed
     lse = passes = None
@@ -187,7 +203,7 @@ def _diffused_gradients(matrix: Matrix, grad_out, lse, hops, first_mixed, last_m
         if hop > 1:
             device.transposed_kernel[matrix.programs(keys, tile.own)](
                 **matrix.arguments(), h_ptr=g, out_ptr=h[hop - 2], lse_ptr=lse, **spans,
-                tiles=triton.cdiv(keys, tile.own), **tile.of_keys(),
+                tiles=triton.cdiv(keys, tile.own), **tile.of_keys(dim),
             )  # fmt: skip
     return h, value_sum
 
@@ -221,6 +237,12 @@ def qgfd_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(grad_query [B, L_q, H, d], grad_key, grad_value [B, L_k, H, d]), one a query head."""
     batch, heads, queries, dim = query.shape
+    if rest := -dim % UNIT:
+        wide = (F.pad(t, (0, rest)) for t in (grad_out, query, key, value, out))
+        numbers = (scale, hops, first_mixed, last_mixed, alpha)
+        grads = qgfd_backward(*wide, lse, F.pad(passes, (0, rest)), key_mask, row_begin, row_end, *numbers)
+        return tuple(grad[..., :dim].contiguous() for grad in grads)
+    query, key, value = (_aligned(t) for t in (query, key, value))
     keys = key.shape[2]
     grad_query, grad_key, grad_value = (query.new_empty(batch, n, heads, dim) for n in (queries, keys, keys))
     if grad_query.numel() == 0 or grad_key.numel() == 0:
@@ -232,14 +254,14 @@ def qgfd_backward(
         hidden = _hidden(passes, value, hops, first_mixed, last_mixed, alpha)
         common = {
             **matrix.arguments(), **_heads("value", value), "h_ptr": h, "hidden_ptr": hidden, "lse_ptr": lse,
-            "delta_ptr": _deltas(h, passes, out), "hops": hops, "hop_stride": h.stride(0), "scale": float(scale),
-            "MANY": hops > 1,
+            "delta_ptr": _deltas(h, passes, out), "scale": float(scale),
+            "hops": hops, "hop_stride": h.stride(0) // UNIT, "MANY": hops > 1,
         }  # fmt: skip
         device.grad_key_kernel[matrix.programs(keys, tile.own)](
             **common, **matrix.query_spans(tile.own), value_sum_ptr=value_sum, grad_key_ptr=grad_key,
-            grad_value_ptr=grad_value, tiles=triton.cdiv(keys, tile.own), **tile.of_keys(),
+            grad_value_ptr=grad_value, tiles=triton.cdiv(keys, tile.own), **tile.of_keys(dim),
         )  # fmt: skip
         device.grad_query_kernel[matrix.programs(queries, tile.own)](
-            **common, grad_query_ptr=grad_query, tiles=triton.cdiv(queries, tile.own), **tile.of_queries()
+            **common, grad_query_ptr=grad_query, tiles=triton.cdiv(queries, tile.own), **tile.of_queries(dim)
         )
     return grad_query, grad_key, grad_value

@@ -38,7 +38,7 @@ def small_tiles(monkeypatch):
     """Tiles of 16 rows, so that short sequences have several."""
     for table in (kernels.HOP_TILES, kernels.GRADIENT_TILES):
         for dtype in table:
-            monkeypatch.setitem(table, dtype, dict.fromkeys((64, 128, 256), kernels.Tile(16, 16, 4, 1)))
+            monkeypatch.setitem(table, dtype, dict.fromkeys((64, 128, 256), kernels.Tile(16, 16, 4, 1, 256)))
 
 
 @dataclass
