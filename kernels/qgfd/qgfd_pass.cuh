@@ -213,7 +213,8 @@ class PassBlock {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float lse = row_lse_[i / 2] + columns.lse[8 * n + lane_id() % 4 * 2 + i % 2];  // one of them is 0
-        w[n][i] = exp2f(fmaf(w[n][i], p_.scale, -lse));
+        const float power = fmaf(w[n][i], p_.scale, -lse);
+        w[n][i] = exp2f(power > 0.0f ? 0.0f : power);  // above 0 by rounding alone; NaN stays
       }
     }
   }
