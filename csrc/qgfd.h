@@ -49,8 +49,8 @@ inline QgfdMatrix qgfd_matrix(const Tensor& query, const Tensor& key, const Qgfd
   m.kv_heads = key.size(1);
   m.keys = key.size(2);
   constexpr int64_t kMost = int64_t(1) << 31;  // bounds are int32
-  STD_TORCH_CHECK(key.size(0) == m.batch && key.size(3) == m.dim && m.dim > 0 && m.kv_heads > 0 &&
-                      m.heads % m.kv_heads == 0 && m.queries < kMost && m.keys < kMost,
+  STD_TORCH_CHECK(key.size(0) == m.batch && key.size(3) == m.dim && m.dim > 0 &&
+                      (m.kv_heads > 0 ? m.heads % m.kv_heads == 0 : m.heads == 0) && m.queries < kMost && m.keys < kMost,
                   "key does not fit; expected [B, H_kv, L_k, d] with H a multiple of H_kv");
   m.row_begin = bounds_of(a.row_begin, query, "row_begin", &m.begin_batch_stride);
   m.row_end = bounds_of(a.row_end, query, "row_end", &m.end_batch_stride);
@@ -87,7 +87,7 @@ inline QgfdHeads value_of(const Tensor& value, const Tensor& query, const Tensor
 template <class Backend>
 void run_forward(QgfdForwardParams& p, const Tensor& query) {
   if (p.matrix.batch * p.matrix.heads * p.matrix.queries == 0) return;
-  Tensor workspace = empty(query, {Backend::forward_workspace_bytes(p)}, ScalarType::Byte);
+  Tensor workspace = empty(query, {(Backend::forward_workspace_bytes(p) + 7) / 8}, ScalarType::Long);
   p.workspace = workspace.mutable_data_ptr();
   Backend::forward(p, query);
 }
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> qgfd_backward(Tensor grad_out, Tensor query, 
   p.grad_key = grad_key.mutable_data_ptr();
   p.grad_value = grad_value.mutable_data_ptr();
   if (m.batch * m.heads * (m.queries + m.keys) > 0) {
-    Tensor workspace = empty(query, {Backend::backward_workspace_bytes(p)}, ScalarType::Byte);
+    Tensor workspace = empty(query, {(Backend::backward_workspace_bytes(p) + 7) / 8}, ScalarType::Long);
     p.workspace = workspace.mutable_data_ptr();
     Backend::backward(p, query);
   }

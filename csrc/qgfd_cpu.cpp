@@ -5,8 +5,8 @@ namespace fastdiff::torch_binding {
 namespace {
 
 struct Cpu {
-  static int64_t forward_workspace_bytes(const QgfdForwardParams& p) { return cpu::qgfd_forward_workspace_bytes(p); }
-  static int64_t backward_workspace_bytes(const QgfdBackwardParams& p) { return cpu::qgfd_backward_workspace_bytes(p); }
+  static int64_t forward_workspace_bytes(const QgfdForwardParams&) { return 0; }
+  static int64_t backward_workspace_bytes(const QgfdBackwardParams&) { return 0; }
   static void forward(const QgfdForwardParams& p, const Tensor&) { cpu::qgfd_forward(p, {run_on_torch_threads}); }
   static void backward(const QgfdBackwardParams& p, const Tensor&) { cpu::qgfd_backward(p, {run_on_torch_threads}); }
 };

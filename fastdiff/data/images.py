@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -12,24 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.data.labelled import ExampleSet, LabelledData
 
-class ImageSet(Protocol):
+
+class ImageSet(ExampleSet, Protocol):
     """Labelled images of one shape."""
 
     labels: Tensor  # [N] int64
-
-    def __len__(self) -> int: ...
 
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         """The images at `indices`: float32 [n, C, H, W] in [-1, 1]."""
         ...
 
-    def fingerprint(self) -> str:
-        """A hash that changes when the images or labels do."""
-        ...
+
+class _Batches:
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        """{"pixel_values": float32 [n, C, H, W] in [-1, 1], "labels": int64 [n]}."""
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        return {"pixel_values": self.images(indices), "labels": self.labels[indices]}
 
 
-class ArrayImages:
+class ArrayImages(_Batches):
     """Images kept in memory as bytes.
 
     Args:
@@ -41,9 +46,6 @@ class ArrayImages:
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == len(labels)
         self.pixels, self.labels = pixels, labels.long()
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         return to_signed_unit(self.pixels[torch.as_tensor(indices, dtype=torch.long)])
 
@@ -54,7 +56,7 @@ class ArrayImages:
         return digest.hexdigest()
 
 
-class FileImages:
+class FileImages(_Batches):
     """Images decoded from files when they are asked for, cropped to the centre square and resized.
 
     Args:
@@ -68,9 +70,6 @@ class FileImages:
         self.paths, self.labels = list(paths), labels.long()
         self.image_size, self.channels = image_size, channels
         self._pool = ThreadPoolExecutor(max_workers=4)  # PIL releases the interpreter lock while it decodes
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         paths = [self.paths[int(i)] for i in indices]
@@ -98,20 +97,12 @@ class FileImages:
 
 
 @dataclass(frozen=True)
-class ImageData:
-    """A data set: its two parts, the classes' names in the order of their labels, and the shape of an image."""
+class ImageData(LabelledData):
+    """Labelled images and their shape."""
 
-    name: str
     train: ImageSet
     held_out: ImageSet
-    class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]  # C, H, W
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of both parts and of the classes."""
-        parts = (self.name, *self.class_names, self.train.fingerprint(), self.held_out.fingerprint())
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def to_signed_unit(pixels: Tensor) -> Tensor:

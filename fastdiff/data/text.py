@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.data.corpora import Corpus, Pair, open_corpus
-from fastdiff.data.disk import cache_folder, flush_to_disk
+from fastdiff.data.disk import cache_folder, make_folder_once
 from fastdiff.data.samples import Piece, Samples, Split
 from fastdiff.data.text_config import TextDataConfig, TokenizerConfig
 from fastdiff.data.text_parts import TextData, TextPart
@@ -52,7 +50,7 @@ def load_text_data(data: TextDataConfig, tokenizer: "TokenizerConfig | PreTraine
     tokenizer_key = json.dumps(asdict(tokenizer)) if trained else tokenizer_fingerprint(ready)
     folder = _cached_folder(data, corpus, tokenizer_key)
     if not _is_complete(folder):
-        _make(folder, data, corpus, tokenizer, ready)
+        make_folder_once(folder, _is_complete, lambda new: _fill(new, data, corpus, tokenizer, ready))
     if ready is None:
         from transformers import AutoTokenizer
 
@@ -87,45 +85,21 @@ def _is_complete(folder: Path) -> bool:
     return (folder / _TOKENIZER).is_dir() and all((folder / name).is_file() for name in meta["files"])
 
 
-def _make(
+def _fill(
     folder: Path,
     data: TextDataConfig,
     corpus: Corpus,
     tokenizer: "TokenizerConfig | PreTrainedTokenizerBase",
     ready: "PreTrainedTokenizerBase | None",
 ) -> None:
-    """Makes a cached folder under another name, and gives it its own when it is whole and on disk."""
-    from filelock import FileLock
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        lock.acquire()
-    except OSError as error:
-        raise PermissionError(
-            f"the cache {folder.parent} cannot be written ({error.strerror or error}); set FASTDIFF_CACHE to a folder "
-            "that can"
-        ) from None
-    with lock:
-        if _is_complete(folder):
-            return  # another process made it while this one waited
-        for leftover in (folder, *folder.parent.glob(f".{folder.name}.*.writing")):  # of processes that died
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
-        try:
-            temporary.mkdir()
-            split = Split(Samples(corpus, data.sample), data.held_out_fraction)
-            if ready is None:
-                ready = load_tokenizer(tokenizer, split.training_texts())
-            _write(temporary, data, split, ready)
-            os.replace(temporary, folder)
-            flush_to_disk(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    split = Split(Samples(corpus, data.sample), data.held_out_fraction)
+    if ready is None:
+        ready = load_tokenizer(tokenizer, split.training_texts())
+    _write(folder, data, split, ready)
 
 
 def _write(folder: Path, data: TextDataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Fills a folder with token files, tokenizer and meta.json, all on disk when it returns."""
+    """Fills a folder with token files, tokenizer and meta.json."""
     where, kinds = split.samples.corpus.where, ("targets", "conditions") if split.samples.pairs else ("targets",)
     names = [f"{part}_{kind}.tokens" for part in _PARTS for kind in kinds]
     left_out = split.left_out | _write_tokens(folder, names, data, split, tokenizer)
@@ -150,8 +124,6 @@ def _write(folder: Path, data: TextDataConfig, split: Split, tokenizer: "PreTrai
         "fingerprint": digest.hexdigest(),
     }
     (folder / _META).write_text(json.dumps(meta, indent=2) + "\n")
-    for path in (*folder.rglob("*"), folder):
-        flush_to_disk(path)
 
 
 def _write_tokens(

@@ -86,31 +86,62 @@ def sample(
     config = getattr(model, "config", None)
     _check_labels(labels, config, guidance_scale)
     shape = (len(labels), *_sample_shape(sample_size, config))
-    generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, len(labels))]
-    steps = _make_steps(sampler, diffusion, num_inference_steps, guidance_interval, device, generators)
+    check_interval(guidance_interval)
     guided = _Guidance(
         model, labels.to(device), guidance_scale, guidance_interval, guidance_channels,
         conditioning or {}, null_conditioning or {}, autocast_dtype,
     )  # fmt: skip
-    if not len(labels):
-        return torch.empty(shape, device=device)
-
-    x = _noise(generators, shape[1:], device)
     was_training = model.training
     model.eval()
     try:
-        for index in tqdm(range(len(steps.times)), disable=not progress, desc="sampling"):
-            t = steps.times[index].to(device).expand(len(labels))
-            fraction = float(steps.fractions[index])
-            prediction, variance = guided(x, diffusion.model_time(t), fraction)
-            x0 = diffusion.predicted_x0(prediction, x, t)
-            if clip_sample is not None:
-                x0 = x0.clamp(-clip_sample, clip_sample)
-            x = steps.step(index, x, x0, variance)
-            if callback is not None:
-                callback(index, fraction, x, x0)
+        return denoise(
+            guided, diffusion, shape, device, num_inference_steps=num_inference_steps, sampler=sampler, seed=seed,
+            clip_sample=clip_sample, callback=callback, progress=progress,
+        )  # fmt: skip
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def denoise(
+    predict: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor | None]],
+    diffusion: Diffusion,
+    shape: Sequence[int],
+    device: torch.device,
+    *,
+    num_inference_steps: int = 25,
+    sampler: str | None = None,
+    seed: int | Sequence[int] = 0,
+    clip_sample: float | None = None,
+    callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    progress: bool = False,
+) -> Tensor:  # of `shape`, float32
+    """The loop of `sample`, over tensors of any shape [B, ...] and any predictor.
+
+    Args:
+        predict: called as predict(x, time [B] as networks get it, noise time in [0, 1]); gives the prediction, of x's
+            shape, and a variance or None.
+        shape: of all samples together.
+        device: where they are drawn.
+
+    The other arguments and errors are those of `sample`.
+    """
+    count = shape[0]
+    generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, count)]
+    steps = _make_steps(sampler, diffusion, num_inference_steps, device, generators)
+    if not count:
+        return torch.empty(tuple(shape), device=device)
+    x = _noise(generators, shape[1:], device)
+    for index in tqdm(range(len(steps.times)), disable=not progress, desc="sampling"):
+        t = steps.times[index].to(device).expand(count)
+        fraction = float(steps.fractions[index])
+        prediction, variance = predict(x, diffusion.model_time(t), fraction)
+        x0 = diffusion.predicted_x0(prediction, x, t)
+        if clip_sample is not None:
+            x0 = x0.clamp(-clip_sample, clip_sample)
+        x = steps.step(index, x, x0, variance)
+        if callback is not None:
+            callback(index, fraction, x, x0)
     return x
 
 
@@ -214,7 +245,7 @@ class _RenoiseSteps:
         return self.diffusion.add_noise(x0, _noise(self.generators, x.shape[1:], x.device), t)
 
 
-def _make_steps(sampler, diffusion: Diffusion, count: int, interval, device, generators):
+def _make_steps(sampler, diffusion: Diffusion, count: int, device, generators):
     config = diffusion.config
     fitting = samplers_for(config)
     sampler = fitting[0] if sampler is None else sampler
@@ -226,10 +257,14 @@ def _make_steps(sampler, diffusion: Diffusion, count: int, interval, device, gen
     if count < 1 or (config.is_discrete and count > config.num_train_timesteps):
         most = f"..{config.num_train_timesteps}" if config.is_discrete else " or more"
         raise ValueError(f"num_inference_steps: got {count}; expected 1{most}")
-    if not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance_interval: got {tuple(interval)}; expected 0 <= low <= high <= 1")
     kind = _DiscreteSteps if config.is_discrete else _RenoiseSteps if sampler == "renoise" else _FlowSteps
     return kind(sampler, diffusion, count, device, generators)
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raises ValueError where a guidance interval is not 0 <= low <= high <= 1."""
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval: got {tuple(interval)}; expected 0 <= low <= high <= 1")
 
 
 def _as_labels(class_labels: Tensor | Sequence[int]) -> Tensor:  # [B], int64

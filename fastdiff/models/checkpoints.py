@@ -26,10 +26,17 @@ _FREE_FIELDS = ("attention", "class_dropout_prob", "gradient_checkpointing", "in
 
 def save_dit(model: DiT, directory: str | os.PathLike) -> None:
     """See `DiT.save_pretrained`."""
+    write_checkpoint(directory, "DiT", model.state_dict(), dataclasses.asdict(model.config))
+
+
+def write_checkpoint(
+    directory: str | os.PathLike, class_name: str, state: Mapping[str, Tensor], config: dict[str, Any]
+) -> None:
+    """model.safetensors and config.json with a model's class, each whole or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    config = {"_class_name": "DiT", "_fastdiff_version": __version__, **dataclasses.asdict(model.config)}
+    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    config = {"_class_name": class_name, "_fastdiff_version": __version__, **config}
     write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
     write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
@@ -123,12 +130,12 @@ def _read_folder(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict
         config = DiTConfig(**{**fields, **overrides})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path / CONFIG_NAME}: not a DiT's configuration: {one_line(error)}") from error
-    return config, _read_safetensors(path / WEIGHTS_NAME)
+    return config, read_safetensors(path / WEIGHTS_NAME)
 
 
 def _read_facebook(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict[str, Tensor]]:
     _check_overrides(overrides, (*_FREE_FIELDS, "num_heads"))
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content = read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     # A training checkpoint holds {"model", "ema", "opt", "args"}: samples are drawn with the averaged weights.
     state = next((content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)), content)
     trained_as = PRESETS.get(getattr(content.get("args"), "model", None), {})
@@ -145,9 +152,9 @@ def _read_diffusers_weights(path: Path) -> dict[str, Tensor]:
     if index.is_file() and not whole.is_file():
         state: dict[str, Tensor] = {}
         for shard in sorted(set(read_json(index)["weight_map"].values())):
-            state.update(_read_safetensors(path / shard))
+            state.update(read_safetensors(path / shard))
         return state
-    return _read_pickle(pickled) if pickled.is_file() and not whole.is_file() else _read_safetensors(whole)
+    return _read_pickle(pickled) if pickled.is_file() and not whole.is_file() else read_safetensors(whole)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -160,9 +167,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, owner: str = "a DiT") -> dict[str, Tensor]:
+    """The tensors of a file. Raises FileNotFoundError where there is none, ValueError for a damaged one."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the weights of a DiT")
+        raise FileNotFoundError(f"{path}: no such file; expected the weights of {owner}")
     try:
         return load_file(path)
     except (SafetensorError, ValueError) as error:

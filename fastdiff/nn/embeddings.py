@@ -16,37 +16,56 @@ def sincos_2d(grid_h: int, grid_w: int, dim: int, *, device: torch.device | str 
     """
     if dim % 4:
         raise ValueError(f"dim: got {dim}; 2-D sine-cosine positions need a multiple of 4")
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
-
-    def encode(length: int) -> Tensor:
-        angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1).float()  # [length, dim / 2]
-
-    columns = encode(grid_w)[None].expand(grid_h, grid_w, dim // 2)
-    rows = encode(grid_h)[:, None].expand(grid_h, grid_w, dim // 2)
+    columns = _sincos(torch.arange(grid_w, device=device), dim // 2)[None].expand(grid_h, grid_w, dim // 2)
+    rows = _sincos(torch.arange(grid_h, device=device), dim // 2)[:, None].expand(grid_h, grid_w, dim // 2)
     return torch.cat([columns, rows], dim=-1).reshape(grid_h * grid_w, dim)
+
+
+def sincos_positions(position_ids: Tensor, dim: int) -> Tensor:  # [L, axes] -> [L, dim], float32
+    """Fixed sine-cosine positions of tokens with any number of coordinates, which share the width.
+
+    Each axis has an equal, even part of `dim`, of sines, then cosines; what is left over is zero. Raises ValueError
+    where an axis would get nothing.
+    """
+    axes = position_ids.shape[1]
+    part = dim // (2 * axes) * 2 if axes else 0
+    if part == 0:
+        raise ValueError(f"position_ids: got {axes} axes for a width of {dim}; expected 1 to {dim // 2}")
+    encoded = torch.cat([_sincos(coordinates, part) for coordinates in position_ids.unbind(1)], dim=1)
+    return F.pad(encoded, (0, dim - encoded.shape[1]))
+
+
+def _sincos(coordinates: Tensor, dim: int) -> Tensor:  # [N] -> [N, dim], float32
+    """Sines, then cosines, of the coordinate times 10000^(-i / (dim / 2))."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=coordinates.device) / (dim // 2))
+    angles = coordinates.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
 class TimestepEmbedding(nn.Module):
     """Sinusoids of the timestep, then Linear → SiLU → Linear: `[B]` of any real dtype → `[B, dim]`.
 
-    The sinusoids are cosines, then sines, of t·10000^(-i / (frequency_dim / 2 - frequency_shift)), in float32.
-    `frequency_shift` is 0 in DiT; diffusers' DiTTransformer2DModel has 1.
+    The sinusoids are cosines, then sines (`sine_first`: the other way round), of
+    t·10000^(-i / (frequency_dim / 2 - frequency_shift)), in float32. `frequency_shift` is 0 in DiT; diffusers'
+    DiTTransformer2DModel has 1.
     Raises ValueError where frequency_dim is odd or not above 2·frequency_shift.
     """
 
-    def __init__(self, dim: int, *, frequency_dim: int = 256, frequency_shift: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, *, frequency_dim: int = 256, frequency_shift: float = 0.0, sine_first: bool = False
+    ) -> None:
         super().__init__()
         if frequency_dim % 2 or frequency_dim <= 2 * frequency_shift:
             raise ValueError(f"frequency_dim: got {frequency_dim}; expected an even number above {2 * frequency_shift}")
-        self.frequency_dim, self.frequency_shift = frequency_dim, frequency_shift
+        self.frequency_dim, self.frequency_shift, self.sine_first = frequency_dim, frequency_shift, sine_first
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def sinusoids(self, timestep: Tensor) -> Tensor:  # [B] -> [B, frequency_dim], float32
         half = self.frequency_dim // 2
         exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - self.frequency_shift)
         angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        waves = (angles.sin(), angles.cos()) if self.sine_first else (angles.cos(), angles.sin())
+        return torch.cat(waves, dim=1)
 
     def forward(self, timestep: Tensor) -> Tensor:  # [B] -> [B, dim]
         return self.mlp(self.sinusoids(timestep).to(self.mlp[0].weight.dtype))

@@ -1,9 +1,11 @@
 """The operator under QGFD attention: repeated products with one softmax matrix, and its gradient."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastdiff.kernels.qgfd.reference import UNIT_EPS
 from fastdiff.ops._checks import distinct, wants_grad
 from fastdiff.ops._qgfd_backends import IMPLEMENTATIONS
 from fastdiff.ops._qgfd_options import Interval
@@ -33,6 +35,12 @@ def hops(
     else:
         out = IMPLEMENTATIONS[backend].qgfd_forward(query, key, value, *arguments)
     return out.transpose(1, 2)
+
+
+def unit_keys(key: Tensor) -> Tensor:  # [B, H, L, d] -> the same
+    """k / ‖k‖, made in float32 at least, in the dtype of k."""
+    wide = key if key.dtype == torch.float64 else key.float()
+    return F.normalize(wide, dim=-1, eps=UNIT_EPS).to(key.dtype)
 
 
 class _Hops(torch.autograd.Function):

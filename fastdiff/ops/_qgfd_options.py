@@ -1,6 +1,8 @@
 """Options and masks of QGFD attention: what they mean for the kernels, and whether they fit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import torch
@@ -77,8 +79,9 @@ def row_intervals(masks: Masks, queries: int, keys: int, device: torch.device) -
     if masks.cu_seqlens is not None:
         starts = masks.cu_seqlens.to(torch.int32)
         sequence = torch.searchsorted(starts, torch.arange(keys, dtype=torch.int32, device=device), right=True) - 1
+        sequence = sequence.clamp(0, starts.shape[0] - 2)  # cu_seqlens that nobody could look at may end early
         begin = starts[sequence][None]
-        ends = starts[sequence + 1][None]
+        ends = torch.where(torch.arange(keys, device=device) < starts[-1], starts[sequence + 1], 0)[None]
         if isinstance(prefix, Tensor):
             prefix = prefix[sequence][None]
         if prefix is not None:
@@ -113,22 +116,24 @@ def check_operands(
 ) -> None:
     """Raises for whatever does not fit."""
     for name, t in (("query", query), ("key", key), ("value", value)):
-        check_floats(name, t, 4)
+        check_floats(name, t, 0)
         if t.ndim != 4 or t.shape[-1] == 0:
             raise ValueError(f"{name} has shape {list(t.shape)}; expected [B, H, L, d] with d > 0")
         if t.device != query.device:
             raise ValueError(f"{name} is on {t.device}, query on {query.device}; expected one device: move one of them")
-        if t.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        cast = torch.is_autocast_enabled(query.device.type) and torch.float64 not in (t.dtype, query.dtype)
+        if t.dtype != query.dtype and not cast:
             raise ValueError(f"{name} is {t.dtype}, query is {query.dtype}; expected one dtype: cast one of them")
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
+    _flag("enable_gqa", enable_gqa)
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != dim:
         expected = f"expected [{batch}, H_kv, L_k, {dim}] for both"
         raise ValueError(f"key has shape {list(key.shape)} and value {list(value.shape)}; {expected}")
     if kv_heads != heads and not (enable_gqa and kv_heads > 0 and heads % kv_heads == 0):
         how = "a divisor of it" if enable_gqa else "as many, or enable_gqa=True"
         raise ValueError(f"key has {kv_heads} heads, query {heads}; expected {how}")
-    _check_options(options, dropout_p)
+    check_options(options, dropout_p)
     diffuses = not options.plain
     if queries != keys and diffuses and options.transition == "attention":
         raise ValueError(
@@ -146,40 +151,51 @@ def check_operands(
             )
 
 
-def _number(name: str, value: float, fits: bool, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not fits:
+def _number(name: str, value: float, fits: Callable[[float], bool], expected: str) -> None:
+    if isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}; expected {expected}: it is a plain number, without gradient"
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float | Real) or not fits(value):
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
-def _check_options(options: Options, dropout_p: float) -> None:
-    def between(value: float, low: float, high: float) -> bool:
-        return isinstance(value, int | float) and low <= value <= high
+def _flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        given = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} is {given}; expected True or False")
 
-    if isinstance(options.steps, bool) or not isinstance(options.steps, int) or options.steps < 0:
-        raise ValueError(f"steps is {options.steps!r}; expected an int >= 0 (0: plain attention)")
-    _number("alpha", options.alpha, between(options.alpha, 0, 1), "a number in [0, 1]")
+
+def check_options(options: Options, dropout_p: float) -> None:
+    """Raises ValueError, or TypeError for a flag that is not a bool, where a setting does not fit."""
+    steps = options.steps
+    if isinstance(steps, bool) or not isinstance(steps, int | Integral) or steps < 0:
+        given = type(steps).__name__ if isinstance(steps, Tensor) else repr(steps)
+        raise ValueError(f"steps is {given}; expected an int >= 0 (0: plain attention)")
+    _number("alpha", options.alpha, lambda v: 0 <= v <= 1, "a number in [0, 1]")
     for name in ("transition", "recurrence"):
         choices = get_args(Transition if name == "transition" else Recurrence)
         if getattr(options, name) not in choices:
             raise ValueError(f"{name} is {getattr(options, name)!r}; expected {' or '.join(map(repr, choices))}")
-    large = float("inf")
     for name in ("temperature", "scale"):
         value = getattr(options, name)
-        if name == "temperature" or value is not None:
-            _number(name, value, between(value, 0, large) and 0 < value < large, "a finite number > 0")
+        if name == "temperature" or value is not None:  # beyond these bounds float32 has no inverse
+            _number(name, value, lambda v: 1e-30 <= v <= 1e30, "a number > 0, from 1e-30 to 1e30")
     for name, value in (("hop_dropout_p", options.hop_dropout_p), ("dropout_p", dropout_p)):
-        _number(name, value, between(value, 0, 1) and value < 1, "a number in [0, 1)")
+        _number(name, value, lambda v: 0 <= v < 1, "a number in [0, 1)")
+    _flag("sink_isolation", options.sink_isolation)
     if options.sink_isolation and options.transition != "key":
         raise ValueError("sink_isolation is True with transition 'attention'; expected transition='key'")
 
 
 def _check_masks(masks: Masks, batch: int, queries: int, keys: int, device: torch.device) -> None:
+    _flag("is_causal", masks.is_causal)
     if masks.key_mask is not None:
         _check_bool("key_mask", masks.key_mask, device)
         if masks.key_mask.shape != (batch, keys):
-            raise ValueError(
-                f"key_mask has shape {list(masks.key_mask.shape)}; expected [{batch}, {keys}], True = attend"
-            )
+            shape = list(masks.key_mask.shape)
+            hint = ": pass mask[:, 0, 0]" if shape == [batch, 1, 1, keys] else ""
+            raise ValueError(f"key_mask has shape {shape}; expected [{batch}, {keys}], True = attend{hint}")
     sequences = batch
     if masks.cu_seqlens is not None:
         _check_cu_seqlens(masks.cu_seqlens, batch, queries, keys, device)
@@ -188,7 +204,9 @@ def _check_masks(masks: Masks, batch: int, queries: int, keys: int, device: torc
     if isinstance(prefix, Tensor):
         if prefix.dtype not in (torch.int32, torch.int64) or prefix.shape != (sequences,) or prefix.device != device:
             given = f"{prefix.dtype} {list(prefix.shape)} on {prefix.device}"
-            raise ValueError(f"prefix_length is {given}; expected int64 [{sequences}] on {device}")
+            raise ValueError(f"prefix_length is {given}; expected int32 or int64 [{sequences}] on {device}")
+        if device.type == "cpu" and not torch.compiler.is_compiling() and bool((prefix < 0).any()):
+            raise ValueError(f"prefix_length has {int(prefix.min())}; expected numbers >= 0")
     elif prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
         raise ValueError(f"prefix_length is {prefix!r}; expected an int >= 0 or an int64 tensor [{sequences}]")
 

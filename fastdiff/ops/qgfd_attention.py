@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdiff.kernels.qgfd import reference
 from fastdiff.ops._checks import autocast, choose_backend
 from fastdiff.ops._qgfd_backends import OPERATOR, refuses_head_size
-from fastdiff.ops._qgfd_hops import hops
+from fastdiff.ops._qgfd_hops import hops, unit_keys
 from fastdiff.ops._qgfd_options import (
     Masks,
     Options,
@@ -72,8 +72,15 @@ def qgfd_attention(
             steps + 1 calls of scaled_dot_product_attention; with transition "attention" and temperature 1 alone.
             Dropout of the mixed matrix does not factor: `qgfd_attention_dense` has it.
 
+    Returns:
+        [B, H, L_q, d] in query's dtype (autocast's under autocast), as a rule a transposed [B, L_q, H, d], so that
+        `out.transpose(1, 2).flatten(2)` costs nothing. It can be differentiated once, not twice. Masks keep finite
+        values apart; a NaN or Inf in a masked row may spread, as 0 · NaN is NaN.
+
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, value or device does not fit; the message names it.
+        TypeError, ValueError: an argument's type, dtype, shape, value or device does not fit; the message names it. The
+            numbers of cu_seqlens and of a prefix_length tensor are looked at on the CPU alone, and not under
+            torch.compile.
         BackendError: the backend that was asked for cannot run.
     """
     options = Options(steps, alpha, transition, recurrence, temperature, sink_isolation, scale, hop_dropout_p)
@@ -184,8 +191,8 @@ def _warn_of_leaks() -> None:
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
-            "QGFD's hops reach keys that attn_mask hides: a mask like a sliding window is not closed under powers."
-            " key_mask, is_causal, prefix_length and cu_seqlens are",
+            "QGFD's hops reach keys that attn_mask hides where it is not closed under powers, as a sliding window is"
+            " not; key_mask, is_causal, prefix_length and cu_seqlens are, and need no L x L matrix",
             stacklevel=3,
         )
 
@@ -197,7 +204,7 @@ def _choose(query: Tensor) -> str:
 
 
 def _diffuse_over_keys(backend: str, key: Tensor, value: Tensor, options: Options, masks: Masks) -> Tensor:
-    unit = F.normalize(key.float(), dim=-1).to(key.dtype)
+    unit = unit_keys(key)
     length = key.shape[2]
     intervals = row_intervals(masks, length, length, key.device)
     if options.sink_isolation:
@@ -217,7 +224,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: float 
         lower = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         mask = lower if mask is None else mask & lower
         causal = False
-    grouped = query.shape[1] != key.shape[1]
+    grouped = False
+    if query.shape[1] != key.shape[1]:  # a branch: under torch.compile the comparison itself is not a bool
+        grouped = True
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped, dropout_p=dropout_p
     )

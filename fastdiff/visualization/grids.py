@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastdiff.data.images import to_bytes
+from fastdiff.visualization.figures import save_figure
 
 _BACKGROUND = 255
 
@@ -107,4 +108,4 @@ def _draw(
             ha="center",
             va="center",
         )
-    figure.savefig(path, dpi=160, format="png")
+    save_figure(figure, path, dpi=160)

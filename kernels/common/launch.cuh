@@ -26,6 +26,13 @@ using Stream = cudaStream_t;
 inline int launch_status() { return static_cast<int>(cudaGetLastError()); }
 constexpr int kInvalidValue = static_cast<int>(cudaErrorInvalidValue);
 inline int64_t max_grid() { return 2147483647; }  // blocks in x; kernels loop over work beyond that
+// To be called before a launch with that much dynamic shared memory: beyond 48 KiB a kernel must be given leave.
+template <class Kernel>
+int allow_shared(Kernel* kernel, int64_t bytes) {
+  if (bytes <= 48 << 10) return 0;
+  return static_cast<int>(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
 }  // namespace fastdiff::cuda
 
 #else

@@ -105,6 +105,7 @@ struct Vec {
   FD_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   FD_INLINE float max() const { return _mm512_reduce_max_ps(v); }
   friend FD_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN, in all sets
+  friend FD_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // the same
   friend FD_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -190,6 +191,7 @@ struct Vec {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
   }
   friend FD_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend FD_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend FD_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -259,6 +261,7 @@ struct Vec {
     return a > b ? a : b;
   }
   friend FD_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  friend FD_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   friend FD_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend FD_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend FD_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }

@@ -72,8 +72,7 @@ struct QgfdBackwardParams {
 };
 
 namespace cpu {
-int64_t qgfd_forward_workspace_bytes(const QgfdForwardParams& params);
-int64_t qgfd_backward_workspace_bytes(const QgfdBackwardParams& params);
+// These take no workspace: each thread has a scratch of its own.
 void qgfd_forward(const QgfdForwardParams& params, const ParallelFor& parallel_for);
 void qgfd_backward(const QgfdBackwardParams& params, const ParallelFor& parallel_for);
 }  // namespace cpu

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNIT_EPS = 1e-6  # keys shorter than this are scaled up less: else a key of zeros gets gradients of 1e12
+
 
 def attention_mask(
     queries: int,
@@ -56,7 +58,7 @@ def transition_matrix(query, key, transition, temperature, scale, masks, sink_is
         mask = attention_mask(query.shape[-2], key.shape[-2], key.device, **masks)
         return masked_softmax(query @ key.mT * (scale / temperature), mask)
     mask = attention_mask(key.shape[-2], key.shape[-2], key.device, **masks)
-    unit = F.normalize(key, dim=-1)
+    unit = F.normalize(key, dim=-1, eps=UNIT_EPS)
     p = masked_softmax(unit @ unit.mT / temperature, mask)
     if not sink_isolation:
         return p

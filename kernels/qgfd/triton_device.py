@@ -230,12 +230,18 @@ def _query_span(span_ptr, batch, span_batch_stride, tile, queries, ROWS: tl.cons
 
 
 @triton.jit
+def _weight(power):
+    """2 ** power; above 0 it is by rounding alone, of scores so large that differences have no digits. NaN stays."""
+    return tl.exp2(tl.where(power > 0, 0.0, power))
+
+
+@triton.jit
 def _transposed_weights(
     s, columns, rows, lse_base, begin_ptr, end_ptr, begin_offset, end_offset, queries, keys
 ):  # fmt: skip
     """M^T [KEYS, ROWS] of a tile's scores, but for key_mask, which makes whole rows of it zero."""
     lse = tl.load(lse_base + rows, mask=rows < queries, other=float("inf"))  # queries past the last: weights of 0
-    p = tl.exp2(s - (lse * LOG2_E)[None, :])
+    p = _weight(s - (lse * LOG2_E)[None, :])
     if begin_ptr is not None or end_ptr is not None:
         begin, end = _intervals(begin_ptr, end_ptr, begin_offset, end_offset, rows, queries, keys)
         p = tl.where((columns[:, None] >= begin[None, :]) & (columns[:, None] < end[None, :]), p, 0.0)
@@ -435,7 +441,7 @@ def grad_query_kernel(
                             g, u, ds, h_next, rows, D // UNIT, queries, u_base, columns, D // UNIT, keys, D, DIM, CHUNK
                         )  # fmt: skip
                         u_base += hop_stride * UNIT
-                ds = tl.exp2(s - lse[:, None]) * (ds - delta[:, None])
+                ds = _weight(s - lse[:, None]) * (ds - delta[:, None])
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     out_base = grad_query_ptr + (batch * queries * heads + head) * D
     _store(out_base, rows, heads * (D // UNIT), queries, acc * scale, D, DIM)

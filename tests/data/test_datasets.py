@@ -23,6 +23,8 @@ def test_bundled_sets(name, shape, train, held_out):
     images = data.train.images([0, 5, 9])
     assert images.dtype == torch.float32 and images.shape == (3, *shape)
     assert images.min() == -1 and 0.5 < images.max() <= 1
+    batch = data.train.batch([0, 5, 9])
+    assert torch.equal(batch["pixel_values"], images) and torch.equal(batch["labels"], data.train.labels[[0, 5, 9]])
     counts = data.held_out.labels.bincount()
     assert counts.max() - counts.min() <= 1
     together = {image.numpy().tobytes() for image in data.train.images(range(train))}
@@ -131,6 +133,8 @@ def test_image_folder(photos, channels):
     means = images.mean(dim=(1, 2, 3))
     assert torch.equal(means > 0, data.train.labels == 1)  # cats are dark, dogs are bright
     assert data.train.images([]).shape == (0, channels, 8, 8)
+    batch = data.held_out.batch([3, 0])
+    assert torch.equal(batch["pixel_values"], data.held_out.images([3, 0])) and batch["labels"].tolist() == [1, 0]
 
 
 def test_image_folder_refuses(photos, tmp_path_factory):

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "async_copy.h"
 #include "fiber.h"
 
 namespace cuda_on_cpu {
@@ -40,7 +41,7 @@ struct Site {  // where a thread is in the source
 
 // What the lanes named by `mask` give one another. Two generations of slots: nobody overwrites what others still read.
 struct Exchange {
-  static constexpr size_t kBytes = 16;
+  static constexpr size_t kBytes = 48;
   uint32_t mask = 0, arrived = 0;
   volatile uint32_t generation = 0;
   Site site;
@@ -61,6 +62,7 @@ struct Thread {
   const volatile uint32_t* counter = nullptr;  // waits until *counter differs from `seen`
   uint32_t seen = 0;
   Site site;
+  AsyncCopies copies;
   Fiber fiber;
 };
 
@@ -235,6 +237,7 @@ EMULATOR_INTERNAL inline void end_thread() {
   Thread& t = *b.current;
   t.site.what = "its end";
   if (b.barrier_arrived) fail("a thread exits while others wait in a barrier");
+  if (!t.copies.copies.empty()) fail("a thread exits without having waited for its copies to shared memory");
   t.done = true;
   t.warp->alive &= ~(1u << t.lane);
   --b.alive;
@@ -270,6 +273,7 @@ EMULATOR_INTERNAL inline void begin_block(Block& b) {
     t.done = false;
     t.counter = nullptr;
     t.site = {};
+    t.copies = {};
     t.fiber.start(b.stacks + i * Fiber::kStackBytes, i, &thread_main);
   }
   b.alive = b.threads;

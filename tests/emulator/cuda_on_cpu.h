@@ -20,7 +20,11 @@
 #undef __grid_constant__
 #define __grid_constant__
 #undef __forceinline__
+#ifdef EMULATOR_ASAN  // each access becomes many instructions: compiled once a function, not once a call
+#define __forceinline__ inline
+#else
 #define __forceinline__ inline __attribute__((always_inline))
+#endif
 
 #define threadIdx (::cuda_on_cpu::g_block->current->index)
 #define blockIdx (::cuda_on_cpu::g_block->index)
@@ -51,6 +55,10 @@ using Stream = CUstream_st*;
 inline int launch_status() { return 0; }  // faults are exceptions here
 constexpr int kInvalidValue = 1;          // cudaErrorInvalidValue
 inline int64_t max_grid() { return ::cuda_on_cpu::config().max_grid; }
+template <class Kernel>
+int allow_shared(Kernel*, int64_t) {  // the launch checks the chip's limit
+  return 0;
+}
 }  // namespace fastdiff::cuda
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -118,6 +126,8 @@ inline T atomicOr(T* at, T value) {
   return __atomic_fetch_or(at, value, __ATOMIC_RELAXED);
 }
 
+inline int min(int a, int b) { return b < a ? b : a; }
+inline int max(int a, int b) { return a < b ? b : a; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) {
   unsigned bits;

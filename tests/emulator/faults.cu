@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/common/cuda_dtype.cuh"
+#include "kernels/common/mma.cuh"
 
 namespace cuda_on_cpu::faults {
 namespace {
@@ -82,6 +83,39 @@ __global__ void too_much_static_shared(float* out) {
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
+// out[i] = in[n - 1 - i], copied to shared memory past the registers
+template <bool kWait, bool kBarrier>
+__global__ void reverse_copied(const float* in, float* out) {
+  FD_SHARED(float, tile, [kThreads]);
+  using fastdiff::cuda::copy_async_16;
+  if (threadIdx.x < kThreads / 4) copy_async_16(tile + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
+  fastdiff::cuda::copy_async_commit();
+  if constexpr (kWait) fastdiff::cuda::copy_async_wait<0>();
+  if constexpr (kBarrier) __syncthreads();
+  out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
+  fastdiff::cuda::copy_async_wait<0>();
+}
+
+// The first half waits for the older of two groups, and reads the younger one.
+__global__ void wait_for_the_wrong_group(const float* in, float* out) {
+  FD_SHARED(float, tile, [2][kThreads]);
+  for (int half = 0; half < 2; ++half) {
+    if (threadIdx.x < kThreads / 4) {
+      fastdiff::cuda::copy_async_16(tile[half] + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
+    }
+    fastdiff::cuda::copy_async_commit();
+  }
+  fastdiff::cuda::copy_async_wait<1>();
+  __syncthreads();
+  out[threadIdx.x] = threadIdx.x < kThreads / 2 ? tile[1][threadIdx.x] : tile[0][threadIdx.x];
+  fastdiff::cuda::copy_async_wait<0>();
+}
+
+__global__ void copy_without_wait(const float* in) {
+  FD_SHARED(float, tile, [kThreads]);
+  if (threadIdx.x < kThreads / 4) fastdiff::cuda::copy_async_16(tile + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
+}
+
 // Every block adds to one cell without an atomic operation or another block's end.
 __global__ void cross_block_race(float* out) {
   if (threadIdx.x == 0) out[0] += 1.0f;
@@ -127,6 +161,18 @@ int run(const char* name, const float* in, float* out, int n) {
     FD_LAUNCH(too_much_static_shared, one, threads, 0, stream, out);
   } else if (is("too_much_dynamic_shared")) {
     FD_LAUNCH(fill_dynamic_shared, one, threads, 100 << 10, stream, out);
+  } else if (is("reverse_copied")) {
+    FD_LAUNCH((reverse_copied<true, true>), one, threads, 0, stream, in, out);
+  } else if (is("copy_read_before_wait")) {
+    FD_LAUNCH((reverse_copied<false, true>), one, threads, 0, stream, in, out);
+  } else if (is("copy_read_before_barrier")) {
+    FD_LAUNCH((reverse_copied<true, false>), one, threads, 0, stream, in, out);
+  } else if (is("wait_for_the_wrong_group")) {
+    FD_LAUNCH(wait_for_the_wrong_group, one, threads, 0, stream, in, out);
+  } else if (is("copy_without_wait")) {
+    FD_LAUNCH(copy_without_wait, one, threads, 0, stream, in);
+  } else if (is("misaligned_copy")) {
+    FD_LAUNCH((reverse_copied<true, true>), one, threads, 0, stream, in + 1, out);
   } else if (is("cross_block_race")) {
     FD_LAUNCH(cross_block_race, dim3(8), dim3(32), 0, stream, out);
   } else if (is("one_cell_a_block")) {

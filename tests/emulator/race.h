@@ -15,5 +15,6 @@ inline std::vector<float> numbers(int64_t count) {
 int race_adaln();
 int race_eos_length();
 int race_masked_loss();
+int race_qgfd();
 int race_token_sampling();
 int race_unmask();

@@ -24,7 +24,7 @@ def results(emulator: Emulator, fault: str) -> list[torch.Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("fault", ["reverse", "dynamic_shared", "vectors", "one_cell_a_block"])
+@pytest.mark.parametrize("fault", ["reverse", "reverse_copied", "dynamic_shared", "vectors", "one_cell_a_block"])
 def test_right_kernels_pass(emulator, fault):
     first, *others = results(emulator, fault)
     assert all(torch.equal(first, other) for other in others)
@@ -41,6 +41,17 @@ def test_uninitialised_shared_memory_is_nan(emulator):
     assert all(out.isnan().all() for out in results(emulator, "uninitialised_shared"))
 
 
+def test_a_copy_to_shared_memory_is_nan_until_it_was_waited_for(emulator):
+    assert all(out.isnan().any() for out in results(emulator, "copy_read_before_wait"))
+    outputs = results(emulator, "wait_for_the_wrong_group")
+    assert all(out[:64].isnan().any() and torch.equal(out[64:], torch.arange(64.0, 128.0)) for out in outputs)
+
+
+def test_a_copy_to_shared_memory_needs_a_barrier_on_top(emulator):
+    outputs = results(emulator, "copy_read_before_barrier")
+    assert not all(torch.equal(out, outputs[0]) for out in outputs)
+
+
 @pytest.mark.parametrize(
     "fault, message",
     [
@@ -48,6 +59,8 @@ def test_uninitialised_shared_memory_is_nan(emulator):
         ("two_barriers", r"divergent barrier, others wait at .*faults\.cu:\d+: block\(0,0,0\) thread.*faults\.cu:\d+"),
         ("divergent_shuffle", r"the mask of a warp exchange names a lane that has exited|deadlock: block\(0,0,0\)"),
         ("misaligned_vector", r"misaligned access of 16 bytes: block\(0,0,0\) thread\(\d+,0,0\) .*cuda_dtype\.cuh:\d+"),
+        ("misaligned_copy", r"misaligned access of 16 bytes: block\(0,0,0\) thread.* cp\.async at .*faults\.cu:\d+"),
+        ("copy_without_wait", r"exits without having waited for its copies.*: block\(0,0,0\) thread\(\d+,0,0\)"),
         ("too_much_static_shared", r"shared memory: 262144 bytes a block, the limit is 49152"),
         ("too_much_dynamic_shared", r"shared memory: 102400 bytes a block, the limit is 49152"),
     ],
@@ -119,7 +132,7 @@ def test_unmask_under_address_and_undefined_behaviour_sanitizers(libraries):
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("fault", ["cross_block_race", "removed_barrier"])
+@pytest.mark.parametrize("fault", ["cross_block_race", "removed_barrier", "copy_read_before_barrier"])
 def test_race_check_catches(libraries, fault):
     libraries("race")
     done = race("fault", fault)
@@ -127,7 +140,7 @@ def test_race_check_catches(libraries, fault):
     assert "data race" in done.stderr and "faults.cu" in done.stderr
 
 
-@pytest.mark.parametrize("fault", ["reverse", "one_cell_a_block"])
+@pytest.mark.parametrize("fault", ["reverse", "reverse_copied", "one_cell_a_block"])
 def test_race_check_passes_right_kernels(libraries, fault):
     libraries("race")
     done = race("fault", fault)

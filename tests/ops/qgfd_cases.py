@@ -108,7 +108,8 @@ def _cases() -> list[Case]:
     add("many-tiles", (1, 1, 300, 64), steps=2, **restart)
     add("many-tiles-key", (1, 1, 300, 64), keys=270, key_mask="some", **by_key)
     add("many-rows", (2, 2, 150, 16), key_mask="some", is_causal=True, steps=2)
-    add("batch", (3, 2, 70, 24), key_mask="some", prefix_length=[0, 5, 40], steps=2)
+    add("eight-heads", (1, 8, 300, 16), key_mask="some", steps=2)
+    add("batch", (3, 4, 300, 24), key_mask="some", prefix_length=[0, 5, 40], steps=2)
     return cases
 
 

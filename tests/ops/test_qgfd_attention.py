@@ -246,6 +246,38 @@ def test_large_scores_overflow_nothing(row):
     assert all(g.isfinite().all() for g in grads)
 
 
+@rows
+@pytest.mark.parametrize("length", [40, 300])
+def test_scores_beyond_what_differences_of_floats_can_tell(row, length):
+    q, k, v = make(length=length, device=row.device)
+    huge = [(q * 1e10).detach().requires_grad_(), (k * 1e10).detach().requires_grad_(), v]
+    with row.active():
+        out = qgfd_attention(*huge, steps=2)
+        grads = grads_of(out, huge)
+        hard = qgfd_attention(q, k, v, temperature=1e-9)
+    assert all(t.isfinite().all() for t in (out, hard, *grads))
+    largest = (q @ k.mT).argmax(-1)  # each query's one key, to all purposes
+    chosen = v.gather(2, largest[..., None].expand_as(v))
+    torch.testing.assert_close(qgfd_attention(*huge, steps=0), chosen, rtol=1e-4, atol=1e-4)
+
+
+@native
+@pytest.mark.parametrize("steps", [1, 3])
+def test_blocks_of_masked_keys_are_as_if_cut_off(row, steps):
+    """The keys that are left lie in the second of three blocks, and end within it."""
+    q, k, v = make(length=400, device=row.device)
+    key_mask = torch.zeros(len(q), 400, dtype=torch.bool, device=row.device)
+    key_mask[:, 140:230] = True
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    with row.active():
+        out = qgfd_attention(*leaves, steps=steps, key_mask=key_mask)
+        grads = grads_of(out, leaves)
+        cut = [t[:, :, 140:230].detach().requires_grad_() for t in (q, k, v)]
+        alone = qgfd_attention(*cut, steps=steps)
+    torch.testing.assert_close(out[:, :, 140:230], alone, **CLOSE)
+    assert not grads[1][:, :, :140].any() and not grads[1][:, :, 230:].any() and all(g.isfinite().all() for g in grads)
+
+
 @native
 def test_sixteen_bit_hops_stay_close_over_many_steps(row):
     q, k, v = make(length=64, dim=32, dtype=BF16, device=row.device)

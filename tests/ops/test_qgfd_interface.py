@@ -3,6 +3,7 @@
 import importlib
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,6 +247,32 @@ def test_a_head_size_that_a_backend_cannot_do_goes_to_another_or_is_an_error_by_
             qgfd_attention(*qkv(1, 1, 3, dim))
 
 
+def test_numbers_of_numpy_are_numbers():
+    q, k, v = qkv(1, 2, 6, 8)
+    out = qgfd_attention(q, k, v, steps=np.int64(2), alpha=np.float32(0.25), temperature=np.float64(2.0))
+    assert torch.equal(out, qgfd_attention(q, k, v, steps=2, alpha=0.25, temperature=2.0))
+
+
+def test_plain_attention_compiles_for_any_length():
+    compiled = torch.compile(
+        lambda q, k, v: qgfd_attention(q, k, v, steps=0), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for length in (5, 9, 6):
+        q, k, v = qkv(1, 2, length, 8)
+        torch.testing.assert_close(compiled(q, k, v), qgfd_attention(q, k, v, steps=0))
+
+
+@native
+def test_rows_beyond_cu_seqlens_that_nobody_could_check_see_nothing(row):
+    q, k, v = qkv(1, 2, 9, 8)
+    compiled = torch.compile(lambda ends: qgfd_attention(q, k, v, cu_seqlens=ends), fullgraph=True, backend="aot_eager")
+    with row.active():
+        out = compiled(ids(0, 4, 6))
+        expected = qgfd_attention(q[:, :, :6], k[:, :, :6], v[:, :, :6], cu_seqlens=ids(0, 4, 6))
+    torch.testing.assert_close(out[:, :, :6], expected)
+    assert not out[:, :, 6:].any()
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 Q = torch.zeros(2, 4, 5, 8)
@@ -302,10 +329,18 @@ BAD = {
         lambda: call(transition="query"),
     ),
     "recurrence": (ValueError, "recurrence is 1; expected 'power' or 'restart'", lambda: call(recurrence=1)),
-    "temperature-zero": (ValueError, "temperature is 0; expected a finite number > 0", lambda: call(temperature=0)),
+    "temperature-zero": (ValueError, "temperature is 0; expected a number > 0", lambda: call(temperature=0)),
+    "temperature-tiny": (ValueError, "temperature is 1e-45; expected", lambda: call(temperature=1e-45)),
+    "alpha-tensor": (ValueError, "alpha is a Tensor; .*without gradient", lambda: call(alpha=torch.tensor(0.5))),
+    "causal-tensor": (TypeError, "is_causal is a Tensor; expected True", lambda: call(is_causal=MASK)),
+    "causal-text": (TypeError, "is_causal is 'no'; expected True or False", lambda: call(is_causal="no")),
+    "sink-text": (TypeError, "sink_isolation is 'no'", lambda: call(sink_isolation="no", transition="key")),
+    "gqa-number": (TypeError, "enable_gqa is 1; expected True", lambda: call(enable_gqa=1)),
+    "prefix-negative": (ValueError, "prefix_length has -3", lambda: call(prefix_length=ids(-3, 2))),
+    "key_mask-4d": (ValueError, r"key_mask has .*mask\[:, 0, 0\]", lambda: call(key_mask=MASK[:, None, None])),
     "temperature-inf": (ValueError, "temperature is inf", lambda: call(temperature=INF)),
     "temperature-none": (ValueError, "temperature is None", lambda: call(temperature=None)),
-    "scale-below": (ValueError, "scale is -1.0; expected a finite number > 0", lambda: call(scale=-1.0)),
+    "scale-below": (ValueError, "scale is -1.0; expected a number > 0", lambda: call(scale=-1.0)),
     "scale-nan": (ValueError, "scale is nan", lambda: call(scale=NAN)),
     "sink": (ValueError, "sink_isolation is True .*transition='key'", lambda: call(sink_isolation=True)),
     "hop_dropout-one": (

@@ -1,0 +1,258 @@
+"""Tables: scikit-learn's bundled sets and CSV files, as standardised numbers and ids of categories."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.data.datasets import SPLIT_SEED, stratified_split
+from fastdiff.data.labelled import LabelledData
+from fastdiff.data.table_schema import CategoryColumn, NumberColumn, TableSchema
+
+MAX_CATEGORIES = 256  # of a column: with more it is a text or an identifier
+_MAX_DECIMALS = 6
+Table = Mapping[str, np.ndarray]  # columns by name: float64 [R], or str (dtype object) [R]
+
+
+@dataclass
+class TabularDataConfig:
+    """Which table to train on. Every column but those of `drop` is modelled, the target too.
+
+    Columns of text (and of true and false) are categories, columns of numbers are numbers, unless `categories` names
+    them. Missing values and columns that are constant are errors that name the column.
+
+    Attributes:
+        name: "iris" (150 flowers, 4 numbers, species), "wine" (178, 13 numbers, cultivar), "breast_cancer" (569, 30
+            numbers, diagnosis), "diabetes" (442, 9 numbers, sex; the target, progression, is a number), all four
+            bundled with scikit-learn, or "csv" (a file with a line of names, values separated by commas).
+        path: of the csv file.
+        target: of csv: the column that a classifier predicts when samples are judged; None for the last one.
+        categories: of csv: columns of numbers that are categories, such as a target of 0 and 1.
+        drop: columns left out, such as identifiers.
+        held_out_fraction: of the rows (of each class, where the target is a category); the split is fixed.
+    """
+
+    name: Literal["iris", "wine", "breast_cancer", "diabetes", "csv"] = "wine"
+    path: str | None = None
+    target: str | None = None
+    categories: list[str] = field(default_factory=list)
+    drop: list[str] = field(default_factory=list)
+    held_out_fraction: float = 0.25
+
+    def __post_init__(self):
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+        if self.name == "csv" and not self.path:
+            raise ValueError("data.path is missing; csv needs the file")
+        if self.name != "csv" and (self.path or self.target or self.categories):
+            raise ValueError(f"data.path, data.target and data.categories are of csv; leave them out of {self.name}")
+
+
+class TableRows:
+    """Rows of a table.
+
+    Args:
+        numbers: float32 [R, N], standardised.
+        categories: int64 [R, K].
+    """
+
+    def __init__(self, numbers: Tensor, categories: Tensor):
+        assert numbers.ndim == categories.ndim == 2 and len(numbers) == len(categories)
+        self.numbers, self.categories = numbers, categories
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        """{"numbers": float32 [n, N], "categories": int64 [n, K]}."""
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        return {"numbers": self.numbers[indices], "categories": self.categories[indices]}
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{tuple(self.numbers.shape)} {tuple(self.categories.shape)}".encode())
+        digest.update(self.numbers.numpy().tobytes() + self.categories.numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TabularData(LabelledData):
+    """A table and its columns; `class_names` are the target's categories, none where it is a number."""
+
+    train: TableRows
+    held_out: TableRows
+    schema: TableSchema
+
+    def table(self, rows: TableRows) -> dict[str, np.ndarray]:
+        """Rows in their columns' units."""
+        return self.schema.decode(rows.numbers, rows.categories)
+
+
+def load_tabular_data(config: TabularDataConfig) -> TabularData:
+    """Loads the table that a recipe names.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: a package or file is missing; a column has missing values,
+            is constant, or has more than 256 categories; one line that names it.
+    """
+    if config.name not in _SOURCES:
+        raise ValueError(f"data.name is {config.name!r}; expected one of {', '.join(_SOURCES)}")
+    table, target = _SOURCES[config.name](config)
+    unknown = [name for name in (*config.drop, *config.categories, target) if name not in table]
+    if unknown:
+        raise ValueError(f"{_where(config)} has no column {unknown[0]!r}; it has {', '.join(table)}")
+    if target in config.drop:
+        raise ValueError(f"data.drop names {target!r}, which is the target; name another target")
+    table = {name: values for name, values in table.items() if name not in config.drop}
+    for name, values in table.items():
+        _check(name, values, _where(config))
+    train, held_out = _split(table[target], config.held_out_fraction, _where(config))
+    schema = _schema(table, target, train, _where(config))
+    parts = [TableRows(*schema.encode({n: v[rows] for n, v in table.items()})) for rows in (train, held_out)]
+    category = schema.target_category
+    class_names = () if category is None else schema.categories[category].values
+    return TabularData(config.name, *parts, class_names, schema)
+
+
+def _where(config: TabularDataConfig) -> str:
+    return str(config.path) if config.name == "csv" else config.name
+
+
+def _check(name: str, values: np.ndarray, where: str) -> None:
+    if values.dtype == object:
+        missing = np.array([value is None for value in values])
+        distinct = len(set(values[~missing].tolist()))
+    else:
+        missing = np.isnan(values)
+        distinct = len(np.unique(values[~missing]))
+    if missing.any():
+        raise ValueError(
+            f"{where}: column {name!r} has {int(missing.sum())} missing values, the first in row "
+            f"{int(missing.argmax()) + 1} after the names; fill them in, remove these rows, or name it in data.drop"
+        )
+    if values.dtype != object and not np.isfinite(values).all():
+        raise ValueError(f"{where}: column {name!r} has infinite values; remove these rows, or name it in data.drop")
+    if distinct < 2:
+        raise ValueError(f"{where}: column {name!r} is constant, so there is nothing to learn; name it in data.drop")
+    if values.dtype == object and distinct > MAX_CATEGORIES:
+        raise ValueError(
+            f"{where}: column {name!r} has {distinct} categories in {len(values)} rows; expected at most "
+            f"{MAX_CATEGORIES}: name it in data.drop"
+        )
+
+
+def _split(target: np.ndarray, held_out_fraction: float, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted rows to train on and held out: of each class, where the target is a category."""
+    if target.dtype == object:
+        labels = np.unique(target.astype(str), return_inverse=True)[1]
+        if np.bincount(labels).min() < 2:
+            raise ValueError(f"{where}: a class of the target has one row alone; expected at least 2 (one is held out)")
+    else:
+        labels = np.zeros(len(target), dtype=np.int64)
+    train, held_out = stratified_split(torch.from_numpy(labels), held_out_fraction)
+    return train.numpy(), held_out.numpy()
+
+
+def _schema(table: Table, target: str, train: np.ndarray, where: str) -> TableSchema:
+    numbers, categories = [], []
+    for name, values in table.items():
+        if values.dtype == object:
+            categories.append(CategoryColumn(name, tuple(sorted(set(values.tolist()), key=_natural))))
+            continue
+        mean, deviation = float(values[train].mean()), float(values[train].std())
+        if deviation <= 1e-12 * max(1.0, abs(mean)):
+            raise ValueError(
+                f"{where}: column {name!r} is constant in the rows to train on (split {SPLIT_SEED}); name it in "
+                "data.drop"
+            )
+        numbers.append(NumberColumn(name, mean, deviation, _decimals(values)))
+    return TableSchema(tuple(numbers), tuple(categories), tuple(table), target)
+
+
+def _natural(value: str) -> tuple[int, float, str]:
+    """Categories that are numbers by their value, then the others by the alphabet."""
+    try:
+        return 0, float(value), value
+    except ValueError:
+        return 1, 0.0, value
+
+
+def _decimals(values: np.ndarray) -> int:
+    """With how many decimals all values are written, at most 6."""
+    return next((d for d in range(_MAX_DECIMALS) if np.allclose(np.round(values, d), values, 1e-12, 0)), _MAX_DECIMALS)
+
+
+def _bundled(name: str, target: str, target_names: bool = True) -> Callable[[TabularDataConfig], tuple[Table, str]]:
+    def load(config: TabularDataConfig) -> tuple[Table, str]:
+        try:
+            from sklearn import datasets
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                f"data.name is {name!r}, which is in the package scikit-learn, which is not installed; run: pip "
+                "install scikit-learn"
+            ) from None
+        options = {"scaled": False} if name == "diabetes" else {}
+        bunch = getattr(datasets, f"load_{name}")(**options)
+        columns = {str(n): bunch.data[:, i].astype(np.float64) for i, n in enumerate(bunch.feature_names)}
+        if target_names:
+            columns[target] = np.array([str(bunch.target_names[label]) for label in bunch.target], dtype=object)
+        else:
+            columns[target] = bunch.target.astype(np.float64)
+        if "sex" in columns:  # 1 and 2 in diabetes
+            columns["sex"] = _text(columns["sex"])
+        return columns, target
+
+    return load
+
+
+def _csv(config: TabularDataConfig) -> tuple[Table, str]:
+    try:
+        import pandas as pd
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "data.name is 'csv', which the package pandas reads, which is not installed; run: pip install pandas"
+        ) from None
+    path = Path(config.path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data.path is {config.path!r}, which is not a file; pass a CSV file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than there are names
+            frame = pd.read_csv(path, skipinitialspace=True, index_col=False)
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:
+        raise ValueError(f"{path} cannot be read as CSV ({' '.join(str(error).split())}); repair it") from None
+    if len(frame) < 2 or not len(frame.columns):
+        raise ValueError(f"{path} has {len(frame)} rows; expected a line of names and at least 2 of values")
+    columns = {str(name): _values(frame[name], str(name) in config.categories) for name in frame.columns}
+    return columns, config.target or list(columns)[-1]
+
+
+def _values(column: Any, category: bool) -> np.ndarray:
+    """A pandas column as float64 with NaN, or as text with None, where values are missing."""
+    import pandas as pd
+
+    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    if numeric:
+        values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        return _text(values) if category else values
+    return np.array([None if pd.isna(value) else str(value) for value in column], dtype=object)
+
+
+def _text(values: np.ndarray) -> np.ndarray:
+    """Numbers as the names of categories, 1.0 as "1"."""
+    names = [None if np.isnan(v) else str(int(v)) if float(v).is_integer() else repr(float(v)) for v in values]
+    return np.array(names, dtype=object)
+
+
+_SOURCES = {
+    "iris": _bundled("iris", "species"),
+    "wine": _bundled("wine", "cultivar"),
+    "breast_cancer": _bundled("breast_cancer", "diagnosis"),
+    "diabetes": _bundled("diabetes", "progression", target_names=False),
+    "csv": _csv,
+}
