@@ -1,4 +1,4 @@
-"""QGFD attention in Triton: the launch functions, on tensors that fastdiff.ops has checked; kernels: triton_device.py.
+"""QGFD attention in Triton: the launch functions, on tensors that fastdiff.ops has checked.
 
 The signatures are those of fastdiff/ops/_qgfd_backends.py; README.md has the mathematics and the rounding. A hop is one
 launch; the mixtures between hops, linear in L, are torch's. There is no autotuning: tiles and warps follow from the
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from . import triton_backward_device as backward
 from . import triton_device as device
 
 MAX_DIM = 256
@@ -130,7 +131,7 @@ class Matrix(NamedTuple):
         batch, keys = max(t.shape[0] for t in bounds), self.key.shape[2]
         tiles = triton.cdiv(keys, tile)
         spans = torch.empty(batch, tiles, 2, dtype=torch.int32, device=self.query.device)
-        device.query_span_kernel[(batch * tiles,)](
+        backward.query_span_kernel[(batch * tiles,)](
             **self.intervals(), span_ptr=spans, queries=self.query.shape[2], keys=keys, tiles=tiles, KEYS=tile
         )
         return {"span_ptr": spans, "span_batch_stride": 0 if batch == 1 else tiles * 2}
@@ -201,7 +202,7 @@ def _diffused_gradients(matrix: Matrix, grad_out, lse, hops, first_mixed, last_m
             value_sum.add_(g, alpha=1 - alpha)
             g.mul_(alpha)
         if hop > 1:
-            device.transposed_kernel[matrix.programs(keys, tile.own)](
+            backward.transposed_kernel[matrix.programs(keys, tile.own)](
                 **matrix.arguments(), h_ptr=g, out_ptr=h[hop - 2], lse_ptr=lse, **spans,
                 tiles=triton.cdiv(keys, tile.own), **tile.of_keys(dim),
             )  # fmt: skip
@@ -213,7 +214,7 @@ def _deltas(h: Tensor, passes: Tensor, out: Tensor) -> Tensor:
     hops, batch, heads, queries, dim = h.shape
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=h.device)
     rows = max(DELTA_ELEMENTS // padded(dim), 1)
-    device.delta_kernel[(triton.cdiv(delta.numel(), rows),)](
+    backward.delta_kernel[(triton.cdiv(delta.numel(), rows),)](
         h_ptr=h, passes_ptr=passes, out_ptr=out, delta_ptr=delta, heads=heads, queries=queries,
         rows_count=delta.numel(), hops=hops, saved=passes.shape[0],
         D=dim, DIM=padded(dim), ROWS=rows, num_warps=4, maxnreg=255,
@@ -258,11 +259,11 @@ def qgfd_backward(
             "delta_ptr": _deltas(h, passes, out), "scale": float(scale),
             "hops": hops, "hop_stride": h.stride(0) // UNIT, "MANY": hops > 1,
         }  # fmt: skip
-        device.grad_key_kernel[matrix.programs(keys, tile.own)](
+        backward.grad_key_kernel[matrix.programs(keys, tile.own)](
             **common, **matrix.query_spans(tile.own), value_sum_ptr=value_sum, grad_key_ptr=grad_key,
             grad_value_ptr=grad_value, tiles=triton.cdiv(keys, tile.own), **tile.of_keys(dim),
         )  # fmt: skip
-        device.grad_query_kernel[matrix.programs(queries, tile.own)](
+        backward.grad_query_kernel[matrix.programs(queries, tile.own)](
             **common, grad_query_ptr=grad_query, tiles=triton.cdiv(queries, tile.own), **tile.of_queries(dim)
         )
     return grad_query, grad_key, grad_value

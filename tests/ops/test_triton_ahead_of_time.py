@@ -19,12 +19,13 @@ def test_every_kernel_is_among_the_variants():
     from fastdiff.kernels.adaln import triton_device as adaln
     from fastdiff.kernels.eos_length import triton_device as eos
     from fastdiff.kernels.masked_loss import triton_device as loss
+    from fastdiff.kernels.qgfd import triton_backward_device as qgfd_backward
     from fastdiff.kernels.qgfd import triton_device as qgfd
     from fastdiff.kernels.token_sampling import triton_device as sampling
     from fastdiff.kernels.token_sampling import triton_threshold_device as threshold
     from fastdiff.kernels.token_sampling import triton_unmask_device as unmask
 
-    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd)
+    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd, qgfd_backward)
     kernels = {(module.__name__, name) for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(variant.module, variant.kernel) for variant in aot.labelled_variants()}
     assert found == kernels and len(kernels) == 24
