@@ -131,15 +131,16 @@ def hop_kernel(
     key_ptr, key_batch_stride, key_head_stride, key_row_stride,
     value_ptr, value_batch_stride, value_head_stride, value_row_stride,
     out_ptr, out_batch_stride, out_head_stride, out_row_stride,
-    key_mask_ptr, begin_ptr, begin_batch_stride, end_ptr, end_batch_stride, lse_ptr,
-    heads, group, queries, keys, tiles, scale_log2,
+    key_mask_ptr, begin_ptr, begin_batch_stride, end_ptr, end_batch_stride,
+    maximum_ptr, total_ptr, lse_ptr, heads, group, queries, keys, tiles, scale_log2,
     FIRST: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """out = round(M * value) for one tile of queries. Grid: (batch * heads * tiles,).
 
-    FIRST: the softmax is made as the keys go by, and lse_ptr, if any, is filled; value has key's heads. Otherwise
-    lse_ptr has the log sum exp of each row, and value a head a query head.
+    FIRST: the softmax is made as the keys go by; what of maximum_ptr and total_ptr (of a row's scores in base 2, and
+    the sum of its weights under it) and lse_ptr is not None is filled; value has key's heads. Otherwise the first two
+    are read, and value has a head a query head.
     """
     batch, head, tile = place(tiles, heads)
     rows = tile * ROWS + tl.arange(0, ROWS)
@@ -149,9 +150,7 @@ def hop_kernel(
     if FIRST:
         value_head = head // group
     v_base = value_ptr + (batch * value_batch_stride + value_head * value_head_stride) * UNIT
-    lse_base = lse_ptr
-    if lse_ptr is not None:
-        lse_base = lse_ptr + (batch * heads + head) * queries
+    places = (batch * heads + head) * queries + rows
     begin, end = intervals(
         begin_ptr, end_ptr, batch * begin_batch_stride, batch * end_batch_stride, rows, queries, keys
     )
@@ -160,7 +159,8 @@ def hop_kernel(
     total = tl.zeros([ROWS], tl.float32)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     if not FIRST:
-        maximum = tl.load(lse_base + rows, mask=rows < queries, other=0.0) * LOG2_E
+        maximum = tl.load(maximum_ptr + places, mask=rows < queries, other=0.0)
+        total = tl.load(total_ptr + places, mask=rows < queries, other=1.0)
     first, whole_first, whole_last, last = spans(begin, end, keys, KEYS, key_mask_ptr is not None)
     for span in tl.static_range(3):  # keys that some rows see, that all rows see, that some rows see
         if (key_mask_ptr is None and (span > 0 or begin_ptr is not None)) or (key_mask_ptr is not None and span == 0):
@@ -186,10 +186,13 @@ def hop_kernel(
                 v = load_rows(v_base, columns, value_row_stride, keys, D, DIM, span == 1)
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     if FIRST:
-        total = tl.where(total == 0.0, 1.0, total)  # a row that attends to nothing: zeros, and 0
-        acc = acc / total[:, None]
+        total = tl.where(total == 0.0, 1.0, total)  # a row that attends to nothing: zeros, and a log sum exp of 0
+        maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+        if maximum_ptr is not None:
+            tl.store(maximum_ptr + places, maximum, mask=rows < queries)
+            tl.store(total_ptr + places, total, mask=rows < queries)
         if lse_ptr is not None:
-            origin = tl.where(maximum == float("-inf"), 0.0, maximum)
-            tl.store(lse_base + rows, (origin + tl.log2(total)) * LN_2, mask=rows < queries)
+            tl.store(lse_ptr + places, (maximum + tl.log2(total)) * LN_2, mask=rows < queries)
+    acc = acc / total[:, None]
     out_base = out_ptr + (batch * out_batch_stride + head * out_head_stride) * UNIT
     store_rows(out_base, rows, out_row_stride, queries, acc, D, DIM)

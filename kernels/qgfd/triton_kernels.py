@@ -114,12 +114,12 @@ class Matrix(NamedTuple):
         heads_of = _heads("query", self.query) | _heads("key", self.key)
         return heads_of | {"key_mask_ptr": self.key_mask} | self.intervals() | sizes
 
-    def hop(self, value: Tensor, out: Tensor, lse: Tensor | None, first: bool) -> None:
-        """out = M·value, [B, H, L, d] with any strides; the first hop fills lse, later ones want it."""
+    def hop(self, value: Tensor, out: Tensor, softmax: dict[str, Tensor | None], first: bool) -> None:
+        """out = M·value, [B, H, L, d] with any strides; the first hop fills what `softmax` has, later ones read it."""
         queries, dim = self.query.shape[2:]
         tile = tile_of(HOP_TILES, self.query.dtype, dim)
         device.hop_kernel[self.programs(queries, tile.own)](
-            **self.arguments(), **_heads("value", value), **_heads("out", out), lse_ptr=lse,
+            **self.arguments(), **_heads("value", value), **_heads("out", out), **softmax,
             tiles=triton.cdiv(queries, tile.own), FIRST=first, **tile.of_queries(dim),
         )  # fmt: skip
 
@@ -155,11 +155,11 @@ def _forward(query, key, value, key_mask, row_begin, row_end, scale, hops, first
     query, key, value = (_aligned(t) for t in (query, key, value))
     out = query.new_empty(batch, queries, heads, dim)
     mixes_last = first_mixed <= hops <= last_mixed
-    lse = passes = None
-    if save or hops > 1:
-        lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-    if save:
-        passes = query.new_empty(hops if mixes_last else hops - 1, batch, heads, queries, dim)
+    maximum, total, lse = (
+        torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device) if wanted else None
+        for wanted in (hops > 1, hops > 1, save)
+    )
+    passes = query.new_empty(hops if mixes_last else hops - 1, batch, heads, queries, dim) if save else None
     if out.numel() == 0:
         return out, lse, passes
     matrix, u = Matrix(query, key, key_mask, row_begin, row_end, scale), value
@@ -169,7 +169,8 @@ def _forward(query, key, value, key_mask, row_begin, row_end, scale, hops, first
                 y = out.transpose(1, 2)
             else:
                 y = query.new_empty(query.shape) if passes is None else passes[hop - 1]
-            matrix.hop(u, y, lse, first=hop == 1)
+            softmax = {"maximum_ptr": maximum, "total_ptr": total, "lse_ptr": lse if hop == 1 else None}
+            matrix.hop(u, y, softmax, first=hop == 1)
             u = _mixture(y, value, alpha) if first_mixed <= hop <= last_mixed else y
         if mixes_last:
             out.copy_(u.transpose(1, 2))
