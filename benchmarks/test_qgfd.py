@@ -67,7 +67,7 @@ def test_forward(length, steps, dtype, benchmark, report):
         ways["dense"] = qgfd_baselines.dense
     calls = {name: lambda way=way: way(*inputs, steps, ALPHA) for name, way in ways.items()}
     calls["one SDPA"] = lambda: torch.nn.functional.scaled_dot_product_attention(*inputs)
-    seconds = measure.in_turns(benchmark, calls, rounds=5 if length == 4096 else 15)
+    seconds = measure.in_turns(benchmark, calls, rounds=3 if length == 4096 else 9)
     least = 1.0 if length == 64 else LEAST[dtype]
     targets = {"chain": least, "kept": least}
     if length < 4096:
@@ -86,7 +86,7 @@ def test_definition_of_long_sequences(steps, least, benchmark, report):
     check(inputs, steps)
     ways = {"fastdiff": ours, "dense": qgfd_baselines.dense}
     calls = {name: lambda way=way: way(*inputs, steps, ALPHA) for name, way in ways.items()}
-    seconds = measure.in_turns(benchmark, calls, rounds=3)
+    seconds = measure.in_turns(benchmark, calls, rounds=2)
     case = f"qgfd forward f32 1 x {HEADS} x 4096 x {DIM}, steps {steps}, definition"
     report(measure.speed_row(case, seconds, {"dense": least}))
 
@@ -102,7 +102,7 @@ def test_forward_and_backward(length, steps, dtype, benchmark, report):
     def step(way):
         return lambda: torch.autograd.grad(way(*inputs, steps, ALPHA), inputs, grad)
 
-    seconds = measure.in_turns(benchmark, {name: step(way) for name, way in ways.items()}, rounds=10)
+    seconds = measure.in_turns(benchmark, {name: step(way) for name, way in ways.items()}, rounds=8)
     case = f"qgfd forward+backward {NAMES[dtype]} {BATCH[length]} x {HEADS} x {length} x {DIM}, steps {steps}"
     report(measure.speed_row(case, seconds, {"chain": 1.3} if (length, steps, dtype) == (1024, 2, F32) else {}))
 
