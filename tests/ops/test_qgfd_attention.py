@@ -12,8 +12,8 @@ from ops.harness import BF16, F32, NATIVE, ROWS
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
 F64 = torch.float64
-# fp32 results against fp32 or fp64 ones of another order of sums, elements near 1; the largest seen: 1.3e-6
-CLOSE = {"rtol": 1e-5, "atol": 5e-6}
+# fp32 results and gradients against fp32 or fp64 ones of another order of sums, elements near 1; largest seen: 9.6e-7
+CLOSE = {"rtol": 2e-6, "atol": 2e-6}
 
 
 def make(batch=2, heads=2, length=11, dim=8, kv_heads=None, keys=None, dtype=F32, device="cpu", seed=0) -> list[Tensor]:
@@ -231,7 +231,7 @@ def test_head_sizes_that_no_vector_divides(row, dim):
     exact = by_definition(*doubles, 2, 0.5)
     torch.testing.assert_close(out.double(), exact, **CLOSE)
     for a, b in zip(grads, grads_of(exact, doubles), strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)  # seen: 4e-6
+        torch.testing.assert_close(a.double(), b, **CLOSE)
 
 
 @rows
@@ -284,7 +284,7 @@ def test_sixteen_bit_hops_stay_close_over_many_steps(row):
     with row.active():
         out = qgfd_attention(q, k, v, steps=16, alpha=1.0)
     exact = by_definition(*(t.double().cpu() for t in (q, k, v)), 16, 1.0)
-    assert (out.double().cpu() - exact).norm() <= 0.02 * exact.norm()  # 17 roundings of 2^-9 at most
+    assert (out.double().cpu() - exact).norm() <= 4e-3 * exact.norm()  # seen, after 17 roundings: 1.9e-3
 
 
 MASKS = {
