@@ -84,6 +84,15 @@ inline QgfdHeads value_of(const Tensor& value, const Tensor& query, const Tensor
   return heads;
 }
 
+inline QgfdForwardParams qgfd_forward_params(const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const QgfdArguments& a) {
+  QgfdForwardParams p{};
+  p.matrix = qgfd_matrix(query, key, a);
+  p.recurrence = qgfd_recurrence(p.matrix, a);
+  p.value = value_of(value, query, key);
+  return p;
+}
+
 template <class Backend>
 void run_forward(QgfdForwardParams& p, const Tensor& query) {
   if (p.matrix.batch * p.matrix.heads * p.matrix.queries == 0) return;
@@ -97,10 +106,7 @@ Tensor qgfd_forward(Tensor query, Tensor key, Tensor value, OptionalTensor key_m
                     OptionalTensor row_end, double scale, int64_t hops, int64_t first_mixed, int64_t last_mixed,
                     double alpha) {
   const QgfdArguments a{key_mask, row_begin, row_end, scale, hops, first_mixed, last_mixed, alpha};
-  QgfdForwardParams p{};
-  p.matrix = qgfd_matrix(query, key, a);
-  p.recurrence = qgfd_recurrence(p.matrix, a);
-  p.value = value_of(value, query, key);
+  QgfdForwardParams p = qgfd_forward_params(query, key, value, a);
   Tensor out = empty(query, {p.matrix.batch, p.matrix.queries, p.matrix.heads, p.matrix.dim}, query.scalar_type());
   p.out = out.mutable_data_ptr();
   run_forward<Backend>(p, query);
@@ -113,10 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> qgfd_forward_saved(Tensor query, Tensor key, 
                                                       int64_t hops, int64_t first_mixed, int64_t last_mixed,
                                                       double alpha) {
   const QgfdArguments a{key_mask, row_begin, row_end, scale, hops, first_mixed, last_mixed, alpha};
-  QgfdForwardParams p{};
-  p.matrix = qgfd_matrix(query, key, a);
-  p.recurrence = qgfd_recurrence(p.matrix, a);
-  p.value = value_of(value, query, key);
+  QgfdForwardParams p = qgfd_forward_params(query, key, value, a);
   const QgfdMatrix& m = p.matrix;
   Tensor out = empty(query, {m.batch, m.queries, m.heads, m.dim}, query.scalar_type());
   Tensor lse = empty(query, {m.batch, m.heads, m.queries}, ScalarType::Float);

@@ -143,8 +143,8 @@ def check_operands(
     _check_masks(masks, batch, queries, keys, query.device)
     if masks.attn_mask is not None:
         _check_attn_mask(masks.attn_mask, (batch, heads, queries, keys), query.device, diffuses)
-    if options.hop_dropout_p > 0 and diffuses:
-        if options.transition != "attention" or options.temperature != 1 or not masks.sdpa_knows:
+    if options.hop_dropout_p > 0:
+        if not masks.sdpa_knows or diffuses and (options.transition != "attention" or options.temperature != 1):
             raise ValueError(
                 f"hop_dropout_p is {options.hop_dropout_p}; expected 0 with transition 'key', a temperature, cu_seqlens"
                 " or prefix_length: torch's attention, which does it, has none of them"

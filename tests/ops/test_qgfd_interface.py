@@ -359,6 +359,11 @@ BAD = {
         lambda: call(hop_dropout_p=0.1, temperature=2.0),
     ),
     "hop_dropout-prefix": (ValueError, "hop_dropout_p is 0.1", lambda: call(hop_dropout_p=0.1, prefix_length=2)),
+    "hop_dropout-plain": (  # nothing is diffused, and the mask would go unseen
+        ValueError,
+        "hop_dropout_p is 0.1; expected 0",
+        lambda: call(ONE, ONE, hop_dropout_p=0.1, steps=0, cu_seqlens=ids(0, 2, 5)),
+    ),
     "dropout-one": (ValueError, r"dropout_p is 1.0; expected a number in \[0, 1\)", lambda: dense(dropout_p=1.0)),
     "key_mask-type": (TypeError, "key_mask is list; expected a bool", lambda: call(key_mask=[True])),
     "key_mask-dtype": (TypeError, "key_mask is torch.float32; expected a bool", lambda: call(key_mask=MASK.float())),
