@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 Recipe = TypeVar("Recipe")
-RECIPE_KINDS = ("dit", "masked_lm", "length_head")
+RECIPE_KINDS = ("dit", "masked_lm", "length_head", "qgfd")
 # What a user can cause; anything else keeps its traceback, since it is a fault of ours.
 _USER_ERRORS = (
     ValueError,

@@ -1,17 +1,20 @@
 """Evaluates a run, by its kind: `python -m fastdiff.evaluate runs/x`.
 
-Of a diffusion transformer: scores of samples beside real held-out images. Of a language model: likelihood of held-out
+Of a diffusion transformer: scores of samples beside real held-out images. Of a QGFD model: for each modality class
+accuracy (images), a classifier trained on synthetic rows (tables) or a Fréchet distance. Of a language model: likelihood of held-out
 text, exact match of generated answers, tasks of lm-eval; with `--length`, in place of these, how well each rule bounds
 the lengths of held-out answers.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
 
 from fastdiff.cli import command, quiet_libraries, run_parser
 
-_IMAGES = {"num_samples", "sampler"}
+_SHARED = {"run", "guidance_scale", "num_inference_steps", "seed", "weights", "device", "output"}
+_SAMPLES = {"num_samples", "sampler"}  # options of runs whose samples are drawn by a sampler
 _ONLY_RULES = {"window", "length_heads", "length_expansion_pairs"}
 
 
@@ -24,13 +27,16 @@ def make_parser() -> ArgumentParser:
         "evaluate",
         "Evaluates a run by its kind. Images: class accuracy and Fréchet distance of samples under a small classifier "
         "that is trained once on the real images and cached, and distance to the nearest training image; beside them "
-        "the same numbers of real held-out images. Language models: Monte-Carlo likelihood bound of the held-out text, "
+        "the same numbers of real held-out images. QGFD models: for each modality the same (images), a classifier trained "
+        "on synthetic rows and tested on real ones (tables), or a Fréchet distance in the encoder's space beside that of "
+        "held-out examples. Language models: Monte-Carlo likelihood bound of the held-out text, "
         "exact match of generated answers where it has pairs, and lm-eval tasks; with --length, in place of these, how "
         "every rule bounds the lengths of held-out answers.",
     )
     add = parser.add_argument
     add("--output", type=str | None, help="of the JSON; default: evaluation.json in the run's folder")
-    add("--num-samples", type=int | None, help="images: samples, spread evenly over the classes (default: 500)")
+    add("--num-samples", type=int | None, help="images, QGFD: samples, spread evenly over classes (default: 500)")
+    add("--modality", type=str | None, help="QGFD: the one to measure, of a run with several; default: each of them")
     language = {
         "--held-out": dict(action=ActionYesNo(no_prefix="no-"), help="the held-out text of the run (default: True)"),
         "--likelihood-samples": dict(type=int, help="draws of the bound (default: the recipe's)"),
@@ -66,6 +72,22 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+def _check_options(arguments: Any, kind: str) -> None:
+    """Raises ValueError for an option of another kind of run."""
+    what = {"dit": "generates images", "masked_lm": "generates text", "qgfd": "is of a QGFD model"}[kind]
+    for name, value in vars(arguments).items():
+        if value is None or name in _SHARED:
+            continue
+        if name == "modality":
+            fits, other = kind == "qgfd", "QGFD models"
+        elif name in _SAMPLES:
+            fits, other = kind != "masked_lm", "images"
+        else:
+            fits, other = kind == "masked_lm", "text" if kind == "dit" else "language models"
+        if not fits:
+            raise ValueError(f"--{name.replace('_', '-')} is for {other}; {arguments.run} {what}")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
@@ -73,13 +95,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     arguments = make_parser().parse_args(argv)
     quiet_libraries()
-    images = run_kind(arguments.run) == "dit"
-    shared = {"run", "guidance_scale", "num_inference_steps", "seed", "weights", "device", "output"}
-    for name, value in vars(arguments).items():
-        if value is not None and name not in shared and (name in _IMAGES) != images:
-            kind, other = ("images", "text") if images else ("text", "images")
-            raise ValueError(f"--{name.replace('_', '-')} is for {other}; {arguments.run} generates {kind}")
-    if images:
+    kind_of_run = run_kind(arguments.run)
+    _check_options(arguments, kind_of_run)
+    if kind_of_run == "qgfd":
+        from fastdiff.evaluation.qgfd_command import evaluate_qgfd
+
+        return evaluate_qgfd(arguments)
+    if kind_of_run == "dit":
         from fastdiff.evaluation.image_command import evaluate_images
 
         return evaluate_images(arguments)

@@ -1,7 +1,8 @@
 """Trains by a recipe: `python -m fastdiff.train recipes/dit_mnist.yaml --training.max_steps 200`.
 
 A recipe with `task: masked_lm` trains a masked diffusion language model, one with `task: length_head` a head that
-tells the length of such a model's answers, any other a DiT.
+tells the length of such a model's answers, one with `task: qgfd` a QGFD diffusion model of text, images, sound, videos
+or tables, which it measures at the end; any other a DiT.
 Several processes: `accelerate launch --num_processes 2 -m fastdiff.train …` (or torchrun).
 """
 
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"checkpoint: {outcome.checkpoint}; pictures: {trainer.folder.samples_picture}, "
             f"{trainer.folder.loss_picture}"
         )
+        if recipe_kind(trainer.folder.config) == "qgfd" and recipe.sampling.evaluation_samples:
+            from fastdiff import evaluate
+
+            evaluate.main([str(trainer.folder.path)])
     else:
         print(
             f"stopped by a signal after step {outcome.steps}; checkpoint: {outcome.checkpoint}; "
@@ -60,12 +65,18 @@ def _parse(argv: Sequence[str] | None) -> tuple[Any, type]:
 
         kind, task = LengthHeadRecipe, LengthHeadTask
         what = "a head that tells an answer's length from the states of a finished masked diffusion language model"
+    elif chosen == "qgfd":
+        from fastdiff.training.qgfd import QGFDTask
+        from fastdiff.training.qgfd_recipe import QGFDRecipe
+
+        kind, task = QGFDRecipe, QGFDTask
+        what = "a QGFD diffusion model of one modality, or of several over a shared backbone"
     else:
         from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
 
         kind, task = DiTRecipe, DiffusionTask
-        what = "a diffusion transformer, or with a recipe of a language model (task: masked_lm) or of a length head "
-        what += "(task: length_head) that one, whose fields its own --help lists"
+        what = "a diffusion transformer, or with a recipe of a language model (task: masked_lm), of a length head "
+        what += "(task: length_head) or of a QGFD model (task: qgfd) that one, whose fields its own --help lists"
     about = f"Trains {what}. Every field can be given as an option, for example --training.max_steps 200."
     return parse_recipe(kind, arguments, "train", about), task
 

@@ -107,6 +107,8 @@ class QGFDSelfAttention(Attention):
         self.options = config.qgfd
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:  # [B, L, D], bool [B, L] -> [B, L, D]
+        if self.options["steps"] == 0:  # plain, in the formulation that is cheapest here
+            return super().forward(x, None if key_mask is None else key_mask[:, None, None])
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -184,10 +186,17 @@ class QGFDDecoderBlock(_Block):
     ) -> Tensor:  # [B, L, D]
         modulation = self.modulation(time)
         x = x + self.dropout(self.self_attn(self.norms["self_attn"](x, *modulation["self_attn"]), mask))
-        seen = None if context_mask is None else context_mask[:, None, None]
-        normed = self.norms["cross_attn"](x, *modulation["cross_attn"])
-        x = x + self.dropout(self.cross_attn(normed, seen, context=context))
+        x = x + self.dropout(self._attend_to(context, context_mask, x, modulation["cross_attn"]))
         return x + self.dropout(self.mlp(self.norms["mlp"](x, *modulation["mlp"])))
+
+
+    def _attend_to(self, context: Tensor, context_mask: Tensor | None, x: Tensor, modulation) -> Tensor:  # [B, L, D]
+        attention = self.cross_attn
+        if context.shape[1] == 1 and context_mask is None and not (self.training and attention.dropout):
+            # A class, or no condition: one key has all of the weight, whatever the query.
+            return attention.o_proj(attention.v_proj(context)).expand_as(x)
+        seen = None if context_mask is None else context_mask[:, None, None]
+        return attention(self.norms["cross_attn"](x, *modulation), seen, context=context)
 
 
 class QGFDBackbone(nn.Module):

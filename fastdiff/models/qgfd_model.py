@@ -99,7 +99,7 @@ class QGFDModel(nn.Module):
 
     def forward(
         self,
-        batch: Batch,
+        batch: Batch | Mapping[str, Batch],
         modality: str | None = None,
         *,
         t: Tensor | None = None,  # [B]
@@ -109,7 +109,8 @@ class QGFDModel(nn.Module):
         """Each sample's diffusion loss plus reconstruction_weight times its reconstruction loss.
 
         Args:
-            batch: what the modality's adapter encodes.
+            batch: what the modality's adapter encodes; or, for a mixed step, the batches of several modalities by name,
+                each with its own "t" and "noise" where they are not to be drawn. Their losses follow each other.
             modality: whose batch it is; None where the model has one adapter.
             t: times as `Diffusion.sample_times` draws them; None draws from torch's generator.
             noise: standard normal, of `latent_shape`; None draws it. The decoder is trained on latents with a little
@@ -118,6 +119,12 @@ class QGFDModel(nn.Module):
 
         Raises ValueError for an unknown modality or shapes that do not fit.
         """
+        if any(isinstance(part, Mapping) for part in batch.values()):
+            parts = [
+                self(part, name, t=part.get("t"), noise=part.get("noise"), diffusion=diffusion)
+                for name, part in batch.items()
+            ]
+            return torch.cat(parts)
         error, reconstruction = self.losses(batch, modality, t=t, noise=noise, diffusion=diffusion)
         return error if reconstruction is None else error + self.config.reconstruction_weight * reconstruction
 

@@ -86,6 +86,7 @@ class DiffusionTask:
     """
 
     unit = "images"
+    partial_gradients = False
 
     def __init__(self, recipe: DiTRecipe, data: ImageData | None = None):
         self.config = recipe
@@ -109,8 +110,7 @@ class DiffusionTask:
         dropped = torch.rand(size, generator=generator(seed, step, _LABELS))[mine] < dropout
         x0 = self.data.train.images(indices)
         if self.config.data.horizontal_flip:
-            flipped = torch.rand(size, generator=generator(seed, step, _FLIPS))[mine] < 0.5
-            x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
+            x0 = flip_some(x0, torch.rand(size, generator=generator(seed, step, _FLIPS))[mine])
         return {
             "x0": x0,
             "labels": torch.where(dropped, num_classes, labels),
@@ -167,6 +167,11 @@ class DiffusionTask:
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values, tuples as lists."""
         return plain(dataclasses.asdict(self.config))
+
+
+def flip_some(images: Tensor, draws: Tensor) -> Tensor:  # [B, C, H, W], uniform on [0, 1) [B] -> [B, C, H, W]
+    """Each image mirrored with probability 1/2."""
+    return torch.where((draws < 0.5)[:, None, None, None], images.flip(-1), images)
 
 
 def check_fit(recipe: DiTRecipe, data: ImageData) -> None:

@@ -42,6 +42,7 @@ class MaskedLMTask:
     """
 
     unit = "samples"
+    partial_gradients = False
 
     def __init__(self, recipe: MaskedLMRecipe, data: TextData | None = None):
         self.config, training = recipe, recipe.training

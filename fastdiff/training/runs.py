@@ -58,20 +58,7 @@ class Run:
         Raises:
             ValueError: not a class of this run.
         """
-        if text is None:
-            return list(range(len(self.class_names)))
-        labels = []
-        for part in (part.strip() for part in text.split(",")):
-            if part in self.class_names:
-                labels.append(self.class_names.index(part))
-            elif part.isdecimal() and int(part) < len(self.class_names):
-                labels.append(int(part))
-            else:
-                raise ValueError(
-                    f"--labels has {part!r}; expected 0 to {len(self.class_names) - 1} or one of "
-                    f"{', '.join(self.class_names)}"
-                )
-        return labels
+        return list(range(len(self.class_names))) if text is None else parse_labels(text, self.class_names)
 
     def draw(
         self, labels: Sequence[int] | Tensor, sampling: SamplingConfig, *, batch_size: int = 100, progress: bool = False
@@ -108,6 +95,21 @@ class Run:
         return torch.cat(parts)
 
 
+def parse_labels(text: str, class_names: Sequence[str]) -> list[int]:
+    """Labels from "0,3,7" or class names, in the order given. Raises ValueError for what is no class."""
+    labels = []
+    for part in (part.strip() for part in text.split(",")):
+        if part in class_names:
+            labels.append(class_names.index(part))
+        elif part.isdecimal() and int(part) < len(class_names):
+            labels.append(int(part))
+        else:
+            raise ValueError(
+                f"--labels has {part!r}; expected 0 to {len(class_names) - 1} or one of {', '.join(class_names)}"
+            )
+    return labels
+
+
 def load_run(
     path: str | Path, *, weights: Literal["ema", "model"] = "ema", device: torch.device | str | None = None
 ) -> Run:
@@ -123,13 +125,17 @@ def load_run(
         ValueError: a checkpoint cut short or of another model, or a device that this machine does not have.
     """
     device = check_device(device)
-    folder, checkpoint = _place(Path(path))
+    folder, _ = _place(Path(path))
     if not Path(path).is_dir():
         raise FileNotFoundError(f"run {str(path)!r} is not a folder; expected the output_dir of a run")
-    if folder.config.is_file() and run_kind(path) != "dit":
-        raise ValueError(f"{path} is a run of a language model; python -m fastdiff.generate draws from it")
+    if folder.config.is_file() and (kind := run_kind(path)) != "dit":
+        advice = {
+            "masked_lm": "of a language model; python -m fastdiff.generate draws from it",
+            "qgfd": "of a QGFD model; fastdiff.training.qgfd_runs.load_qgfd_run loads it",
+        }
+        raise ValueError(f"{path} is a run {advice[kind]}")
     recipe = load_recipe(DiTRecipe, folder.config)
-    checkpoint = _newest(folder, checkpoint)
+    folder, checkpoint = locate_checkpoint(path)
     state = read_state(checkpoint)
     model = DiT(recipe.model)
     load_weights(model, checkpoint / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
@@ -164,7 +170,7 @@ class LanguageModel:
     source: Path = Path()
 
 
-def run_kind(path: str | Path) -> Literal["dit", "masked_lm"]:
+def run_kind(path: str | Path) -> Literal["dit", "masked_lm", "qgfd"]:
     """What a run's folder or checkpoint generates, by its config.yaml; any other path or hub id is a language model's.
 
     Raises ValueError for a config.yaml that is no recipe, and for a run that generates nothing: a length head's.
@@ -186,8 +192,10 @@ def language_model_recipe(path: str | Path) -> MaskedLMRecipe | None:
 
     Raises FileNotFoundError, ValueError: a recipe of another kind or version; the message names the file.
     """
-    if run_kind(path) == "dit":
-        raise ValueError(f"{path} is a run of a diffusion transformer; python -m fastdiff.sample draws from it")
+    kind = run_kind(path)
+    if kind != "masked_lm":
+        what = "a diffusion transformer" if kind == "dit" else "a QGFD model"
+        raise ValueError(f"{path} is a run of {what}; python -m fastdiff.sample draws from it")
     folder, _ = _place(Path(path))
     return load_recipe(MaskedLMRecipe, folder.config) if folder.config.is_file() else None
 
@@ -316,6 +324,12 @@ def _place(path: Path) -> tuple[RunFolder, Path | None]:
     """The run's folder that a path means, and the checkpoint where it names one."""
     is_checkpoint = path.parent.name == "checkpoints" and path.name.startswith("step_")
     return RunFolder(path.parent.parent if is_checkpoint else path), path if is_checkpoint else None
+
+
+def locate_checkpoint(path: str | Path) -> tuple[RunFolder, Path]:
+    """A run's folder and its newest checkpoint, or the one that the path names. Raises FileNotFoundError for none."""
+    folder, checkpoint = _place(Path(path))
+    return folder, _newest(folder, checkpoint)
 
 
 def _newest(folder: RunFolder, checkpoint: Path | None) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
 from fastdiff.training.config import TrainingConfig
@@ -85,8 +85,11 @@ def check_device(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """accelerate's view of devices, precision, processes and trackers."""
+def make_accelerator(config: TrainingConfig, partial_gradients: bool = False) -> Accelerator:
+    """accelerate's view of devices, precision, processes and trackers.
+
+    With `partial_gradients` a step of several processes may leave parameters without a gradient.
+    """
     if PartialState._shared_state and PartialState().num_processes == 1:
         # accelerate keeps device and precision for the life of a process; another run in it may want others
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -96,6 +99,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         cpu=config.device == "cpu",
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(folder, logging_dir=str(Path(folder) / "tracking")),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if partial_gradients else None,
     )
 
 

@@ -18,6 +18,7 @@ class Task(Protocol):
 
     model: nn.Module
     unit: str  # what is counted, for the progress line: "images"
+    partial_gradients: bool  # whether a step may leave parameters without a gradient
 
     def batch(self, step: int, slots: range) -> Batch:
         """The inputs of these slots, on the CPU, randomness included."""

@@ -63,7 +63,7 @@ class Trainer:
         check_trackers(config.trackers)
         self.task, self.config = task, config
         self.folder = RunFolder(config.output_dir)
-        self.accelerator = make_accelerator(config)
+        self.accelerator = make_accelerator(config, task.partial_gradients)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
         processes, parts = self.accelerator.num_processes, config.accumulation_steps

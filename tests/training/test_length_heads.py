@@ -305,7 +305,7 @@ def test_what_cannot_be_trained_on(run, pairs, tmp_path, capsys):
     images = tmp_path / "images"
     (images / "checkpoints").mkdir(parents=True)
     (images / "config.yaml").write_text("data: {name: digits}")
-    assert "a run of images; a length head needs a language model's run of pairs" in refuse(run=str(images))
+    assert "not a run of text; a length head needs a language model's run of pairs" in refuse(run=str(images))
     assert "documents, which have no answers" in refuse(run=str(run), data={**jsonl, "sample": "documents"})
     assert "window is 0; expected at least 1 token" in refuse(run=str(run), window=0)
     assert "prompts and window have up to 25 tokens" in refuse(run=str(run), window=21)

@@ -28,6 +28,7 @@ class AdapterConfig:
         num_heads: Their attention heads.
         encoder_layers: Blocks of its own encoder.
         decoder_layers: Blocks of the decoder.
+        diffuse_attention: Its own blocks diffuse their attention as the backbone's do; false is plain attention.
         num_classes: Classes to condition on; label num_classes is the null label. Null for none.
         condition_dropout: Probability with which training drops a sample's condition, for classifier-free guidance.
         reconstruction_noise: Standard deviation of the noise that the decoder is trained to forgive; latents have
@@ -41,6 +42,7 @@ class AdapterConfig:
     num_heads: int = 4
     encoder_layers: int = 1
     decoder_layers: int = 1
+    diffuse_attention: bool = True
     num_classes: int | None = None
     condition_dropout: float = 0.1
     reconstruction_noise: float = 0.1
@@ -106,8 +108,10 @@ class Adapter(nn.Module):
         self.block_config = dataclasses.replace(
             qgfd, hidden_size=config.hidden_size, num_heads=config.num_heads, dropout=0.0, attention_dropout=0.0,
             intermediate_size=4 * config.hidden_size, time_conditioning="add",
+            steps=qgfd.steps if config.diffuse_attention else 0,
         )  # fmt: skip
         self.backbone: nn.Module | None = None
+        self.drops_conditions = True  # in training; a trainer that drops them itself turns it off
         self.label_embedding = None
         if config.num_classes is not None:
             self.label_embedding = LabelEmbedding(
@@ -166,7 +170,9 @@ class Adapter(nn.Module):
             return self.null_condition(batch_size(batch), next(iter(batch.values())).device)
         if labels.ndim != 1:
             raise ValueError(f"labels: got shape {list(labels.shape)}; expected [B]")
-        return self.label_embedding(self.label_embedding.drop(labels))[:, None], None
+        if self.drops_conditions:
+            labels = self.label_embedding.drop(labels)
+        return self.label_embedding(labels)[:, None], None
 
 
 class TokenStack(nn.Module):

@@ -134,7 +134,7 @@ class TextAdapter(Adapter):
     def _text_condition(self, batch: Batch) -> Condition:
         ids, mask = self._ids(batch, "condition_ids", "condition_mask")
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        if self.training and self.config.condition_dropout > 0:
+        if self.training and self.drops_conditions and self.config.condition_dropout > 0:
             kept = torch.rand(len(ids), device=ids.device) >= self.config.condition_dropout
             mask = mask & kept[:, None]
         positions = grid_positions(ids.shape[1], device=ids.device)

@@ -1,0 +1,101 @@
+"""`python -m fastdiff.evaluate` on a run of a QGFD model: a number that means something for each modality."""
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+
+from fastdiff.cli import output_path, sampling_options
+from fastdiff.data.disk import write_output
+from fastdiff.evaluation.features import batches_of, compare_with_real, encode_batches
+from fastdiff.training.qgfd_data import Source
+from fastdiff.training.qgfd_recipe import QGFDSamplingConfig
+from fastdiff.training.qgfd_runs import QGFDRun, load_qgfd_run
+from fastdiff.training.qgfd_samples import Samples, draw_samples, label_count, table_columns
+from fastdiff.training.setup import autocast_dtype
+
+_REAL = 4000  # real training examples that the Fréchet distance is taken of, at most
+
+
+def evaluate_qgfd(arguments: Any) -> None:
+    """Scores samples of a run beside real held-out examples; prints tables and writes JSON."""
+    run = load_qgfd_run(arguments.run, weights=arguments.weights, device=arguments.device)
+    modalities = run.recipe.modalities if arguments.modality is None else (arguments.modality,)
+    for name in modalities:
+        run.model.adapter(name)  # one that the run has
+    sampling = sampling_options(arguments, run.recipe.sampling)
+    if arguments.num_samples is not None:
+        if arguments.num_samples < 2:
+            raise ValueError(f"--num-samples is {arguments.num_samples}; expected at least 2")
+        sampling = dataclasses.replace(sampling, evaluation_samples=arguments.num_samples)
+    output = output_path(arguments.output, run.folder.path / "evaluation.json")
+    sources = {name: run.source(name) for name in modalities}
+    report = measure_run(run, sources, sampling)
+    details = {"run": str(run.folder.path), "step": run.step, "weights": arguments.weights}
+    write_output(output, json.dumps({**details, **report}, indent=1) + "\n")
+    print(f"\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")
+
+
+def measure_run(run: QGFDRun, sources: dict[str, Source], sampling: QGFDSamplingConfig) -> dict[str, Any]:
+    """Measures of each modality, printed as they come; as plain values."""
+    count = sampling.evaluation_samples or QGFDSamplingConfig().evaluation_samples
+    dtype = autocast_dtype(run.recipe.training, next(run.model.parameters()).device.type)
+    report: dict[str, Any] = {"sampling": dataclasses.asdict(sampling)}
+    for name, source in sources.items():
+        classes, prompts = label_count(run.model, name), None
+        labels = torch.arange(count) % classes if classes else None
+        if source.fields.get("conditional"):
+            batch = source.data.held_out.batch(torch.arange(count) % len(source.data.held_out))
+            prompts = {field: batch[field] for field in ("condition_ids", "condition_mask")}
+        samples = draw_samples(
+            run.model, name, count, sampling, labels=labels, prompts=prompts, dtype=dtype, progress=True
+        )
+        measures, table = _MEASURES.get(name, _in_encoder_space)(run, name, source, samples)
+        report[name] = measures
+        print(f"\n{name}:\n{table}")
+    return report
+
+
+def _images(run: QGFDRun, name: str, source: Source, samples: Samples) -> tuple[dict[str, Any], str]:
+    """Class accuracy and Fréchet distance under a small classifier, where the model is conditioned on classes."""
+    from fastdiff.evaluation import evaluate_samples, load_or_train_classifier
+
+    if samples.labels is None:
+        return _in_encoder_space(run, name, source, samples)
+    classifier = load_or_train_classifier(source.data)
+    report = evaluate_samples(samples.batch["pixel_values"], samples.labels, source.data, classifier)
+    return report.to_dict(), report.to_markdown()
+
+
+def _table(run: QGFDRun, name: str, source: Source, samples: Samples) -> tuple[dict[str, Any], str]:
+    """A classifier trained on the synthetic rows and tested on real ones, beside one trained on real rows."""
+    from fastdiff.evaluation import train_on_synthetic_test_on_real
+
+    report = train_on_synthetic_test_on_real(*table_columns(samples), source.data)
+    return report.to_dict(), report.to_markdown()
+
+
+def _in_encoder_space(run: QGFDRun, name: str, source: Source, samples: Samples) -> tuple[dict[str, Any], str]:
+    """Fréchet distance of the samples, decoded and encoded again, beside that of real held-out examples."""
+    adapter = run.model.adapter(name)
+    device = next(run.model.parameters()).device
+
+    def encode(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        latents = adapter.encode({field: value.to(device) for field, value in batch.items()})
+        return latents.tokens, latents.mask
+
+    sampled = [dict(zip(samples.batch, parts, strict=True)) for parts in _split(samples)]
+    features = [
+        encode_batches(encode, batches)
+        for batches in (sampled, batches_of(source.data.train, _REAL), batches_of(source.data.held_out, _REAL))
+    ]
+    comparison = compare_with_real(*features)
+    return comparison.to_dict(), comparison.to_markdown()
+
+
+def _split(samples: Samples) -> Any:
+    return zip(*(value.split(64) for value in samples.batch.values()), strict=True)
+
+
+_MEASURES = {"image": _images, "tabular": _table}

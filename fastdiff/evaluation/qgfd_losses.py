@@ -1,0 +1,73 @@
+"""Losses of a QGFD model on held-out examples, at times and with noise that depend on the seed alone."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastdiff.data import ExampleSet
+from fastdiff.evaluation.features import batches_of
+from fastdiff.models.qgfd_model import QGFDModel
+
+
+@torch.inference_mode()
+def held_out_losses(
+    model: QGFDModel,
+    modality: str,
+    examples: ExampleSet,
+    count: int = 256,
+    *,
+    input_noise: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The losses of `count` examples, spread evenly over the set (over and over where it has fewer), each at a time and
+    with noise of its own. The same arguments give the same times and noise, whatever the model.
+
+    Args:
+        input_noise: standard deviation of noise that is added to what the denoiser sees, beyond what the time says.
+
+    Returns:
+        float32 [count] each: "loss"; where the adapters are trained also its parts, "diffusion" and "reconstruction".
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parts: dict[str, list[Tensor]] = {"diffusion": [], "reconstruction": []}
+    try:
+        done, generator = 0, torch.Generator().manual_seed(seed)
+        while done < count:
+            for batch in batches_of(examples, count - done, batch_size):
+                _, *shape = model.latent_shape(batch, modality)
+                size = len(next(iter(batch.values())))
+                t = model.diffusion.sample_times(size, generator)
+                noise, extra = torch.randn(2, size, *shape, generator=generator)
+                batch = {name: value.to(device) for name, value in batch.items()}
+                with (
+                    _disturbed(model, input_noise * extra.to(device)),
+                    torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None),
+                ):
+                    losses = model.losses(batch, modality, t=t.to(device), noise=noise.to(device))
+                for name, values in zip(parts, losses, strict=True):
+                    if values is not None:
+                        parts[name].append(values.float().cpu())
+                done += size
+    finally:
+        model.train(was_training)
+    measured = {name: torch.cat(values) for name, values in parts.items() if values}
+    if "reconstruction" not in measured:
+        return {"loss": measured["diffusion"]}
+    weight = model.config.reconstruction_weight
+    return {"loss": measured["diffusion"] + weight * measured["reconstruction"], **measured}
+
+
+@contextlib.contextmanager
+def _disturbed(model: QGFDModel, noise: Tensor) -> Iterator[None]:
+    """Within the block the denoiser sees its latents with `noise` added."""
+    hook = model.backbone.register_forward_pre_hook(lambda _, inputs: (inputs[0] + noise, *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
