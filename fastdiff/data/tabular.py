@@ -2,7 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.data.datasets import SPLIT_SEED, stratified_split
+from fastdiff.data.datasets import stratified_split
 from fastdiff.data.labelled import LabelledData
-from fastdiff.data.table_schema import CategoryColumn, NumberColumn, TableSchema
+from fastdiff.data.table_schema import TableSchema, checked_columns
 
-MAX_CATEGORIES = 256  # of a column: with more it is a text or an identifier
-_MAX_DECIMALS = 6
-Table = Mapping[str, np.ndarray]  # columns by name: float64 [R], or str (dtype object) [R]
+Table = Mapping[str, np.ndarray]  # columns by name: numbers [R], or str (dtype object) [R]
 
 
 @dataclass
@@ -109,10 +108,12 @@ def load_tabular_data(config: TabularDataConfig) -> TabularData:
     if target in config.drop:
         raise ValueError(f"data.drop names {target!r}, which is the target; name another target")
     table = {name: values for name, values in table.items() if name not in config.drop}
-    for name, values in table.items():
-        _check(name, values, _where(config))
+    categories = [name for name in config.categories if name not in config.drop]
+    with _naming(_where(config)):
+        table = checked_columns(table, categories)  # before the split, which looks at the target's values
     train, held_out = _split(table[target], config.held_out_fraction, _where(config))
-    schema = _schema(table, target, train, _where(config))
+    with _naming(_where(config)):
+        schema = TableSchema.fit(table, target=target, rows=train)
     parts = [TableRows(*schema.encode({n: v[rows] for n, v in table.items()})) for rows in (train, held_out)]
     category = schema.target_category
     class_names = () if category is None else schema.categories[category].values
@@ -123,27 +124,13 @@ def _where(config: TabularDataConfig) -> str:
     return str(config.path) if config.name == "csv" else config.name
 
 
-def _check(name: str, values: np.ndarray, where: str) -> None:
-    if values.dtype == object:
-        missing = np.array([value is None for value in values])
-        distinct = len(set(values[~missing].tolist()))
-    else:
-        missing = np.isnan(values)
-        distinct = len(np.unique(values[~missing]))
-    if missing.any():
-        raise ValueError(
-            f"{where}: column {name!r} has {int(missing.sum())} missing values, the first in row "
-            f"{int(missing.argmax()) + 1} after the names; fill them in, remove these rows, or name it in data.drop"
-        )
-    if values.dtype != object and not np.isfinite(values).all():
-        raise ValueError(f"{where}: column {name!r} has infinite values; remove these rows, or name it in data.drop")
-    if distinct < 2:
-        raise ValueError(f"{where}: column {name!r} is constant, so there is nothing to learn; name it in data.drop")
-    if values.dtype == object and distinct > MAX_CATEGORIES:
-        raise ValueError(
-            f"{where}: column {name!r} has {distinct} categories in {len(values)} rows; expected at most "
-            f"{MAX_CATEGORIES}: name it in data.drop"
-        )
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Adds to what is said of a refused column which table it is in, and how a recipe leaves it out."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}: name it in data.drop") from None
 
 
 def _split(target: np.ndarray, held_out_fraction: float, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -156,35 +143,6 @@ def _split(target: np.ndarray, held_out_fraction: float, where: str) -> tuple[np
         labels = np.zeros(len(target), dtype=np.int64)
     train, held_out = stratified_split(torch.from_numpy(labels), held_out_fraction)
     return train.numpy(), held_out.numpy()
-
-
-def _schema(table: Table, target: str, train: np.ndarray, where: str) -> TableSchema:
-    numbers, categories = [], []
-    for name, values in table.items():
-        if values.dtype == object:
-            categories.append(CategoryColumn(name, tuple(sorted(set(values.tolist()), key=_natural))))
-            continue
-        mean, deviation = float(values[train].mean()), float(values[train].std())
-        if deviation <= 1e-12 * max(1.0, abs(mean)):
-            raise ValueError(
-                f"{where}: column {name!r} is constant in the rows to train on (split {SPLIT_SEED}); name it in "
-                "data.drop"
-            )
-        numbers.append(NumberColumn(name, mean, deviation, _decimals(values)))
-    return TableSchema(tuple(numbers), tuple(categories), tuple(table), target)
-
-
-def _natural(value: str) -> tuple[int, float, str]:
-    """Categories that are numbers by their value, then the others by the alphabet."""
-    try:
-        return 0, float(value), value
-    except ValueError:
-        return 1, 0.0, value
-
-
-def _decimals(values: np.ndarray) -> int:
-    """With how many decimals all values are written, at most 6."""
-    return next((d for d in range(_MAX_DECIMALS) if np.allclose(np.round(values, d), values, 1e-12, 0)), _MAX_DECIMALS)
 
 
 def _bundled(name: str, target: str, target_names: bool = True) -> Callable[[TabularDataConfig], tuple[Table, str]]:
@@ -204,7 +162,7 @@ def _bundled(name: str, target: str, target_names: bool = True) -> Callable[[Tab
         else:
             columns[target] = bunch.target.astype(np.float64)
         if "sex" in columns:  # 1 and 2 in diabetes
-            columns["sex"] = _text(columns["sex"])
+            columns["sex"] = columns["sex"].astype(int).astype(str).astype(object)
         return columns, target
 
     return load
@@ -228,25 +186,17 @@ def _csv(config: TabularDataConfig) -> tuple[Table, str]:
         raise ValueError(f"{path} cannot be read as CSV ({' '.join(str(error).split())}); repair it") from None
     if len(frame) < 2 or not len(frame.columns):
         raise ValueError(f"{path} has {len(frame)} rows; expected a line of names and at least 2 of values")
-    columns = {str(name): _values(frame[name], str(name) in config.categories) for name in frame.columns}
+    columns = {str(name): _values(frame[name]) for name in frame.columns}
     return columns, config.target or list(columns)[-1]
 
 
-def _values(column: Any, category: bool) -> np.ndarray:
-    """A pandas column as float64 with NaN, or as text with None, where values are missing."""
+def _values(column: Any) -> np.ndarray:
+    """A pandas column as numbers with NaN, or as text with None, where values are missing."""
     import pandas as pd
 
-    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-    if numeric:
-        values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        return _text(values) if category else values
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        return column.to_numpy()
     return np.array([None if pd.isna(value) else str(value) for value in column], dtype=object)
-
-
-def _text(values: np.ndarray) -> np.ndarray:
-    """Numbers as the names of categories, 1.0 as "1"."""
-    names = [None if np.isnan(v) else str(int(v)) if float(v).is_integer() else repr(float(v)) for v in values]
-    return np.array(names, dtype=object)
 
 
 _SOURCES = {

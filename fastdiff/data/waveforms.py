@@ -42,11 +42,15 @@ def resample(
     rate: int,
     target_rate: int,
 ) -> np.ndarray:  # [..., S · target_rate / rate]
-    """The waveforms at another rate in Hz, by scipy's polyphase filter."""
-    from scipy.signal import resample_poly
-
-    if rate == target_rate:
+    """The waveforms at another rate in Hz, by scipy's polyphase filter. Raises ModuleNotFoundError without scipy."""
+    if rate == target_rate or waveforms.shape[-1] == 0:  # scipy refuses empty ones
         return waveforms
+    try:
+        from scipy.signal import resample_poly
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"audio of {rate} Hz at {target_rate} Hz needs scipy: pip install 'fastdiff-kernels[data]'"
+        ) from None
     divisor = math.gcd(rate, target_rate)
     return resample_poly(waveforms, target_rate // divisor, rate // divisor, axis=-1)
 

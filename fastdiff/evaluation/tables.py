@@ -80,11 +80,13 @@ def train_on_synthetic_test_on_real(
         seed: of forests and resampling.
 
     Raises:
-        ValueError: shapes or values that do not fit the table, no rows, or no column beside the target.
+        ValueError: shapes or values that do not fit the table, no rows, no target, or no column beside it.
     """
     if not len(numbers):
         raise ValueError("numbers: got no rows; expected synthetic ones")
     schema = data.schema
+    if schema.target is None:
+        raise ValueError("the table's schema has no target; expected a column to predict: TableSchema.fit(…, target=…)")
     if len(schema.names) < 2:
         raise ValueError(f"the table has the column {schema.target!r} alone; expected others to predict it from")
     synthetic = TableRows(*schema.encode(schema.decode(numbers, categories)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.models.dit import PRESETS, DiT, DiTConfig
 from fastdiff.models.dit_layouts import from_diffusers, from_facebook
@@ -81,6 +81,17 @@ def _build(config: DiTConfig, state: dict[str, Tensor]) -> DiT:
     model.load_state_dict(state, assign=True)
     model.reset_positions(dtype=next(iter(state.values())).dtype)
     return model.eval()
+
+
+def untied_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without further names of a tensor that it has already: Hugging Face's encoders tie some."""
+    kept: dict[Any, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # empty tensors, and those of the meta device, all have the address 0
+        known = tensor.numel() > 0 and not tensor.is_meta
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if known else id(tensor)
+        kept.setdefault(key, (name, tensor))
+    return {name: tensor.detach() for name, tensor in kept.values()}
 
 
 def check_state(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], path: Path, owner: str) -> None:

@@ -15,6 +15,7 @@ from fastdiff.models.checkpoints import (
     one_line,
     read_json,
     read_safetensors,
+    untied_state,
     write_checkpoint,
 )
 from fastdiff.models.qgfd import QGFDBackbone, QGFDConfig
@@ -42,7 +43,7 @@ def load_backbone(path: str | os.PathLike, dtype: torch.dtype) -> QGFDBackbone:
 
 def save_model(model: QGFDModel, directory: str | os.PathLike) -> None:
     """See `QGFDModel.save_pretrained`."""
-    write_checkpoint(directory, "QGFDModel", _own_tensors(model), dataclasses.asdict(model.config))
+    write_checkpoint(directory, "QGFDModel", untied_state(model), dataclasses.asdict(model.config))
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype) -> QGFDModel:
@@ -72,17 +73,6 @@ def _made(make: Any, path: Path) -> nn.Module:
 
 
 def _filled(model: nn.Module, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> nn.Module:
-    check_state(state, _own_tensors(model), path, "its configuration")
+    check_state(state, untied_state(model), path, "its configuration")
     model.load_state_dict(state, strict=False)  # tied weights have one name in the file
     return model.to(dtype).eval()
-
-
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with one name for each tensor: Hugging Face's encoders tie some."""
-    seen, state = set(), {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() == 0 or key not in seen:
-            state[name] = tensor
-            seen.add(key)
-    return state

@@ -36,12 +36,11 @@ def create_qgfd_model(
         config: sizes and options; None is `QGFDModelConfig` with the adapters' defaults. It is not changed.
         processor: what prepares the data, where it is at hand (for several modalities: by modality). Without a Hugging
             Face encoder text needs a tokenizer, given here or named in config.text.tokenizer (its number of tokens
-            becomes vocab_size), and a table a `TabularProcessor` that was fitted (its columns become the
-            configuration's).
+            becomes vocab_size), and a table a `fastdiff.data.TableSchema` (its columns become the configuration's).
 
     Returns:
         (model, processor, schedule): the processor is a tokenizer, image processor or feature extractor of transformers
-        with a Hugging Face encoder, else the tokenizer, an `ImageProcessor`, `AudioProcessor` or `TabularProcessor`;
+        with a Hugging Face encoder, else the tokenizer, an `ImageProcessor`, `AudioProcessor` or `TableSchema`;
         for films always a `VideoProcessor`; a dict of them by modality where there are several. Those of transformers
         are set to give what the adapters take (pixels in [-1, 1], waveforms as they are): the encoder's own
         normalisation happens in the adapter. The schedule is `Diffusion(config.diffusion)`.
@@ -146,7 +145,7 @@ def _prepare_table(config: Any, processor: Any) -> Any:
         config.num_numbers, config.category_sizes = len(processor.numbers), processor.category_sizes
     elif config.num_numbers + len(config.category_sizes) == 0:
         raise ValueError(
-            "processor: got None for a table of unknown columns; pass TabularProcessor.fit(table), or set "
+            "processor: got None for a table of unknown columns; pass fastdiff.data.TableSchema.fit(table), or set "
             "config.tabular.num_numbers and category_sizes"
         )
     return processor

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastdiff.data.disk import flush_to_disk
-from fastdiff.models.checkpoints import check_state
+from fastdiff.models.checkpoints import check_state, untied_state
 
 STATE_FILE = "trainer_state.json"
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
@@ -121,23 +121,35 @@ def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, s
 def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], path: Path) -> None:
     """Gives an optimizer the tensors that `save_optimizer` wrote.
 
+    A parameter that is not in the file starts without state: it had no gradient before the file was written.
+
     Raises:
-        ValueError: the file belongs to a model with other parameters.
+        ValueError: the file has state of a parameter that the model has not, or of another shape than the parameter's.
     """
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(path).items():
         entry, name = key.split("|", 1)
         by_name.setdefault(name, {})[entry] = tensor
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if {names[parameter] for parameter in parameters} != set(by_name):
-        raise ValueError(f"{path} holds the state of other parameters than the model's; it belongs to another model")
-    state = {index: by_name[names[parameter]] for index, parameter in enumerate(parameters)}
+    shapes = {names[parameter]: parameter.shape for parameter in parameters}
+    for name, entries in by_name.items():
+        if name not in shapes:
+            raise ValueError(
+                f"{path} holds the state of {name!r}, which the model has not; it belongs to another model"
+            )
+        for entry, tensor in entries.items():
+            if tensor.ndim and tensor.shape != shapes[name]:  # scalars, such as the number of steps, go with any shape
+                raise ValueError(
+                    f"{path} holds {entry} of {name!r} in shape {list(tensor.shape)}; expected {list(shapes[name])}: "
+                    "it belongs to another model"
+                )
+    state = {index: by_name[names[p]] for index, p in enumerate(parameters) if names[p] in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Writes a model's weights as safetensors, under the names of its state dict; tied weights under the first one."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in _untied_state(model).items()}, path)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in untied_state(model).items()}, path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -150,14 +162,5 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
-    check_state(state, _untied_state(model), path, "the model of this recipe")
+    check_state(state, untied_state(model), path, "the model of this recipe")
     model.load_state_dict(state, strict=False)  # what is missing is tied to what is there
-
-
-def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without further names of a tensor that it has already, as transformers stores it too."""
-    kept: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        kept.setdefault(id(tensor), name)
-    return {name: state[name] for name in kept.values()}

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from PIL import Image
 from qgfd_models import ADAPTERS, MODALITIES, adapter_config, qgfd_config, tokenizer, write_checkpoints
 from transformers import AutoFeatureExtractor, AutoImageProcessor, T5EncoderModel, ViTModel, Wav2Vec2Model
 
+from fastdiff.data import TableSchema
 from fastdiff.diffusion import Diffusion
 from fastdiff.models import QGFDModel, QGFDModelConfig, create_qgfd_model
 from fastdiff.models.qgfd_adapters import (
     AudioProcessor,
     ImageAdapterConfig,
     ImageProcessor,
-    TabularProcessor,
     TextAdapterConfig,
     VideoProcessor,
 )
@@ -114,7 +115,7 @@ def test_films_go_through_a_vit_frame_by_frame(checkpoints):
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_without_a_backbone_our_own_processors_serve(modality):
-    given = {"text": tokenizer(), "tabular": TabularProcessor.fit(TABLE)}.get(modality)
+    given = {"text": tokenizer(), "tabular": TableSchema.fit(TABLE)}.get(modality)
     model, processor, schedule = create_qgfd_model(modality, None, config_for(modality), processor=given)
     assert isinstance(model, QGFDModel) and schedule is model.diffusion and list(model.adapters) == [modality]
     batch = {
@@ -170,9 +171,7 @@ def test_bad_names_are_one_line(checkpoints, tmp_path):
         "processor: got None for text without a backbone; pass a tokenizer",
         lambda: create_qgfd_model("text"),
     )
-    one_line(
-        ValueError, r"processor: got None for a table .*TabularProcessor.fit", lambda: create_qgfd_model("tabular")
-    )
+    one_line(ValueError, r"processor: got None for a table .*TableSchema.fit", lambda: create_qgfd_model("tabular"))
     one_line(FileNotFoundError, "'/no/such' is not a folder", lambda: create_qgfd_model("image", "/no/such"))
     one_line(FileNotFoundError, "cannot be loaded", lambda: create_qgfd_model("image", str(tmp_path)))
     colours = small(image=ImageAdapterConfig(channels=2))
@@ -205,40 +204,19 @@ def test_bad_configurations_are_one_line(modality, options):
     one_line(ValueError, rf"AdapterConfig\.{name}: got .*; expected", lambda: ADAPTERS[modality][0](**options))
 
 
-def test_tables_come_back_as_they_were(tmp_path):
-    processor = TabularProcessor.fit(TABLE, categories=())
-    batch = processor(TABLE)
-    torch.testing.assert_close(batch["numbers"].mean(0), torch.zeros(2), rtol=0, atol=1e-6)
-    torch.testing.assert_close(batch["numbers"].std(0, correction=0), torch.ones(2))
-    assert batch["categories"].tolist() == [[2], [1], [2], [0]] and processor.category_sizes == (3,)
-    processor.save_pretrained(tmp_path)
-    table = TabularProcessor.from_pretrained(tmp_path).decode(batch)
-    assert table["age"] == TABLE["age"] and table["city"] == TABLE["city"]
-    assert np.allclose(table["height"], TABLE["height"], atol=1e-6)
-    assert TabularProcessor.fit(TABLE, categories=["age"]).category_sizes == (4, 3)
-
-
-@pytest.mark.parametrize(
-    "change, match",
-    [
-        (dict(age=[30, None, 25, 60]), "column 'age' misses 1 of 4 values; drop those rows, or fill them in"),
-        (dict(height=[1.7, math.nan, math.nan, 1.8]), "column 'height' misses 2 of 4"),
-        (dict(city=["Rome", "", "Rome", "Bonn"]), "column 'city' misses 1 of 4"),
-        (dict(age=[30, 30, 30, 30]), r"column 'age' is constant \(30\)"),
-        (dict(city=["Rome"] * 4), r"column 'city' is constant \(Rome\)"),
-        (dict(age=[30, 31]), "column 'age' has 2 rows; expected 4"),
-    ],
-)
-def test_bad_tables_are_one_line(change, match, tmp_path):
-    one_line(ValueError, match, lambda: TabularProcessor.fit({**TABLE, **change}))
-    fitted = TabularProcessor.fit(TABLE)
-    one_line(ValueError, "no column 'city'", lambda: fitted({"age": [1], "height": [1.0]}))
-    one_line(ValueError, "'city' has 'Paris', which was not", lambda: fitted({**TABLE, "city": ["Paris"] * 4}))
-    one_line(
-        ValueError, "got columns .* expected some, with those of categories", lambda: TabularProcessor.fit(TABLE, ["x"])
-    )
-    with pytest.raises(FileNotFoundError, match="tabular_processor.json"):
-        TabularProcessor.from_pretrained(tmp_path)
+@pytest.mark.parametrize("names", [("age", "height"), ("city",), ("age", "height", "city")])
+def test_samples_of_a_table_are_turned_back(names):
+    """Tables of numbers alone, of categories alone, and of both: the schema gives batches and takes samples."""
+    table = {name: TABLE[name] for name in names}
+    config = config_for("tabular", num_numbers=9, category_sizes=(9,))  # replaced by the table's
+    model, schema, _ = create_qgfd_model("tabular", None, config, processor=TableSchema.fit(table))
+    assert model.config.tabular.num_numbers == len(set(names) - {"city"})
+    assert model.config.tabular.category_sizes == ((3,) if "city" in names else ())
+    batch = schema(table)
+    assert batch["numbers"].shape[1] + batch["categories"].shape[1] == len(names)
+    assert torch.isfinite(model(batch)).all()
+    drawn = schema.decode(**model.eval().sample(count=3, num_inference_steps=2))
+    assert list(drawn) == list(names) and all(len(values) == 3 for values in drawn.values())
 
 
 def test_audio_of_another_rate_is_resampled_and_said_so():
@@ -253,9 +231,19 @@ def test_audio_of_another_rate_is_resampled_and_said_so():
     mixed = processor([np.ones(4), np.full((2, 2), 16384, dtype=np.int16)])
     assert mixed["attention_mask"].tolist() == [[1] * 4, [1, 1, 0, 0]]
     assert mixed["input_values"][1].tolist() == [0.5, 0.5, 0, 0]
+    batch = processor([np.zeros(0), tone], sampling_rate=44100)
+    assert batch["input_values"].shape == (2, 800) and batch["attention_mask"].sum(1).tolist() == [0, 800]
     one_line(ValueError, "waves: got torch.int64", lambda: processor([np.arange(4)]))
     one_line(ValueError, "waves: got values that are not finite", lambda: processor([np.array([0.0, np.nan])]))
     one_line(ValueError, "sampling_rate: got 0", lambda: processor([np.zeros(3)], sampling_rate=0))
+
+
+def test_without_scipy_audio_of_another_rate_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.signal", None)
+    processor = AudioProcessor(8000)
+    assert processor([np.ones(4)])["input_values"].tolist() == [[1.0] * 4]
+    with pytest.warns(UserWarning), pytest.raises(ModuleNotFoundError, match=r"scipy: pip install 'fastdiff-kernels"):
+        processor([np.ones(4)], sampling_rate=16000)
 
 
 def test_frames_of_different_sizes_are_refused():

@@ -4,7 +4,7 @@ from fastdiff.models.qgfd_adapters.audio import AudioAdapter, AudioAdapterConfig
 from fastdiff.models.qgfd_adapters.base import Adapter, AdapterConfig, Latents, LatentShape
 from fastdiff.models.qgfd_adapters.huggingface import MODALITIES
 from fastdiff.models.qgfd_adapters.image import ImageAdapter, ImageAdapterConfig
-from fastdiff.models.qgfd_adapters.processors import AudioProcessor, ImageProcessor, TabularProcessor, VideoProcessor
+from fastdiff.models.qgfd_adapters.processors import AudioProcessor, ImageProcessor, VideoProcessor
 from fastdiff.models.qgfd_adapters.tabular import TabularAdapter, TabularAdapterConfig
 from fastdiff.models.qgfd_adapters.text import TextAdapter, TextAdapterConfig
 from fastdiff.models.qgfd_adapters.video import VideoAdapter, VideoAdapterConfig
@@ -28,7 +28,6 @@ __all__ = [
     "Latents",
     "TabularAdapter",
     "TabularAdapterConfig",
-    "TabularProcessor",
     "TextAdapter",
     "TextAdapterConfig",
     "VideoAdapter",

@@ -49,8 +49,8 @@ class TabularAdapter(Adapter):
     """Diffusion over the columns of a table's rows.
 
     Batches are {"numbers" [B, N] standardised, "categories" int64 [B, K], "labels" int64 [B] (optional)}; either of
-    the first two may be left out where the table has none. L = N + K, numbers first. `TabularProcessor` makes them.
-    Raises ValueError for a table without columns.
+    the first two may be left out where the table has none. L = N + K, numbers first. `fastdiff.data.TableSchema`
+    makes them. Raises ValueError for a table without columns.
     """
 
     modality = "tabular"
