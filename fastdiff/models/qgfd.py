@@ -189,7 +189,6 @@ class QGFDDecoderBlock(_Block):
         x = x + self.dropout(self._attend_to(context, context_mask, x, modulation["cross_attn"]))
         return x + self.dropout(self.mlp(self.norms["mlp"](x, *modulation["mlp"])))
 
-
     def _attend_to(self, context: Tensor, context_mask: Tensor | None, x: Tensor, modulation) -> Tensor:  # [B, L, D]
         attention = self.cross_attn
         if context.shape[1] == 1 and context_mask is None and not (self.training and attention.dropout):

@@ -200,7 +200,9 @@ def _load_frozen(recipe: LengthHeadRecipe) -> LanguageModel:
     if recipe.data is None and not Path(recipe.run).is_dir():  # a hub id would need data too
         raise FileNotFoundError(f"run is {recipe.run!r}, which is no folder; train it first, or name a finished run")
     if run_kind(recipe.run) != "masked_lm":
-        raise ValueError(f"run is {recipe.run!r}, not a run of text; a length head needs a language model's run of pairs")
+        raise ValueError(
+            f"run is {recipe.run!r}, not a run of text; a length head needs a language model's run of pairs"
+        )
     loaded = load_language_model(recipe.run, weights=recipe.weights, device="cpu")
     if recipe.data is None and loaded.recipe is None:
         raise ValueError(

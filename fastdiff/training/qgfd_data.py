@@ -58,9 +58,7 @@ def build_model(recipe: QGFDRecipe, sources: dict[str, Source]) -> "QGFDModel":
     """The recipe's model, of random weights (but for pretrained encoders), in the sizes of its data."""
     from fastdiff.models import QGFDModelConfig, create_qgfd_model
 
-    adapters = {
-        name: dataclasses.replace(getattr(recipe, name), **source.fields) for name, source in sources.items()
-    }
+    adapters = {name: dataclasses.replace(getattr(recipe, name), **source.fields) for name, source in sources.items()}
     fixed = recipe.objective.adapters_from is not None
     weight = 0.0 if fixed else recipe.objective.reconstruction_weight
     config = QGFDModelConfig(recipe.backbone, recipe.diffusion, **adapters, reconstruction_weight=weight)
@@ -95,9 +93,7 @@ def _text(recipe: QGFDRecipe, tokenizer: "PreTrainedTokenizerBase | None") -> So
         tokenizer = load_processor(backbone, "text")
     data = load_text_data(config, recipe.tokenizer if tokenizer is None else tokenizer)
     pairs = data.train.conditions is not None
-    return Source(
-        text_examples(data, config), data.tokenizer, {"max_length": config.max_length, "conditional": pairs}
-    )
+    return Source(text_examples(data, config), data.tokenizer, {"max_length": config.max_length, "conditional": pairs})
 
 
 def _image(recipe: QGFDRecipe, _: None) -> Source:

@@ -5,7 +5,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastdiff.data import AudioDataConfig, DataConfig, TabularDataConfig, TextDataConfig, TokenizerConfig, VideoDataConfig
+from fastdiff.data import (
+    AudioDataConfig,
+    DataConfig,
+    TabularDataConfig,
+    TextDataConfig,
+    TokenizerConfig,
+    VideoDataConfig,
+)
 from fastdiff.diffusion.continuous import DiffusionConfig
 from fastdiff.diffusion.sampling import samplers_for
 from fastdiff.models.qgfd import QGFDConfig

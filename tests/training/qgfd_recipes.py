@@ -37,7 +37,9 @@ SECTIONS = {
     },
     "tabular": {"tabular": SMALL, "tabular_data": {"name": "iris"}},
 }
-POEM = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate. Rough winds do shake the buds.\n"
+POEM = (
+    "Shall I compare thee to a summer's day? Thou art more lovely and more temperate. Rough winds do shake the buds.\n"
+)
 
 
 def write_data(folder: Path) -> None:
