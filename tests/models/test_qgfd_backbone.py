@@ -133,6 +133,23 @@ def test_tokens_are_a_set_but_for_their_positions():
     assert (model(x[:, order], t, cond, position_ids=ids) - moved).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("time_conditioning", ["add", "adaln"])
+def test_a_condition_of_one_token_takes_the_same_values_by_a_shorter_way(time_conditioning):
+    model = make_backbone(time_conditioning=time_conditioning).train()
+    x, t, cond = inputs(tokens=1)
+    results = []
+    for mask in (None, torch.ones(3, 1, dtype=torch.bool)):  # with a mask it attends
+        model.zero_grad()
+        out = model(x, t, cond, mask)
+        out.square().sum().backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
+    (short, gradients), (long, expected) = results
+    torch.testing.assert_close(short, long, rtol=0, atol=1e-5)
+    for name, gradient in expected.items():
+        given = torch.zeros_like(gradient) if gradients[name] is None else gradients[name]
+        torch.testing.assert_close(given, gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, dict(time_conditioning="adaln", cond_dim=5), dict(attention_dropout=0.1)])
 def test_gradients_reach_every_parameter(options):
     model = make_backbone(**options).train()

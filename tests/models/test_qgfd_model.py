@@ -53,8 +53,7 @@ def test_the_loss_is_one_number_a_sample_and_reaches_every_parameter(make, modal
     assert loss.shape == (3,) and loss.dtype == torch.float32 and torch.isfinite(loss).all()
     loss.sum().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert all(p.grad is not None for p in trained.values())
-    silent = [name for name, p in trained.items() if p.grad.abs().max() == 0]
+    silent = [name for name, p in trained.items() if p.grad is None or p.grad.abs().max() == 0]
     # Attention to a single token does not depend on the scores, and the zero token has no value.
     tokens, _ = model.adapter().condition(batch)
     expected = () if modality == "text" else ("cross_attn",) if tokens is not None else ("cross_attn", "cond_proj")
@@ -82,7 +81,7 @@ def test_a_frozen_backbone_has_no_dropout_in_training(make):
 
 @every_kind
 def test_a_few_steps_lower_the_loss(make, modality, pretrained):
-    model, batch = make(modality, pretrained, condition_dropout=0.0), make_batch(modality)
+    model, batch = make(modality, pretrained, condition_dropout=0.0, reconstruction_noise=1.0), make_batch(modality)
     given = fixed(model, batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, parts = torch.optim.Adam(parameters, lr=1e-2), []

@@ -27,6 +27,8 @@ from fastdiff.models.qgfd_adapters.base import (
 )
 from fastdiff.models.qgfd_adapters.huggingface import encoder_of
 
+_LEAST_NOISE = 0.1  # that nearest embeddings are told apart in
+
 
 @dataclass
 class TextAdapterConfig(AdapterConfig):
@@ -154,8 +156,10 @@ class TextAdapter(Adapter):
     def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:  # [B, L, vocab_size]
         if self.decoder is not None:
             return self.decoder(tokens, mask, grid_positions(tokens.shape[1], device=tokens.device))
-        # All embeddings have the same length, so that the nearest has the largest product.
-        return F.linear(tokens, unit_scale(self.embedding.weight)) * self.latent_dim**-0.5
+        # All embeddings have the same length, so that the nearest has the largest product; divided by the variance of
+        # normal noise, products are the logarithms of what Bayes' rule makes of noisy latents.
+        variance = max(self.config.reconstruction_noise, _LEAST_NOISE) ** 2
+        return F.linear(tokens, unit_scale(self.embedding.weight)) / variance
 
     def _ids(self, batch: Batch, name: str, mask_name: str) -> tuple[Tensor, Tensor | None]:
         ids, vocab_size = batch[name], self.config.vocab_size
