@@ -1,9 +1,9 @@
 """Evaluates a run, by its kind: `python -m fastdiff.evaluate runs/x`.
 
 Of a diffusion transformer: scores of samples beside real held-out images. Of a QGFD model: for each modality class
-accuracy (images), a classifier trained on synthetic rows (tables) or a Fréchet distance. Of a language model: likelihood of held-out
-text, exact match of generated answers, tasks of lm-eval; with `--length`, in place of these, how well each rule bounds
-the lengths of held-out answers.
+accuracy (images), a classifier trained on synthetic rows (tables) or a Fréchet distance. Of a language model:
+likelihood of held-out text, exact match of generated answers, tasks of lm-eval; with `--length`, in place of these,
+how well each rule bounds the lengths of held-out answers.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ def make_parser() -> ArgumentParser:
         "evaluate",
         "Evaluates a run by its kind. Images: class accuracy and Fréchet distance of samples under a small classifier "
         "that is trained once on the real images and cached, and distance to the nearest training image; beside them "
-        "the same numbers of real held-out images. QGFD models: for each modality the same (images), a classifier trained "
-        "on synthetic rows and tested on real ones (tables), or a Fréchet distance in the encoder's space beside that of "
-        "held-out examples. Language models: Monte-Carlo likelihood bound of the held-out text, "
-        "exact match of generated answers where it has pairs, and lm-eval tasks; with --length, in place of these, how "
-        "every rule bounds the lengths of held-out answers.",
+        "the same numbers of real held-out images. QGFD models: for each modality the same (images), a classifier "
+        "trained on synthetic rows and tested on real ones (tables), or a Fréchet distance in the encoder's space "
+        "beside that of held-out examples. Language models: Monte-Carlo likelihood bound of the held-out text, exact "
+        "match of generated answers where it has pairs, and lm-eval tasks; with --length, in place of these, how every "
+        "rule bounds the lengths of held-out answers.",
     )
     add = parser.add_argument
     add("--output", type=str | None, help="of the JSON; default: evaluation.json in the run's folder")

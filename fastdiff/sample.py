@@ -77,7 +77,7 @@ def _sample_qgfd(arguments: Any) -> None:
 
 
 def _wanted(run: Any, modality: str, arguments: Any) -> tuple[Any, int, torch.Tensor | None]:
-    """What a modality's samples are shown with, how many are drawn, and their labels. Raises where options do not fit."""
+    """What a modality's samples are shown with, how many there are, their labels. Raises where options do not fit."""
     from fastdiff.training.qgfd_samples import Shown, default_labels, encode_prompt, label_count
     from fastdiff.training.runs import parse_labels
 

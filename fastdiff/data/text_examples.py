@@ -36,7 +36,7 @@ class TextWindows:
         return len(self.part)
 
     def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
-        """{"input_ids": int64 [n, max_length]}; of pairs also "condition_ids" [n, M] and "condition_mask", right-padded.
+        """{"input_ids": int64 [n, max_length]}; of pairs also "condition_ids" [n, M], right-padded, "condition_mask".
 
         An answer ends as `data.length_format` says. With "eos_only" the rest of its window is left out of it by
         "attention_mask".

@@ -35,8 +35,8 @@ class QGFDObjectiveConfig:
         order: of several modalities: "in_turn" (a step's batch is of one of them, and the next step's of the next) or
             "mixed" (each batch has samples of all).
         reconstruction_weight: of the adapters' reconstruction loss beside the diffusion's.
-        adapters_from: a run, or one of its checkpoints, whose adapters (encoders and decoders) are taken as they are and
-            not trained: the second stage of latent diffusion. Then reconstruction_weight is 0.
+        adapters_from: a run, or one of its checkpoints, whose adapters (encoders and decoders) are taken as they are
+            and not trained: the second stage of latent diffusion. Then reconstruction_weight is 0.
         condition_on_labels: whether images, sounds and videos are conditioned on their classes.
         validation_samples: held-out samples that a preview measures the loss on.
     """
@@ -155,7 +155,8 @@ def check_recipe(recipe: QGFDRecipe) -> None:
     """Raises ValueError where the parts of a recipe do not fit each other."""
     if not recipe.modalities:
         raise ValueError(
-            f"the recipe has no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in image: {{}}"
+            f"the recipe has no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in "
+            "image: {}"
         )
     fitting = samplers_for(recipe.diffusion)
     if recipe.sampling.sampler not in (None, *fitting):

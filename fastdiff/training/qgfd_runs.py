@@ -139,7 +139,7 @@ class Adapters:
 
 
 def load_adapters(path: str | Path, recipe: QGFDRecipe) -> Adapters:
-    """The adapters of a run. Raises as `load_qgfd_run`, and ValueError where it lacks one of the recipe's modalities."""
+    """The adapters of a run. Raises as `load_qgfd_run`, and ValueError where it lacks a modality of the recipe."""
     run = load_qgfd_run(path, device="cpu")
     missing = [name for name in recipe.modalities if name not in run.model.adapters]
     if missing:

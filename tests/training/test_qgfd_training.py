@@ -239,7 +239,7 @@ def test_text_conditioned_on_text(train_run, tmp_path, capsys):
 BAD = {
     "unknown modality": (("image",), {"smell": {"hidden_size": 8}}, "there is no section 'smell'; expected"),
     "no modality": ((), {}, "expected a section of one or more of text, image, audio, video, tabular"),
-    "size of other data": (("image",), {"image": {"image_size": 64}}, "image.image_size is 64; the data set digits has"),
+    "size of other data": (("image",), {"image": {"image_size": 64}}, "image.image_size is 64; the data set digits"),
     "sampler": (("image",), {"sampling": {"sampler": "ddim"}}, "needs one of euler, dpm-solver++, renoise"),
     "small mixed batch": (
         ("image", "tabular"),
