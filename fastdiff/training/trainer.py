@@ -168,6 +168,9 @@ class Trainer:
         # A barrier sends no tensors. Without it gloo's thread may still hold the last one when its process group is
         # freed, and then each waits for the other: the thread for Python's lock, the main thread for the thread.
         self.accelerator.wait_for_everyone()
+        # For the same reason the wrapper that holds the process group goes before the group does.
+        self.model = self.accelerator.unwrap_model(self.model)
+        self.accelerator.free_memory()
         self.accelerator.end_training()
         return Outcome(self.steps_done, self.steps_done >= self.config.max_steps, self.folder.latest(), rate)
 
