@@ -1,13 +1,15 @@
 """What the commands share: recipes from YAML and arguments, and errors as one line."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args
 
@@ -191,8 +193,25 @@ def build(recipe: type[Recipe], values: Any) -> Recipe:
     parts = {}
     for field in dataclasses.fields(recipe):
         value, section = getattr(values, field.name), _section(field.type)
-        parts[field.name] = value if section is None or value is None else section(**vars(value))
+        if section is None or value is None:
+            parts[field.name] = value
+            continue
+        with naming_section(field.name):
+            parts[field.name] = section(**vars(value))
     return recipe(**parts)
+
+
+@contextlib.contextmanager
+def naming_section(name: str) -> Iterator[None]:
+    """Errors of data sets speak of "data.folder"; within the block, for a section "audio_data", of that one's."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        message = re.sub(r"\bdata\.(?=[a-z_])", f"{name}.", str(error))
+        if not name.endswith("_data") or message == str(error):
+            raise
+        kind = next(k for k in (FileNotFoundError, ModuleNotFoundError, ValueError) if isinstance(error, k))
+        raise kind(message) from None
 
 
 def _section(kind: Any) -> type | None:

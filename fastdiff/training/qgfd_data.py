@@ -5,6 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastdiff.cli import naming_section
 from fastdiff.data import (
     LabelledData,
     TableSchema,
@@ -49,7 +50,8 @@ def load_source(recipe: QGFDRecipe, modality: str, tokenizer: "PreTrainedTokeniz
         FileNotFoundError, ModuleNotFoundError, OSError, ValueError: it is missing or unusable, or does not fit the
             recipe's adapter; one line.
     """
-    source = _LOADERS[modality](recipe, tokenizer)
+    with naming_section(f"{modality}_data"):
+        source = _LOADERS[modality](recipe, tokenizer)
     _check_fields(recipe, modality, source)
     return source
 

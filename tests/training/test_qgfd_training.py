@@ -249,6 +249,8 @@ BAD = {
     "hub id of a table": (
         ("tabular",), {"tabular": {"backbone_name": "t5-small"}}, "modality 'tabular' has no Hugging Face backbone",
     ),
+    "no folder": (("audio",), {"audio_data": {"folder": "/nowhere"}}, "audio_data.folder is '/nowhere', which is not"),
+    "out of range": (("video",), {"video_data": {"num_frames": 0}}, "video_data.num_frames is 0; expected at least 1"),
     "no run": (("image",), {"objective": {"adapters_from": "/nowhere"}}, "run '/nowhere' is not a folder"),
 }  # fmt: skip
 
@@ -286,7 +288,7 @@ def test_tables_that_cannot_be_learnt(data, tmp_path, column, message, capsys):
     table = {"name": "csv", "path": str(tmp_path / "table.csv")}
     recipe = write_recipe(tmp_path / "bad.yaml", recipe_of(data, "tabular", tabular_data=table))
     error = failure(train, [recipe, "--training.output_dir", tmp_path / "run"], capsys)
-    assert "column 'width'" in error and message in error
+    assert "column 'width'" in error and message in error and "name it in tabular_data.drop" in error
 
 
 def test_frames_of_different_sizes(data, tmp_path, capsys):
