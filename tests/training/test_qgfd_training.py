@@ -333,3 +333,33 @@ def test_shipped_recipes_parse():
         assert recipe.training.output_dir == f"runs/{path.stem}"
         expected = MODALITIES if path.stem == "qgfd_shared" else (path.stem.removeprefix("qgfd_"),)
         assert recipe.modalities == expected
+
+
+def test_the_study_of_hops(train_run, tmp_path, monkeypatch, capsys):
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("qgfd_study", Path(__file__).parents[2] / "tools" / "qgfd_study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    run = train_run("image", image={"diffuse_attention": False})
+
+    def in_this_process(command, **_):
+        train.main(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(study.subprocess, "run", in_this_process)
+    options = f"--hops 0 2 --seeds 0 1 --max-steps 2 --draws 8 --workers 1 --folder {tmp_path / 'study'}"
+    files = ["--output", str(tmp_path / "study.json"), "--picture", str(tmp_path / "study.png")]
+    monkeypatch.setattr(sys, "argv", ["qgfd_study.py", str(run), *options.split(), *files])
+    study.main()
+    report = json.loads((tmp_path / "study.json").read_text())
+    assert [(r["hops"], r["seed"], r["step"]) for r in report["results"]] == [(0, 0, 2), (2, 0, 2), (0, 1, 2), (2, 1, 2)]
+    assert len({r["losses"]["0"] for r in report["results"]}) == 4
+    assert all(r["losses"]["0.4"] > r["losses"]["0"] for r in report["results"])
+    with Image.open(tmp_path / "study.png") as picture:
+        assert picture.width > 300
+    printed = capsys.readouterr().out
+    mean = np.mean([r["losses"]["0"] for r in report["results"] if r["hops"] == 2])
+    assert f"| 2 | {mean:.4f} ± " in printed
+    assert study.interval([1.0, 2.0], "{:.2f}") == "1.50 ± 6.35"  # Student's t of one degree of freedom
