@@ -1,21 +1,21 @@
 """Training of a class-conditional DiT: its recipe and its task."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.data import DataConfig, EpochStream, ImageData, load_data
 from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
-from fastdiff.diffusion.sampling import sample, samplers_for
+from fastdiff.diffusion.sampling import sample
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.plain import plain
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
+from fastdiff.training.sampling import SamplerConfig, check_sampler
 from fastdiff.training.setup import autocast_dtype
 from fastdiff.training.task import Batch
 
@@ -24,35 +24,19 @@ _ORDER, _TIMES, _LABELS, _NOISE, _FLIPS = 2, 3, 4, 5, 6
 
 
 @dataclass
-class SamplingConfig:
-    """How a run draws its samples, where a command does not say otherwise.
+class SamplingConfig(SamplerConfig):
+    """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
 
     Attributes:
-        num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance; 1 is none.
-        guidance_interval: the part of the course of noise levels, from 0 (clean) to 1 (noise), in which guidance acts.
-        sampler: "euler", "ddpm", "ddim", "dpm-solver++" or "renoise", as fits the diffusion; null takes the first that
-            does.
         images_per_class: in samples.png.
-        seed: of the first sample's noise; the others count on from it.
     """
 
-    num_inference_steps: int = 25
-    guidance_scale: float = 1.5
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    sampler: Literal["euler", "ddpm", "ddim", "dpm-solver++", "renoise"] | None = None
     images_per_class: int = 8
-    seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_inference_steps", "images_per_class"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}; expected at least 1")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"sampling.guidance_scale is {self.guidance_scale}; expected a finite number")
-        interval = self.guidance_interval
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"sampling.guidance_interval is {list(interval)}; expected 0 <= low <= high <= 1")
+        super().__post_init__()
+        if self.images_per_class < 1:
+            raise ValueError(f"sampling.images_per_class is {self.images_per_class}; expected at least 1")
 
 
 @dataclass
@@ -185,17 +169,7 @@ def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
                 f"model.{key} is {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
                 f"set --model.{key} to that"
             )
-    fitting = samplers_for(recipe.diffusion)
-    if recipe.sampling.sampler not in (None, *fitting):
-        raise ValueError(
-            f"sampling.sampler is {recipe.sampling.sampler!r}; diffusion.noise_levels "
-            f"{recipe.diffusion.noise_levels!r} needs one of {', '.join(fitting)}"
-        )
-    levels, steps = recipe.diffusion.num_train_timesteps, recipe.sampling.num_inference_steps
-    if recipe.diffusion.is_discrete and steps > levels:
-        raise ValueError(
-            f"sampling.num_inference_steps is {steps}; expected at most diffusion.num_train_timesteps = {levels}"
-        )
+    check_sampler(recipe.sampling, recipe.diffusion)
     if recipe.model.learn_sigma and not recipe.diffusion.is_discrete:
         raise ValueError(
             "model.learn_sigma is true; diffusion.noise_levels "

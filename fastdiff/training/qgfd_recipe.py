@@ -14,7 +14,6 @@ from fastdiff.data import (
     VideoDataConfig,
 )
 from fastdiff.diffusion.continuous import DiffusionConfig
-from fastdiff.diffusion.sampling import samplers_for
 from fastdiff.models.qgfd import QGFDConfig
 from fastdiff.models.qgfd_adapters import (
     MODALITIES,
@@ -25,6 +24,7 @@ from fastdiff.models.qgfd_adapters import (
     VideoAdapterConfig,
 )
 from fastdiff.training.config import TrainingConfig
+from fastdiff.training.sampling import SamplerConfig, check_sampler
 
 
 @dataclass
@@ -57,40 +57,24 @@ class QGFDObjectiveConfig:
 
 
 @dataclass
-class QGFDSamplingConfig:
-    """How a run draws its samples, where a command does not say otherwise.
+class QGFDSamplingConfig(SamplerConfig):
+    """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
 
     Attributes:
-        num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance; 1 is none.
-        guidance_interval: the part of the course of noise levels, from 0 (clean) to 1 (noise), in which guidance acts.
-        sampler: "euler", "ddpm", "ddim", "dpm-solver++" or "renoise", as fits the diffusion; null takes the first that
-            does.
         num_samples: that a preview shows, of each class where there are classes; null: 8 images of a class, one sound
             or video of a class, 6 texts, as many rows of a table as it is trained on.
-        seed: of the first sample's noise; the others count on from it.
         evaluation_samples: that the run is measured by at its end (`fastdiff.evaluate`); 0 for no measuring.
     """
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    sampler: Literal["euler", "ddpm", "ddim", "dpm-solver++", "renoise"] | None = None
     num_samples: int | None = None
-    seed: int = 0
     evaluation_samples: int = 500
 
     def __post_init__(self):
-        if self.num_inference_steps < 1 or (self.num_samples is not None and self.num_samples < 1):
-            raise ValueError(
-                f"sampling.num_inference_steps is {self.num_inference_steps} and num_samples {self.num_samples}; "
-                "expected at least 1"
-            )
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"sampling.guidance_scale is {self.guidance_scale}; expected a finite number")
-        interval = self.guidance_interval
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"sampling.guidance_interval is {list(interval)}; expected 0 <= low <= high <= 1")
+        super().__post_init__()
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"sampling.num_samples is {self.num_samples}; expected at least 1")
         if self.evaluation_samples < 0 or self.evaluation_samples == 1:
             raise ValueError(f"sampling.evaluation_samples is {self.evaluation_samples}; expected 0, or at least 2")
 
@@ -158,17 +142,7 @@ def check_recipe(recipe: QGFDRecipe) -> None:
             f"the recipe has no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in "
             "image: {}"
         )
-    fitting = samplers_for(recipe.diffusion)
-    if recipe.sampling.sampler not in (None, *fitting):
-        raise ValueError(
-            f"sampling.sampler is {recipe.sampling.sampler!r}; diffusion.noise_levels "
-            f"{recipe.diffusion.noise_levels!r} needs one of {', '.join(fitting)}"
-        )
-    levels, steps = recipe.diffusion.num_train_timesteps, recipe.sampling.num_inference_steps
-    if recipe.diffusion.is_discrete and steps > levels:
-        raise ValueError(
-            f"sampling.num_inference_steps is {steps}; expected at most diffusion.num_train_timesteps = {levels}"
-        )
+    check_sampler(recipe.sampling, recipe.diffusion)
     count = len(recipe.modalities)
     if recipe.objective.order == "mixed" and recipe.training.batch_size < count:
         raise ValueError(

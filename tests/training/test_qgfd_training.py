@@ -354,7 +354,12 @@ def test_the_study_of_hops(train_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["qgfd_study.py", str(run), *options.split(), *files])
     study.main()
     report = json.loads((tmp_path / "study.json").read_text())
-    assert [(r["hops"], r["seed"], r["step"]) for r in report["results"]] == [(0, 0, 2), (2, 0, 2), (0, 1, 2), (2, 1, 2)]
+    assert [(r["hops"], r["seed"], r["step"]) for r in report["results"]] == [
+        (0, 0, 2),
+        (2, 0, 2),
+        (0, 1, 2),
+        (2, 1, 2),
+    ]
     assert len({r["losses"]["0"] for r in report["results"]}) == 4
     assert all(r["losses"]["0.4"] > r["losses"]["0"] for r in report["results"])
     with Image.open(tmp_path / "study.png") as picture:
