@@ -76,6 +76,15 @@ def _table(run: QGFDRun, name: str, source: Source, samples: Samples) -> tuple[d
     return report.to_dict(), report.to_markdown()
 
 
+def _text(run: QGFDRun, name: str, source: Source, samples: Samples) -> tuple[dict[str, Any], str]:
+    """The Fréchet distance, which sees which tokens a text has, and a measure that sees their order."""
+    from fastdiff.evaluation.token_pairs import known_pairs
+
+    measures, table = _in_encoder_space(run, name, source, samples)
+    pairs = known_pairs(samples.batch["input_ids"], source.data)
+    return {**measures, "token_pairs": pairs.to_dict()}, f"{table}\n\n{pairs.to_markdown()}"
+
+
 def _in_encoder_space(run: QGFDRun, name: str, source: Source, samples: Samples) -> tuple[dict[str, Any], str]:
     """Fréchet distance of the samples, decoded and encoded again, beside that of real held-out examples."""
     adapter = run.model.adapter(name)
@@ -98,4 +107,4 @@ def _split(samples: Samples) -> Any:
     return zip(*(value.split(64) for value in samples.batch.values()), strict=True)
 
 
-_MEASURES = {"image": _images, "tabular": _table}
+_MEASURES = {"text": _text, "image": _images, "tabular": _table}

@@ -80,6 +80,8 @@ def test_a_modality_from_recipe_to_number(train_run, modality, capsys):
         assert measured["rows_synthetic"] == 20 and measured["real"]["value"] > 0.8
     else:  # an untrained denoiser is farther from the training examples than held-out ones are
         assert measured["samples"] > measured["held_out"] > -1e-3
+    if modality == "text":
+        assert 0 <= measured["token_pairs"]["samples"] < 0.9 < measured["token_pairs"]["held_out"] <= 1
     validation = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     assert validation[-1]["step"] == 6
     assert validation[-1]["loss"] == pytest.approx(validation[-1]["diffusion"] + validation[-1]["reconstruction"])
