@@ -37,6 +37,8 @@ class SyntheticReport:
         synthetic: trained on synthetic rows.
         real: trained on real rows.
         baseline: of the real rows' commonest class, or their mean.
+        nearest_synthetic, nearest_test: median distance to the nearest row to train on, of synthetic rows and of the
+            test's: numbers standardised, a differing category counts 1. Synthetic rows that are much nearer are copies.
     """
 
     measure: str
@@ -47,6 +49,8 @@ class SyntheticReport:
     synthetic: Score
     real: Score
     baseline: Score
+    nearest_synthetic: float
+    nearest_test: float
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -60,6 +64,11 @@ class SyntheticReport:
             f"| trained on synthetic | {self.rows_synthetic} | {self.synthetic} |",
             f"| trained on real | {self.rows_real} | {self.real} |",
             f"| {'commonest class' if self.measure == 'accuracy' else 'mean'} of the real ones | | {self.baseline} |",
+            "",
+            "| median distance to the nearest real row to train on | |",
+            "| --- | ---: |",
+            f"| synthetic rows | {self.nearest_synthetic:.2f} |",
+            f"| real held-out rows | {self.nearest_test:.2f} |",
         ]
         return "\n".join(lines)
 
@@ -101,7 +110,18 @@ def train_on_synthetic_test_on_real(
     predictions["baseline"] = np.full(len(truth), constant)
     scores = {name: _score(truth, predicted, classes, seed) for name, predicted in predictions.items()}
     counts = dict(rows_synthetic=len(numbers), rows_real=len(data.train), rows_test=len(data.held_out))
-    return SyntheticReport("accuracy" if classes else "R²", schema.target, **counts, **scores)
+    nearest = {
+        "nearest_synthetic": _nearest(synthetic, data.train),
+        "nearest_test": _nearest(data.held_out, data.train),
+    }
+    return SyntheticReport("accuracy" if classes else "R²", schema.target, **counts, **scores, **nearest)
+
+
+def _nearest(rows: TableRows, others: TableRows) -> float:
+    """The median over `rows` of the distance to the nearest of `others`."""
+    squares = torch.cdist(rows.numbers.double(), others.numbers.double()).square()
+    squares += (rows.categories[:, None] != others.categories).sum(-1)
+    return float(squares.amin(1).sqrt().median())
 
 
 def _inputs_and_target(rows: TableRows, schema: TableSchema) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,14 @@ def test_real_rows_as_samples_score_as_real_rows(iris):
     assert "| trained on synthetic | 114 |" in report.to_markdown() and report.to_dict()["real"]["value"] > 0.85
 
 
+def test_copies_are_nearer_than_held_out_rows(iris):
+    copies, other_class = judge(iris), judge(iris, categories=(iris.train.categories + 1) % 3)
+    assert copies.nearest_synthetic < 1e-4 < 0.1 < copies.nearest_test < 1
+    # seen: 1 exactly; a flower of the other species may lie nearer
+    assert 0.5 < other_class.nearest_synthetic <= 1 + 1e-6 and other_class.nearest_test == copies.nearest_test
+    assert f"| real held-out rows | {copies.nearest_test:.2f} |" in copies.to_markdown()
+
+
 def test_worthless_rows_score_as_chance(iris):
     """Labels that say nothing of the numbers, and labels that say the wrong thing."""
     generator = torch.Generator().manual_seed(0)
