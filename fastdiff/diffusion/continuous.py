@@ -129,6 +129,12 @@ class Diffusion:
         scale = self.config.num_train_timesteps if self.config.time_scale is None else self.config.time_scale
         return t.float() * scale
 
+    def level(self, time: Tensor) -> Tensor:  # [B], float32 -> [B]
+        """The t that `model_time` made this of."""
+        if self.config.is_discrete:
+            return time.round().long()
+        return time / self.model_time(torch.ones((), device=time.device))
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α(t) and σ(t), float32, of t's shape."""
         if not self.config.is_discrete:

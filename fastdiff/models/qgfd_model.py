@@ -88,6 +88,11 @@ class QGFDModel(nn.Module):
             for name in self.adapters:
                 self.modality_tokens[name] = nn.Parameter(torch.randn(config.backbone.cond_width))
         self.diffusion = Diffusion(config.diffusion)
+        if getattr(config.text, "token_posterior", False) and config.diffusion.prediction_type != "sample":
+            raise ValueError(
+                f"QGFDModelConfig.diffusion: got prediction_type {config.diffusion.prediction_type!r}; "
+                "text.token_posterior needs 'sample'"
+            )
 
     def adapter(self, modality: str | None = None) -> Adapter:
         """The adapter of a modality; None is the only one. Raises ValueError for another; it lists those there are."""
@@ -139,7 +144,8 @@ class QGFDModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The two parts of `forward`'s loss, [B] each; the second is None where its weight is 0.
 
-        The diffusion's is the mean squared error over a sample's real tokens. It sees the latents detached: an encoder
+        The diffusion's is the mean squared error over a sample's real tokens, or their cross entropy where the adapter
+        denoises by Bayes' rule (`TextAdapterConfig.token_posterior`). It sees the latents detached: an encoder
         that could make them easy to predict would make them all alike.
         """
         adapter = self.adapter(modality)
@@ -153,11 +159,16 @@ class QGFDModel(nn.Module):
         if noise.shape != x0.shape:
             raise ValueError(f"noise: got shape {list(noise.shape)}; expected the latents', {list(x0.shape)}")
         cond_tokens, cond_mask = self._condition(adapter, batch)
+        noisy = diffusion.add_noise(x0, noise, t)
+        evidence = adapter.evidence(noisy, *diffusion.alpha_sigma(t))
         prediction = self.backbone(
-            diffusion.add_noise(x0, noise, t), diffusion.model_time(t), cond_tokens, cond_mask,
+            noisy if evidence is None else adapter.expected(evidence), diffusion.model_time(t), cond_tokens, cond_mask,
             mask=latents.mask, position_ids=latents.position_ids,
         )  # fmt: skip
-        error = (prediction.float() - diffusion.target(x0, noise, t).float()).square().mean(-1)
+        if evidence is None:
+            error = (prediction.float() - diffusion.target(x0, noise, t).float()).square().mean(-1)
+        else:
+            error = adapter.token_errors(prediction, evidence, batch)
         error = masked_mean(error, latents.mask)
         if not weight:
             return error, None
@@ -230,7 +241,7 @@ class QGFDModel(nn.Module):
             if guidance_scale != 1:
                 null = self._with_modality(adapter, adapter.null_condition(count, device), count)
             predict = _Predictor(
-                self.backbone, shape.mask, shape.position_ids, condition, null, guidance_scale, guidance_interval,
+                self.backbone, adapter, diffusion, shape, condition, null, guidance_scale, guidance_interval,
                 autocast_dtype,
             )  # fmt: skip
             size = (count, shape.length, self.config.backbone.latent_dim)
@@ -292,18 +303,26 @@ class QGFDModel(nn.Module):
 class _Predictor:
     """The backbone's prediction under classifier-free guidance, as `denoise` of the samplers asks for it."""
 
-    def __init__(self, backbone, mask, position_ids, condition, null, scale, interval, autocast_dtype) -> None:
-        self.backbone, self.mask, self.position_ids, self.condition = backbone, mask, position_ids, condition
+    def __init__(self, backbone, adapter, diffusion, shape, condition, null, scale, interval, autocast_dtype) -> None:
+        self.backbone, self.adapter, self.diffusion = backbone, adapter, diffusion
+        self.mask, self.position_ids, self.condition = shape.mask, shape.position_ids, condition
         self.scale, self.interval, self.autocast_dtype = scale, interval, autocast_dtype
         self.both = None if null is None else _stack(condition, null)
 
     def __call__(self, x: Tensor, time: Tensor, fraction: float) -> tuple[Tensor, None]:
+        evidence = self.adapter.evidence(x, *self.diffusion.alpha_sigma(self.diffusion.level(time)))
+        if evidence is None:
+            return self._guided(x, time, fraction), None
+        prediction = self._guided(self.adapter.expected(evidence), time, fraction)
+        return self.adapter.clean(prediction, evidence), None
+
+    def _guided(self, x: Tensor, time: Tensor, fraction: float) -> Tensor:
         if self.both is None or not self.interval[0] <= fraction <= self.interval[1]:
-            return self._run(x, time, self.condition, self.mask), None
+            return self._run(x, time, self.condition, self.mask)
         mask = None if self.mask is None else torch.cat([self.mask, self.mask])
         both = self._run(torch.cat([x, x]), torch.cat([time, time]), self.both, mask)
         conditional, unconditional = both.chunk(2)
-        return unconditional + self.scale * (conditional - unconditional), None
+        return unconditional + self.scale * (conditional - unconditional)
 
     def _run(self, x: Tensor, time: Tensor, condition: Condition, mask: Tensor | None) -> Tensor:
         x = x.to(self.backbone.x_proj.weight.dtype)

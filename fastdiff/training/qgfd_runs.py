@@ -19,7 +19,11 @@ from fastdiff.training.setup import check_device
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRAINED_ANEW = ("label_embedding.", "condition_encoder.")  # of an adapter that is taken from another run
+_TRAINED_ANEW = (
+    "label_embedding.",
+    "token_head.",
+    "condition_encoder.",
+)  # of an adapter that is taken from another run
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,14 @@ class Adapter(nn.Module):
         """The tokens to condition on: the label's where the adapter has classes (the null label's without "labels")."""
         return join_conditions([self._label_token(batch)])
 
+    def evidence(self, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor | None:
+        """What noisy latents say by themselves, before the denoiser has seen them, where an adapter can tell.
+
+        Noisy latents are alpha · latents + sigma · noise, `[B, L, latent_dim]` with alpha and sigma `[B]`. An adapter
+        that tells has `expected`, `token_errors` and `clean`, too (see `TextAdapterConfig.token_posterior`).
+        """
+        return None
+
     def null_condition(self, count: int, device: torch.device | str = "cpu") -> Condition:
         """What `condition` is for samples without one."""
         if self.label_embedding is None:

@@ -28,6 +28,7 @@ from fastdiff.models.qgfd_adapters.base import (
 from fastdiff.models.qgfd_adapters.huggingface import encoder_of
 
 _LEAST_NOISE = 0.1  # that nearest embeddings are told apart in
+_LEAST_VARIANCE = 1e-4  # of noise on latents: with less there is no doubt
 
 
 @dataclass
@@ -41,6 +42,10 @@ class TextAdapterConfig(AdapterConfig):
         tokenizer: Without a Hugging Face encoder: the tokenizer's folder or hub id, for `create_qgfd_model`.
         decoder: "nearest" (the nearest token embedding; the default without a Hugging Face encoder) or "head" (a
             language-modelling head over decoder_layers blocks).
+        token_posterior: Denoise by Bayes' rule over the vocabulary: the denoiser sees each token's expected embedding
+            given its own noise, and gives the logits that the context adds to it; the loss is the cross entropy of the
+            tokens, in nats. After the output prior of Plaid (Gulrajani & Hashimoto, 2023). Needs decoder "nearest" and
+            a diffusion with prediction_type "sample"; a latent_dim of 32 or more gives the logits room.
         conditional: Condition on a text: batches may have "condition_ids" and "condition_mask".
     """
 
@@ -49,6 +54,7 @@ class TextAdapterConfig(AdapterConfig):
     max_length: int = 64
     tokenizer: str | None = None
     decoder: Literal["nearest", "head"] | None = None
+    token_posterior: bool = False
     conditional: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +68,11 @@ class TextAdapterConfig(AdapterConfig):
             raise ValueError(
                 "TextAdapterConfig.decoder: got 'nearest' with a Hugging Face encoder, whose states are not "
                 "embeddings; expected 'head'"
+            )
+        if self.token_posterior and (pretrained or self.decoder == "head"):
+            raise ValueError(
+                "TextAdapterConfig.token_posterior: got true without nearest embeddings to decode to; expected no "
+                "backbone_name, and decoder 'nearest'"
             )
 
 
@@ -92,6 +103,12 @@ class TextAdapter(Adapter):
         self.decoder = None
         if config.decoder == "head":
             self.decoder = TokenStack(self.latent_dim, config.vocab_size, self.block_config, config.decoder_layers)
+        self.token_head = None
+        if config.token_posterior:
+            self.token_head = nn.Linear(
+                self.latent_dim, config.vocab_size
+            )  # the bias is what is known without any text
+            nn.init.zeros_(self.token_head.bias)
         self.condition_encoder = None
         if config.conditional:
             layers = max(1, config.encoder_layers) if self.backbone is None else 0
@@ -122,6 +139,37 @@ class TextAdapter(Adapter):
         if self.condition_encoder is not None and "condition_ids" in batch:
             parts.append(self._text_condition(batch))
         return join_conditions(parts)
+
+    def evidence(self, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor | None:
+        """Logits of each token given its own noisy latent and how frequent it is, float32 [B, L, vocab_size].
+
+        log p(token | x) = alpha · <x, embedding> / sigma² + what all tokens share, as embeddings have one length.
+        """
+        if self.token_head is None:
+            return None
+        scale = (alpha / sigma.square().clamp_min(_LEAST_VARIANCE)).float()
+        with torch.autocast(noisy.device.type, enabled=False):  # logits of hundreds: 8 bits would be too few
+            own = F.linear(noisy.float() * scale[:, None, None], self._embeddings().float())
+        return own + self.token_head.bias.float()
+
+    def expected(self, logits: Tensor) -> Tensor:  # [B, L, vocab_size] -> [B, L, latent_dim]
+        """The mean embedding under these logits."""
+        return logits.softmax(-1) @ self._embeddings().to(logits.dtype)
+
+    def clean(self, prediction: Tensor, evidence: Tensor) -> Tensor:  # [B, L, latent_dim]
+        """The latents to expect, given a token's own noise and what the denoiser says of its context."""
+        return self.expected(self._posterior(prediction, evidence))
+
+    def token_errors(self, prediction: Tensor, evidence: Tensor, batch: Batch) -> Tensor:  # [B, L], float32
+        """Cross entropy of the tokens, in nats."""
+        logits = self._posterior(prediction, evidence)
+        return F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none")
+
+    def _posterior(self, prediction: Tensor, evidence: Tensor) -> Tensor:  # [B, L, vocab_size], float32
+        return F.linear(prediction, self.token_head.weight).float() + evidence
+
+    def _embeddings(self) -> Tensor:  # [vocab_size, latent_dim]; not trained to be easy to predict
+        return unit_scale(self.embedding.weight.detach())
 
     def latent_length(self, batch: Batch) -> int:
         return batch["input_ids"].shape[1]
