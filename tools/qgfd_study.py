@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-steps", type=int, default=1500, help="of training")
+    parser.add_argument("--batch-size", type=int, help="of training (default: the run's)")
     parser.add_argument("--draws", type=int, default=4096, help="held-out examples, times and noises of each loss")
     parser.add_argument("--workers", type=int, default=2, help="models trained at once, on one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/qgfd_study"))
@@ -71,6 +72,8 @@ def train(arguments: argparse.Namespace, run: Path, hops: int, seed: int) -> Non
         "training.preview_every": 0,
         "sampling.evaluation_samples": 0,
     }
+    if arguments.batch_size is not None:
+        overrides["training.batch_size"] = arguments.batch_size
     command = [sys.executable, "-m", "fastdiff.train", str(run / "config.yaml")]
     command += [str(part) for name, value in overrides.items() for part in (f"--{name}", value)]
     print(f"training {folder}", file=sys.stderr)
