@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--modality", type=str | None, help="of a QGFD run with several; default: each of them")
     add("--length", type=int | None, help="QGFD: of each sample, in tokens, audio samples or frames")
     add("--prompt", type=str | None, help="QGFD: what text is conditioned on, where it is; default: held-out prompts")
-    add("--output", type=str | None, help="of the PNG; default: samples-seed-N.png in the run's folder")
+    add(
+        "--output", type=str | None,
+        help="of the PNG; files beside it have another suffix; default: samples-seed-N.png in the run's folder",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     for name in ("images_per_label", "num_samples", "length"):
         if (value := getattr(arguments, name)) is not None and value < 1:
@@ -57,12 +60,19 @@ def _sample_images(arguments: Any) -> None:
 
 def _sample_qgfd(arguments: Any) -> None:
     from fastdiff.training.qgfd_runs import load_qgfd_run
-    from fastdiff.training.qgfd_samples import draw_samples, sampling_title, save_samples
+    from fastdiff.training.qgfd_samples import SUFFIXES, draw_samples, label_count, sampling_title, save_samples
     from fastdiff.training.setup import autocast_dtype
 
     run = load_qgfd_run(arguments.run, weights=arguments.weights, device=arguments.device)
     sampling = sampling_options(arguments, run.recipe.sampling)
     modalities = run.recipe.modalities if arguments.modality is None else (arguments.modality,)
+    labelled = [name for name in modalities if label_count(run.model, name)]
+    if arguments.labels is not None and labelled:
+        modalities = labelled
+    for option, fitting in (("images_per_label", labelled), ("num_samples", set(modalities) - set(labelled))):
+        if getattr(arguments, option) is not None and not fitting:
+            other = "--num-samples" if option == "images_per_label" else "--images-per-label"
+            raise ValueError(f"--{option.replace('_', '-')} does not fit {', '.join(modalities)}; expected {other}")
     output = output_path(arguments.output, run.folder.path / f"samples-seed-{sampling.seed}.png")
     wanted = [(name, *_wanted(run, name, arguments)) for name in modalities]
     for name, shown, count, labels in wanted:
@@ -70,9 +80,11 @@ def _sample_qgfd(arguments: Any) -> None:
             run.model, name, count, sampling, labels=labels, prompts=shown.prompts, length=arguments.length,
             dtype=autocast_dtype(run.recipe.training, next(run.model.parameters()).device.type), progress=True,
         )  # fmt: skip
-        stem: Path = output.with_suffix("") if output.suffix == ".png" else output
-        stem = stem if len(modalities) == 1 else stem.with_name(f"{stem.name}_{name}")
-        for path in save_samples(samples, run.model, name, shown, stem, sampling_title(sampling, run.step)):
+        stem: Path = output.with_suffix("") if output.suffix in SUFFIXES else output
+        alone = len(modalities) == 1
+        stem = stem if alone else stem.with_name(f"{stem.name}_{name}")
+        title = sampling_title(sampling, run.step, None if alone else name)
+        for path in save_samples(samples, run.model, name, shown, stem, title):
             print(path)
 
 

@@ -111,7 +111,7 @@ def load_tabular_data(config: TabularDataConfig) -> TabularData:
     categories = [name for name in config.categories if name not in config.drop]
     with _naming(_where(config)):
         table = checked_columns(table, categories)  # before the split, which looks at the target's values
-    train, held_out = _split(table[target], config.held_out_fraction, _where(config))
+    train, held_out = _split(target, table[target], config.held_out_fraction, _where(config))
     with _naming(_where(config)):
         schema = TableSchema.fit(table, target=target, rows=train)
     parts = [TableRows(*schema.encode({n: v[rows] for n, v in table.items()})) for rows in (train, held_out)]
@@ -133,12 +133,16 @@ def _naming(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}: name it in data.drop") from None
 
 
-def _split(target: np.ndarray, held_out_fraction: float, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _split(name: str, target: np.ndarray, held_out_fraction: float, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Sorted rows to train on and held out: of each class, where the target is a category."""
     if target.dtype == object:
-        labels = np.unique(target.astype(str), return_inverse=True)[1]
-        if np.bincount(labels).min() < 2:
-            raise ValueError(f"{where}: a class of the target has one row alone; expected at least 2 (one is held out)")
+        classes, labels = np.unique(target.astype(str), return_inverse=True)
+        counts = np.bincount(labels)
+        if counts.min() < 2:
+            raise ValueError(
+                f"{where}: {str(classes[counts.argmin()])!r}, a class of the target {name!r}, has one row alone; expected "
+                "at least 2 (one is held out): name another column as data.target, or remove the row"
+            )
     else:
         labels = np.zeros(len(target), dtype=np.int64)
     train, held_out = stratified_split(torch.from_numpy(labels), held_out_fraction)

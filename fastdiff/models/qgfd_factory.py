@@ -39,14 +39,15 @@ def create_qgfd_model(
             becomes vocab_size), and a table a `fastdiff.data.TableSchema` (its columns become the configuration's).
 
     Returns:
-        (model, processor, schedule): the processor is a tokenizer, image processor or feature extractor of transformers
-        with a Hugging Face encoder, else the tokenizer, an `ImageProcessor`, `AudioProcessor` or `TableSchema`;
-        for films always a `VideoProcessor`; a dict of them by modality where there are several. Those of transformers
-        are set to give what the adapters take (pixels in [-1, 1], waveforms as they are): the encoder's own
-        normalisation happens in the adapter. The schedule is `Diffusion(config.diffusion)`.
+        (model, processor, schedule): the processor is the tokenizer, an `ImageProcessor`, `VideoProcessor`,
+        `AudioProcessor` or `TableSchema`; a dict of them by modality where there are several. They give what the
+        adapters take, with a Hugging Face encoder and without (pixels in [-1, 1], waveforms as they are): an encoder's
+        own normalisation happens in the adapter. The schedule is `Diffusion(config.diffusion)`.
 
     Raises:
-        ValueError: an unknown modality, a backbone of another modality, a tokenizer or table processor that is missing.
+        ValueError: an unknown modality, a backbone of another modality or sampling rate, a tokenizer or table processor
+            that is missing.
+        TypeError: `config` is no QGFDModelConfig.
         FileNotFoundError: the backbone is not to be had.
     """
     several = not isinstance(modality, str)
@@ -59,6 +60,10 @@ def create_qgfd_model(
     backbones = _by_modality("backbone_name", backbone_name, names, several)
     processors = _by_modality("processor", processor, names, several)
     config = QGFDModelConfig() if config is None else config
+    if not isinstance(config, QGFDModelConfig):
+        raise TypeError(
+            f"config: got a {type(config).__name__}; expected a QGFDModelConfig, whose field backbone is a QGFDConfig"
+        )
     adapters: dict[str, AdapterConfig | None] = dict.fromkeys(MODALITIES)
     for name in names:
         given = getattr(config, name)
@@ -90,38 +95,38 @@ def _prepare(modality: str, config: Any, processor: Any) -> Any:
         return _prepare_pretrained(modality, config, processor)
     if modality == "text":
         return _prepare_text(config, processor)
-    if processor is not None:
-        return processor
-    if modality == "audio":
-        return AudioProcessor(config.sampling_rate)
-    return (ImageProcessor if modality == "image" else VideoProcessor)(config.size, config.channels)
+    return _own_processor(modality, config) if processor is None else processor
 
 
 def _prepare_pretrained(modality: str, config: Any, processor: Any) -> Any:
+    """What the encoder's own processor says of normalisation and rate becomes the adapter's business."""
     # The model is looked at first: "of another modality" says more than a processor that is not there.
     check_type(config.backbone_name, modality)
     if processor is None:
         processor = load_processor(config.backbone_name, modality)
-    processor = copy.copy(processor)
     if modality == "text":
         if processor.pad_token_id is not None:
             config.pad_token_id = processor.pad_token_id
-    elif modality == "audio":
-        config.sampling_rate, config.normalise = processor.sampling_rate, bool(processor.do_normalize)
-        processor.do_normalize = False
-        processor.return_attention_mask = True
+        return copy.copy(processor)
+    if modality == "audio":
+        rate = processor.sampling_rate
+        if config.sampling_rate not in (rate, type(config)().sampling_rate):
+            raise ValueError(
+                f"AudioAdapterConfig.sampling_rate: got {config.sampling_rate}; the encoder {config.backbone_name} "
+                f"hears {rate} Hz: leave it out, and count num_samples at that rate"
+            )
+        config.sampling_rate, config.normalise = rate, bool(processor.do_normalize)
+    elif getattr(processor, "do_normalize", True):
+        config.image_mean, config.image_std = tuple(processor.image_mean), tuple(processor.image_std)
     else:
-        if getattr(processor, "do_normalize", True):
-            config.image_mean, config.image_std = tuple(processor.image_mean), tuple(processor.image_std)
-        else:
-            config.image_mean, config.image_std = (0.0,) * 3, (1.0,) * 3
-        if modality == "video":
-            return VideoProcessor(config.size, config.channels)
-        processor.size, processor.do_center_crop = {"height": config.size[0], "width": config.size[1]}, False
-        half = (0.5,) * config.channels
-        processor.do_normalize, processor.image_mean, processor.image_std = True, half, half
-        processor.do_convert_rgb = config.channels == 3
-    return processor
+        config.image_mean, config.image_std = (0.0,) * 3, (1.0,) * 3
+    return _own_processor(modality, config)
+
+
+def _own_processor(modality: str, config: Any) -> Any:
+    if modality == "audio":
+        return AudioProcessor(config.sampling_rate)
+    return (ImageProcessor if modality == "image" else VideoProcessor)(config.size, config.channels)
 
 
 def _prepare_text(config: Any, tokenizer: Any) -> Any:

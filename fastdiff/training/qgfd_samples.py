@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # samples shown where nobody says how many: of each class, or in all where there are no classes
 _OF_A_CLASS = {"image": 8, "audio": 1, "video": 1}
 _UNLABELLED = {"text": 6, "image": 40, "audio": 10, "video": 8, "tabular": 500}
+SUFFIXES = (".png", ".txt", ".wav", ".gif", ".csv")  # of the files that samples come as
 _BATCH = 100
 _SHOWN_VIDEOS = 10  # rows of a contact sheet
 
@@ -184,14 +185,15 @@ def preview_samples(model: QGFDModel, shown: Mapping[str, Shown], recipe: QGFDRe
             dtype=autocast_dtype(recipe.training, device.type),
         )  # fmt: skip
         stem = path.with_suffix("") if len(shown) == 1 else path.with_name(f"{path.stem}_{name}")
-        pictures.append(save_samples(samples, model, name, each, stem, sampling_title(sampling))[0])
+        title = sampling_title(sampling, modality=name if len(shown) > 1 else None)
+        pictures.append(save_samples(samples, model, name, each, stem, title)[0])
     if len(shown) > 1:
         _stack(pictures, path)
 
 
-def sampling_title(sampling: QGFDSamplingConfig, step: int | None = None) -> str:
+def sampling_title(sampling: QGFDSamplingConfig, step: int | None = None, modality: str | None = None) -> str:
     """What stands above a picture of samples."""
-    begin = "" if step is None else f"step {step}, "
+    begin = ("" if modality is None else f"{modality}, ") + ("" if step is None else f"step {step}, ")
     return f"{begin}guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
 
 

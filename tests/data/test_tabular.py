@@ -113,7 +113,7 @@ def test_schema_survives_json(tmp_path):
         (1, lambda v, i: "red", r"column 'colour' is constant.* name it in data.drop"),
         (4, lambda v, i: "a", r"column 'kind' is constant"),
         (0, lambda v, i: "inf" if i == 1 else v, r"column 'size' has infinite values"),
-        (4, lambda v, i: "c" if i == 1 else v, r"a class of the target has one row alone"),
+        (4, lambda v, i: "c" if i == 1 else v, r"'c', a class of the target .*, has one row alone"),
     ],
 )
 def test_columns_that_are_refused(tmp_path, column, change, message):

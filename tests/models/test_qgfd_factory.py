@@ -15,7 +15,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, T5EncoderMode
 
 from fastdiff.data import TableSchema
 from fastdiff.diffusion import Diffusion
-from fastdiff.models import QGFDModel, QGFDModelConfig, create_qgfd_model
+from fastdiff.models import QGFDConfig, QGFDModel, QGFDModelConfig, create_qgfd_model
 from fastdiff.models.qgfd_adapters import (
     AudioProcessor,
     ImageAdapterConfig,
@@ -69,7 +69,7 @@ def test_vit_sees_what_its_own_processor_would_give_it(checkpoints):
     options = ImageAdapterConfig(image_size=8, hidden_size=16, num_heads=2)
     model, processor, _ = create_qgfd_model("image", checkpoints["image"].as_posix(), small(image=options))
     images = pictures((12, 10, 3), (8, 8, 3))
-    batch = dict(processor(images, return_tensors="pt"))
+    batch = processor(images)
     assert batch["pixel_values"].shape == (2, 3, 8, 8) and -1 <= batch["pixel_values"].min() < -0.7
     own = AutoImageProcessor.from_pretrained(checkpoints["image"])(images, return_tensors="pt")
     assert (own["pixel_values"] - batch["pixel_values"]).abs().max() > 0.5
@@ -83,16 +83,18 @@ def test_vit_sees_what_its_own_processor_would_give_it(checkpoints):
 
 def test_grey_images_of_another_size_reach_a_vit(checkpoints):
     model, processor, _ = create_qgfd_model("image", str(checkpoints["image"]), config_for("image"))
-    batch = dict(processor(pictures((28, 28)), return_tensors="pt"))
+    batch = processor(pictures((28, 28)))
     assert batch["pixel_values"].shape == (1, 1, 7, 9) and torch.isfinite(model(batch)).all()
     assert model.sample(count=1, num_inference_steps=2)["pixel_values"].shape == (1, 1, 7, 9)
 
 
 def test_wav2vec2_hears_what_its_own_extractor_would_give_it(checkpoints):
-    model, extractor, _ = create_qgfd_model("audio", str(checkpoints["audio"]), config_for("audio"))
+    model, processor, _ = create_qgfd_model("audio", str(checkpoints["audio"]), config_for("audio"))
     assert model.config.audio.sampling_rate == 8000 and model.config.audio.normalise
     wave = np.random.default_rng(0).normal(0, 0.1, 36).astype(np.float32)
-    batch = dict(extractor([wave], sampling_rate=8000, return_tensors="pt"))
+    batch = processor([wave], sampling_rate=8000)
+    with pytest.warns(UserWarning, match="audio of 4000 Hz is resampled to the model's 8000 Hz"):
+        assert processor([wave], sampling_rate=4000)["input_values"].shape == (1, 72)
     torch.testing.assert_close(batch["input_values"][0], torch.from_numpy(wave))  # waveforms stay as they are
     own = AutoFeatureExtractor.from_pretrained(checkpoints["audio"])(wave, sampling_rate=8000, return_tensors="pt")
     # 36 samples are five hops of 8; the last frame's field of 20 ends 16 samples later
@@ -173,9 +175,25 @@ def test_bad_names_are_one_line(checkpoints, tmp_path):
     )
     one_line(ValueError, r"processor: got None for a table .*TableSchema.fit", lambda: create_qgfd_model("tabular"))
     one_line(FileNotFoundError, "'/no/such' is not a folder", lambda: create_qgfd_model("image", "/no/such"))
+    one_line(
+        TypeError,
+        "got a QGFDConfig; expected a QGFDModelConfig",
+        lambda: create_qgfd_model("image", None, QGFDConfig()),
+    )
+    other_rate = config_for("audio", sampling_rate=4000)
+    one_line(
+        ValueError,
+        "got 4000; the encoder .* hears 8000 Hz",
+        lambda: create_qgfd_model("audio", str(checkpoints["audio"]), other_rate),
+    )
+    words = tmp_path / "t5_without_words"
+    T5EncoderModel.from_pretrained(checkpoints["text"]).save_pretrained(words)
+    one_line(
+        FileNotFoundError, "has no tokenizer; expected a folder with one", lambda: create_qgfd_model("text", str(words))
+    )
     one_line(FileNotFoundError, "cannot be loaded", lambda: create_qgfd_model("image", str(tmp_path)))
     colours = small(image=ImageAdapterConfig(channels=2))
-    one_line(ValueError, "channels: got 2; the backbone takes 3, or 1", lambda: create_qgfd_model(
+    one_line(ValueError, "channels: got 2; expected 1 .grey. or 3 .RGB.", lambda: create_qgfd_model(
         "image", str(checkpoints["image"]), colours))  # fmt: skip
     one_line(ValueError, "decoder: got 'nearest' with a Hugging Face encoder", lambda: create_qgfd_model(
         "text", str(checkpoints["text"]), small(text=TextAdapterConfig(decoder="nearest"))))  # fmt: skip

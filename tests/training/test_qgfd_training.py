@@ -106,6 +106,16 @@ def test_several_modalities_share_a_backbone(train_run, order, capsys):
     sample.main([str(run), "--modality", "image", "--labels", "3,7", "--images-per-label", "1"])
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "samples-seed-0.png")
     assert "this model has text, image, tabular" in failure(sample, [run, "--modality", "audio"], capsys)
+    sample.main([str(run), "--labels", "3", "--images-per-label", "2", "--output", str(run / "threes.png")])
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / "threes.png")  # of what has classes
+    assert "--images-per-label does not fit text" in failure(
+        sample, [run, "--modality", "text", "--images-per-label", "2"], capsys
+    )
+    assert "does not fit image; expected --images-per-label" in failure(
+        sample, [run, "--modality", "image", "--num-samples", "2"], capsys
+    )
+    sample.main([str(run), "--modality", "tabular", "--num-samples", "3", "--output", str(run / "mine.csv")])
+    assert len((run / "mine.csv").read_text().splitlines()) == 4 and (run / "mine.png").exists()
     assert "not conditioned on any" in failure(sample, [run, "--modality", "text", "--labels", "1"], capsys)
     assert "has '11'; expected 0 to 9" in failure(sample, [run, "--modality", "image", "--labels", "11"], capsys)
 

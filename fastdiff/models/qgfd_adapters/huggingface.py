@@ -14,6 +14,7 @@ _IMAGE = (
 )  # fmt: skip
 # Encoders of a waveform through strided convolutions.
 _AUDIO = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")  # how their names begin
 # Parameters that the states of the last layer do not depend on, and that would never get a gradient.
 _UNUSED = ("pooler", "mask_token", "masked_spec_embed", "head.")
 _UNUSED_OF = {"clip_vision_model": ("post_layernorm",)}
@@ -93,6 +94,16 @@ def load_processor(name: str, modality: str) -> Any:
 
     auto = {"text": AutoTokenizer, "audio": AutoFeatureExtractor}.get(modality, AutoImageProcessor)
     what = {"text": "a tokenizer", "audio": "a feature extractor"}.get(modality, "an image processor")
+    folder = Path(name).expanduser()
+    if (
+        modality == "text"
+        and folder.is_dir()
+        and not any(f.name.startswith(_TOKENIZER_FILES) for f in folder.iterdir())
+    ):
+        # transformers would make a tokenizer that knows no words
+        raise FileNotFoundError(
+            f"backbone_name: {name!r} has no tokenizer; expected a folder with one beside the model"
+        )
     return _fetch(auto.from_pretrained, name, f"{what} beside the model")
 
 
