@@ -140,8 +140,8 @@ def _split(name: str, target: np.ndarray, held_out_fraction: float, where: str) 
         counts = np.bincount(labels)
         if counts.min() < 2:
             raise ValueError(
-                f"{where}: {str(classes[counts.argmin()])!r}, a class of the target {name!r}, has one row alone; expected "
-                "at least 2 (one is held out): name another column as data.target, or remove the row"
+                f"{where}: {str(classes[counts.argmin()])!r}, a class of the target {name!r}, has one row alone; "
+                "expected at least 2 (one is held out): name another column as data.target, or remove the row"
             )
     else:
         labels = np.zeros(len(target), dtype=np.int64)
