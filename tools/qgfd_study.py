@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,11 @@ def main() -> None:
         parser.error(f"{missing[0]} is not the folder of a run; train its recipe first")
     jobs = [(run, hops, seed) for run in arguments.runs for seed in arguments.seeds for hops in arguments.hops]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        list(pool.map(lambda job: train(arguments, *job), jobs))
+        training = [pool.submit(train, arguments, *job) for job in jobs]
+        for future in as_completed(training):
+            if future.exception() is not None:
+                pool.shutdown(cancel_futures=True)
+                raise future.exception()
     results = [measure(arguments, *job) for job in jobs]
     report = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},

@@ -8,6 +8,7 @@ import torch
 
 from fastdiff.cli import load_recipe
 from fastdiff.data import TableSchema
+from fastdiff.models.qgfd import QGFDSelfAttention
 from fastdiff.models.qgfd_model import QGFDModel
 from fastdiff.training.checkpoint import load_weights, read_state, step_of
 from fastdiff.training.qgfd_data import Source, load_source
@@ -130,7 +131,9 @@ class Adapters:
                     f"{where} has other sizes than this recipe's; expected the same section {name}, data and "
                     f"backbone.latent_dim ({self.run.recipe.backbone.latent_dim})"
                 )
-            if adapter.block_config.qgfd != other.block_config.qgfd:
+            taken = [module for key, module in adapter.named_modules() if not f"{key}.".startswith(_TRAINED_ANEW)]
+            attends = any(isinstance(module, QGFDSelfAttention) for module in taken)
+            if attends and adapter.block_config.qgfd != other.block_config.qgfd:
                 raise ValueError(
                     f"{where} diffuses attention as {other.block_config.qgfd}, this recipe's as "
                     f"{adapter.block_config.qgfd}; expected the same: train it with {name}.diffuse_attention false to "

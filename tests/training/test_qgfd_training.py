@@ -206,6 +206,8 @@ def test_adapters_of_a_finished_run_serve_another_backbone(train_run, make_task,
         make_task("image", **{**sections, "image": {"diffuse_attention": False, "decoder_layers": 3}})
     with pytest.raises(ValueError, match="diffuses attention as"):
         make_task("image", **{**sections, "image": {"diffuse_attention": True}, "backbone": {"steps": 2}})
+    words = train_run("text", name="words")  # embeddings alone, without attention of their own
+    make_task("text", objective={"adapters_from": str(words)}, backbone={"steps": 2})
     with pytest.raises(ValueError, match="has the modalities image; expected video"):
         make_task("video", objective=sections["objective"])
 
