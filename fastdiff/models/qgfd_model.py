@@ -160,7 +160,10 @@ class QGFDModel(nn.Module):
             raise ValueError(f"noise: got shape {list(noise.shape)}; expected the latents', {list(x0.shape)}")
         cond_tokens, cond_mask = self._condition(adapter, batch)
         noisy = diffusion.add_noise(x0, noise, t)
-        evidence = adapter.evidence(noisy, *diffusion.alpha_sigma(t))
+        evidence, asked = adapter.evidence(noisy, *diffusion.alpha_sigma(t)), latents.mask
+        if evidence is not None:
+            evidence, untold = adapter.tell(evidence, batch)
+            asked = untold if asked is None else asked if untold is None else asked & untold
         prediction = self.backbone(
             noisy if evidence is None else adapter.expected(evidence), diffusion.model_time(t), cond_tokens, cond_mask,
             mask=latents.mask, position_ids=latents.position_ids,
@@ -169,7 +172,7 @@ class QGFDModel(nn.Module):
             error = (prediction.float() - diffusion.target(x0, noise, t).float()).square().mean(-1)
         else:
             error = adapter.token_errors(prediction, evidence, batch)
-        error = masked_mean(error, latents.mask)
+        error = masked_mean(error, asked)
         if not weight:
             return error, None
         noisy = latents.tokens + adapter.config.reconstruction_noise * noise

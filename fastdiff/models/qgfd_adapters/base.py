@@ -152,7 +152,7 @@ class Adapter(nn.Module):
         """What noisy latents say by themselves, before the denoiser has seen them, where an adapter can tell.
 
         Noisy latents are alpha · latents + sigma · noise, `[B, L, latent_dim]` with alpha and sigma `[B]`. An adapter
-        that tells has `expected`, `token_errors` and `clean`, too (see `TextAdapterConfig.token_posterior`).
+        that tells has `tell`, `expected`, `token_errors` and `clean`, too (see `TextAdapterConfig.token_posterior`).
         """
         return None
 

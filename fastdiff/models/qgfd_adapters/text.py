@@ -28,6 +28,7 @@ from fastdiff.models.qgfd_adapters.base import (
 from fastdiff.models.qgfd_adapters.huggingface import encoder_of
 
 _LEAST_NOISE = 0.1  # that nearest embeddings are told apart in
+_CERTAIN = 30.0  # logit of a token that is told
 _LEAST_VARIANCE = 1e-4  # of noise on latents: with less there is no doubt
 
 
@@ -46,6 +47,9 @@ class TextAdapterConfig(AdapterConfig):
             given its own noise, and gives the logits that the context adds to it; the loss is the cross entropy of the
             tokens, in nats. After the output prior of Plaid (Gulrajani & Hashimoto, 2023). Needs decoder "nearest" and
             a diffusion with prediction_type "sample"; a latent_dim of 32 or more gives the logits room.
+        context_share: With token_posterior: training tells the denoiser some tokens of a sample, a share drawn from 0 to
+            this, and asks for the others. All tokens of a sample have one noise level, and come out of it at about the
+            same time: without this, context is hardly ever of use in training, and hardly learnt.
         conditional: Condition on a text: batches may have "condition_ids" and "condition_mask".
     """
 
@@ -55,6 +59,7 @@ class TextAdapterConfig(AdapterConfig):
     tokenizer: str | None = None
     decoder: Literal["nearest", "head"] | None = None
     token_posterior: bool = False
+    context_share: float = 0.0
     conditional: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +74,8 @@ class TextAdapterConfig(AdapterConfig):
                 "TextAdapterConfig.decoder: got 'nearest' with a Hugging Face encoder, whose states are not "
                 "embeddings; expected 'head'"
             )
+        if not 0 <= self.context_share <= 1:
+            raise ValueError(f"TextAdapterConfig.context_share: got {self.context_share}; expected 0 to 1")
         if self.token_posterior and (pretrained or self.decoder == "head"):
             raise ValueError(
                 "TextAdapterConfig.token_posterior: got true without nearest embeddings to decode to; expected no "
@@ -151,6 +158,16 @@ class TextAdapter(Adapter):
         with torch.autocast(noisy.device.type, enabled=False):  # logits of hundreds: 8 bits would be too few
             own = F.linear(noisy.float() * scale[:, None, None], self._embeddings().float())
         return own + self.token_head.bias.float()
+
+    def tell(self, evidence: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """In training: evidence that leaves no doubt of some tokens, and which are left to predict, bool [B, L]."""
+        if not self.training or not self.config.context_share:
+            return evidence, None
+        ids = batch["input_ids"]
+        share = self.config.context_share * torch.rand(len(ids), 1, device=ids.device)
+        told = torch.rand(ids.shape, device=ids.device) < share
+        certain = _CERTAIN * F.one_hot(ids, evidence.shape[-1])
+        return torch.where(told[..., None], certain.to(evidence.dtype), evidence), ~told
 
     def expected(self, logits: Tensor) -> Tensor:  # [B, L, vocab_size] -> [B, L, latent_dim]
         """The mean embedding under these logits."""
