@@ -68,6 +68,21 @@ def test_it_learns_context_and_samples_it():
     assert len(ids[:, 0].unique()) > 5
 
 
+def test_told_tokens_are_certain_and_not_asked_for():
+    model, ids = make(context_share=1.0), torch.randint(VOCABULARY, (64, 5))
+    adapter = model.adapter().train()
+    evidence, asked = adapter.tell(torch.zeros(64, 5, VOCABULARY), {"input_ids": ids})
+    assert 0.3 < asked.float().mean() < 0.7  # shares are even from 0 to 1
+    assert torch.equal(evidence.argmax(-1)[~asked], ids[~asked]) and torch.count_nonzero(evidence[asked]) == 0
+    assert (evidence.softmax(-1).amax(-1)[~asked] > 0.999).all()
+    untouched, everything = adapter.eval().tell(torch.zeros(64, 5, VOCABULARY), {"input_ids": ids})
+    assert everything is None and torch.count_nonzero(untouched) == 0
+    # in pure noise a new model knows nothing of what it is asked for; where all is told there is nothing to lose
+    loss = model.train()({"input_ids": ids}, t=torch.ones(64), noise=torch.randn(64, 5, 12))
+    uniform = torch.tensor(float(VOCABULARY)).log()
+    assert ((loss - uniform).abs().lt(1e-3) | loss.eq(0)).all() and (loss > 0).float().mean() > 0.7
+
+
 @pytest.mark.parametrize("config", [{}, {"noise_levels": "linear"}, {"time_scale": 7.0}])
 def test_levels_are_the_inverse_of_model_time(config):
     diffusion = Diffusion(DiffusionConfig(**{"prediction_type": "sample", "noise_levels": "uniform", **config}))
@@ -78,5 +93,7 @@ def test_levels_are_the_inverse_of_model_time(config):
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match="prediction_type 'flow'; text.token_posterior needs 'sample'"):
         make(prediction_type="flow")
+    with pytest.raises(ValueError, match="context_share: got 2; expected 0 to 1"):
+        make(context_share=2)
     with pytest.raises(ValueError, match="expected no backbone_name, and decoder 'nearest'"):
         make(decoder="head")

@@ -47,9 +47,9 @@ class TextAdapterConfig(AdapterConfig):
             given its own noise, and gives the logits that the context adds to it; the loss is the cross entropy of the
             tokens, in nats. After the output prior of Plaid (Gulrajani & Hashimoto, 2023). Needs decoder "nearest" and
             a diffusion with prediction_type "sample"; a latent_dim of 32 or more gives the logits room.
-        context_share: With token_posterior: training tells the denoiser some tokens of a sample, a share drawn from 0 to
-            this, and asks for the others. All tokens of a sample have one noise level, and come out of it at about the
-            same time: without this, context is hardly ever of use in training, and hardly learnt.
+        context_share: With token_posterior: training tells the denoiser some tokens of a sample, a share drawn from 0
+            to this, and asks for the others. All tokens of a sample have one noise level, and come out of it at about
+            the same time: without this, context is hardly ever of use in training, and hardly learnt.
         conditional: Condition on a text: batches may have "condition_ids" and "condition_mask".
     """
 
