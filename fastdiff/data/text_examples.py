@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastdiff.data.labelled import LabelledData
@@ -54,6 +56,11 @@ class TextWindows:
         if self.config.length_format == "eos_only":
             batch["attention_mask"] = pairs.maskable[:, 1:]
         return batch | {"condition_ids": pairs.condition_ids, "condition_mask": pairs.condition_mask}
+
+    def token_counts(self) -> Tensor:  # int64 [tokens of the tokenizer]
+        """How often each token is in the texts or answers."""
+        counts = np.bincount(self.part.targets.tokens, minlength=self.part.targets.vocab_size)
+        return torch.from_numpy(counts)
 
     def fingerprint(self) -> str:
         return self._fingerprint

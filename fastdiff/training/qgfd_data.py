@@ -65,7 +65,10 @@ def build_model(recipe: QGFDRecipe, sources: dict[str, Source]) -> "QGFDModel":
     weight = 0.0 if fixed else recipe.objective.reconstruction_weight
     config = QGFDModelConfig(recipe.backbone, recipe.diffusion, **adapters, reconstruction_weight=weight)
     processors = {name: source.processor for name, source in sources.items() if source.processor is not None}
-    return create_qgfd_model(recipe.modalities, config=copy.deepcopy(config), processor=processors)[0]
+    model = create_qgfd_model(recipe.modalities, config=copy.deepcopy(config), processor=processors)[0]
+    if recipe.text is not None and recipe.text.token_posterior:
+        model.adapters["text"].set_token_prior(sources["text"].data.train.token_counts())
+    return model
 
 
 def check_backbones(recipe: QGFDRecipe) -> None:

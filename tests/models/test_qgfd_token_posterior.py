@@ -68,6 +68,14 @@ def test_it_learns_context_and_samples_it():
     assert len(ids[:, 0].unique()) > 5
 
 
+def test_it_may_begin_with_the_frequencies_of_tokens():
+    model = make()
+    model.adapter().set_token_prior(torch.tensor([0, 9, *[0] * 9]))
+    nothing = model.adapter().evidence(torch.zeros(1, 1, 12), torch.zeros(1), torch.ones(1))
+    expected = torch.tensor([1, 10, *[1] * 9]) / 20
+    torch.testing.assert_close(nothing.softmax(-1)[0, 0], expected)
+
+
 def test_told_tokens_are_certain_and_not_asked_for():
     model, ids = make(context_share=1.0), torch.randint(VOCABULARY, (64, 5))
     adapter = model.adapter().train()

@@ -238,6 +238,17 @@ def test_pretrained_encoders_of_every_modality_that_has_them(train_run, checkpoi
     QGFDModel.from_pretrained(run / "checkpoints" / "step_4")  # nothing else is needed
 
 
+def test_token_frequencies_are_known_from_the_start(make_task):
+    task = make_task(
+        "text", text={"token_posterior": True}, backbone={"latent_dim": 16},
+        diffusion={"prediction_type": "sample"}, objective={"reconstruction_weight": 0},
+    )  # fmt: skip
+    tokens = task.sources["text"].data.train.part.targets.tokens
+    prior = task.model.adapters["text"].token_head.bias.softmax(0)
+    space = task.sources["text"].processor.encode(" ")[0]
+    assert prior[space] == pytest.approx((int((tokens == space).sum()) + 1) / (len(tokens) + len(prior)), rel=1e-4)
+
+
 def test_text_conditioned_on_text(train_run, tmp_path, capsys):
     pairs = [{"prompt": f"{n} and {n}", "answer": f"{2 * n}"} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))

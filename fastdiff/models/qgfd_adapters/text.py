@@ -147,6 +147,15 @@ class TextAdapter(Adapter):
             parts.append(self._text_condition(batch))
         return join_conditions(parts)
 
+    @torch.no_grad()
+    def set_token_prior(self, counts: Tensor) -> None:  # [vocab_size]
+        """With token_posterior: begins with what is known without any text, how frequent each token is.
+
+        A model that has to learn that does so through all of its layers, which then carry little else: the residual
+        stream grows along one direction, and norms drown what tokens say of each other.
+        """
+        self.token_head.bias.copy_(((counts + 1) / (counts + 1).sum()).log())
+
     def evidence(self, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor | None:
         """Logits of each token given its own noisy latent and how frequent it is, float32 [B, L, vocab_size].
 
