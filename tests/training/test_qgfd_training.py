@@ -246,7 +246,9 @@ def test_token_frequencies_are_known_from_the_start(make_task):
     tokens = task.sources["text"].data.train.part.targets.tokens
     prior = task.model.adapters["text"].token_head.bias.detach().softmax(0)
     space = task.sources["text"].processor.encode(" ")[0]
-    assert prior[space].item() == pytest.approx((int((tokens == space).sum()) + 1) / (len(tokens) + len(prior)), rel=1e-4)
+    assert prior[space].item() == pytest.approx(
+        (int((tokens == space).sum()) + 1) / (len(tokens) + len(prior)), rel=1e-4
+    )
 
 
 def test_text_conditioned_on_text(train_run, tmp_path, capsys):
