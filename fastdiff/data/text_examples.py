@@ -58,9 +58,17 @@ class TextWindows:
         return batch | {"condition_ids": pairs.condition_ids, "condition_mask": pairs.condition_mask}
 
     def token_counts(self) -> Tensor:  # int64 [tokens of the tokenizer]
-        """How often each token is in the texts or answers."""
-        counts = np.bincount(self.part.targets.tokens, minlength=self.part.targets.vocab_size)
-        return torch.from_numpy(counts)
+        """How often each token is in the texts, or in the windows of answers (long ones counted whole)."""
+        counts = torch.from_numpy(np.bincount(self.part.targets.tokens, minlength=self.part.targets.vocab_size))
+        if self.part.conditions is None:
+            return counts
+        room = (self.config.max_length - self.part.targets.document_lengths).clamp(min=0)
+        ends, eos = int((room > 0).sum()), self.tokenizer.eos_token_id
+        counts[eos] += ends
+        fills = {"eos_fill": eos, "pad_fill": self.tokenizer.pad_token_id}
+        if self.config.length_format in fills:  # the rest of "eos_only" is no part of an answer
+            counts[fills[self.config.length_format]] += int(room.sum()) - ends
+        return counts
 
     def fingerprint(self) -> str:
         return self._fingerprint

@@ -251,6 +251,18 @@ def test_token_frequencies_are_known_from_the_start(make_task):
     )
 
 
+@pytest.mark.parametrize("length_format", ["eos_fill", "pad_fill", "eos_only"])
+def test_counts_of_tokens_are_those_of_the_windows(make_task, tmp_path, length_format):
+    pairs = [{"prompt": f"{n}", "answer": "a" * (n % 5 + 1)} for n in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    text_data = {"name": "jsonl", "path": str(tmp_path / "pairs.jsonl"), "sample": "pairs", "max_length": 8}
+    source = make_task("text", text_data={**text_data, "length_format": length_format}).sources["text"].data.train
+    batch = source.batch(range(len(source)))
+    ids = batch["input_ids"][batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()]
+    counts = source.token_counts()
+    assert torch.equal(counts, torch.bincount(ids, minlength=len(counts)))
+
+
 def test_text_conditioned_on_text(train_run, tmp_path, capsys):
     pairs = [{"prompt": f"{n} and {n}", "answer": f"{2 * n}"} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
