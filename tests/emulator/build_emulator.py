@@ -76,7 +76,11 @@ def build(variant: str) -> Path:
 
 def race(*arguments: str) -> subprocess.CompletedProcess:
     """Runs the race check: every launch function, or `fault NAME`. ThreadSanitizer's exit status for a race is 66."""
-    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=0:report_signal_unsafe=0"}
+    options = "halt_on_error=0:report_signal_unsafe=0"
+    # addr2line comes with every compiler; the symbolizer that Debian's clang asks for only with a further package
+    if symbolizer := shutil.which("addr2line"):
+        options += f":allow_addr2line=1:external_symbolizer_path={symbolizer}"
+    environment = os.environ | {"TSAN_OPTIONS": options}
     return subprocess.run([build("race"), *arguments], capture_output=True, text=True, env=environment)
 
 
