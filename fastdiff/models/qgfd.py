@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.nn import AdaLayerNorm, Mlp, TimestepEmbedding, sincos_positions
-from fastdiff.nn.transformer import Attention
+from fastdiff.nn.transformer import Attention, rotary_table, rotate
 from fastdiff.ops import qgfd_attention, qgfd_attention_dense
 
 
@@ -32,6 +32,8 @@ class QGFDConfig:
         cond_dim: Width of the condition's tokens; null is hidden_size.
         time_conditioning: "add" (the time's embedding is added to every token) or "adaln" (it shifts and scales the
             norms).
+        rope_theta: Base of rotary positions (Su et al. 2021) of the decoder's queries and keys, beside the sinusoids
+            that are added to the tokens; null for none. Needs heads of an even width. 100 suits tens of tokens.
         steps: Hops of the diffusion of attention; 0 is plain attention.
         alpha: Weight of the diffused part, in [0, 1].
         transition: "attention" or "key": where the Markov chain comes from.
@@ -49,6 +51,7 @@ class QGFDConfig:
     attention_dropout: float = 0.0
     cond_dim: int | None = None
     time_conditioning: Literal["add", "adaln"] = "add"
+    rope_theta: float | None = None
     steps: int = 1
     alpha: float = 0.5
     transition: Literal["attention", "key"] = "attention"
@@ -67,6 +70,13 @@ class QGFDConfig:
             )
         if self.hidden_size % 2 or self.hidden_size < 4:  # sinusoids of the time, with a denominator of half - 1
             raise ValueError(f"QGFDConfig.hidden_size: got {self.hidden_size}; expected an even number of 4 or more")
+        if self.rope_theta is not None and not 1 < self.rope_theta < math.inf:
+            raise ValueError(f"QGFDConfig.rope_theta: got {self.rope_theta}; expected a number above 1, or null")
+        if self.rope_theta is not None and self.hidden_size // self.num_heads % 2:
+            raise ValueError(
+                f"QGFDConfig.rope_theta: got {self.rope_theta} with heads of {self.hidden_size // self.num_heads} "
+                "numbers; expected an even width, or null"
+            )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"QGFDConfig.{name}: got {getattr(self, name)}; expected 0 or more and below 1")
@@ -106,13 +116,20 @@ class QGFDSelfAttention(Attention):
         super().__init__(config.hidden_size, config.num_heads, bias=False, dropout=config.attention_dropout)
         self.options = config.qgfd
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:  # [B, L, D], bool [B, L] -> [B, L, D]
+    def forward(
+        self,
+        x: Tensor,  # [B, L, D]
+        key_mask: Tensor | None = None,  # bool [B, L], True = attend
+        rotary: tuple[Tensor, Tensor] | None = None,  # as `rotary_table` gives it
+    ) -> Tensor:  # [B, L, D]
         if self.options["steps"] == 0:  # plain, in the formulation that is cheapest here
-            return super().forward(x, None if key_mask is None else key_mask[:, None, None])
+            return super().forward(x, None if key_mask is None else key_mask[:, None, None], rotary)
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         if self.training and self.dropout > 0:
             options = {**self.options, "dropout_p": self.dropout}
             mixed = qgfd_attention_dense(query, key, value, key_mask=key_mask, **options)
@@ -183,9 +200,10 @@ class QGFDDecoderBlock(_Block):
         mask: Tensor | None = None,  # bool [B, L], True = a real token
         context_mask: Tensor | None = None,  # bool [B, M], True = attend
         time: Tensor | None = None,  # [B, D], read with time_conditioning "adaln" alone
+        rotary: tuple[Tensor, Tensor] | None = None,  # of x's positions, as `rotary_table` gives it
     ) -> Tensor:  # [B, L, D]
         modulation = self.modulation(time)
-        x = x + self.dropout(self.self_attn(self.norms["self_attn"](x, *modulation["self_attn"]), mask))
+        x = x + self.dropout(self.self_attn(self.norms["self_attn"](x, *modulation["self_attn"]), mask, rotary))
         x = x + self.dropout(self._attend_to(context, context_mask, x, modulation["cross_attn"]))
         return x + self.dropout(self.mlp(self.norms["mlp"](x, *modulation["mlp"])))
 
@@ -242,7 +260,7 @@ class QGFDBackbone(nn.Module):
             cond_mask: which of them are there; None is all.
             mask: which latents are there. The others change nothing.
             position_ids: coordinates of each token along one axis or several (2 for images, 3 for video), for
-                sinusoidal positions that share the hidden size; None counts along one.
+                positions; axes share the width of tokens (and of rotary heads). None counts along one.
 
         Raises:
             ValueError: a shape that does not fit.
@@ -257,14 +275,30 @@ class QGFDBackbone(nn.Module):
         context = self.cond_proj(cond_tokens)
         x = self.x_proj(x_t)
         x = x + sincos_positions(position_ids, self.config.hidden_size).to(x.dtype)
+        rotary = self._rotary(position_ids)
         time = self.time_embedding(t)
         if self.final_modulation is None:
             x = x + time[:, None]
         for block in self.blocks:
-            x = block(x, context, mask, cond_mask, time)
+            x = block(x, context, mask, cond_mask, time, rotary)
         shift, scale = (None, None) if self.final_modulation is None else self.final_modulation(time).chunk(2, -1)
         prediction = self.final_proj(self.final_norm(x, shift, scale))
         return prediction if mask is None else prediction.masked_fill(~mask[..., None], 0)
+
+    def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of rotary positions whose axes share a head's numbers as evenly as they can."""
+        if self.config.rope_theta is None:
+            return None
+        pairs, axes = self.config.hidden_size // self.config.num_heads // 2, position_ids.shape[1]
+        if axes > pairs:
+            raise ValueError(
+                f"position_ids: got {axes} axes for rotary heads of {2 * pairs} numbers; expected {pairs} at most"
+            )
+        parts = [
+            rotary_table(coordinates[None], 2 * (pairs // axes + (axis < pairs % axes)), self.config.rope_theta)
+            for axis, coordinates in enumerate(position_ids.unbind(1))
+        ]
+        return tuple(torch.cat(waves, dim=-1) for waves in zip(*parts, strict=True))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes model.safetensors and config.json, each whole or not at all. Raises OSError where it cannot."""

@@ -84,6 +84,20 @@ def test_it_is_the_dense_computation(time_conditioning, steps, alpha):
     assert torch.count_nonzero(found[~mask]) == 0
 
 
+@pytest.mark.parametrize("options", [dict(steps=0), dict(steps=1), dict(steps=2, transition="key")])
+def test_rotary_positions_are_relative(options):
+    """Attention with them sees how far tokens are apart along each axis, not where they are."""
+    model = make_backbone(rope_theta=100.0, hidden_size=24, num_heads=2, **options)  # heads of 12: 6, 4 + 2, 2 + 2 + 2
+    attention, x = model.blocks[0].self_attn, torch.randn(2, 7, 24)
+    for axes in (1, 2, 3):
+        ids = torch.randint(9, (7, axes))
+        there, moved = (attention(x, None, model._rotary(p)) for p in (ids, ids + torch.arange(5, 5 + axes)))
+        torch.testing.assert_close(moved, there, rtol=0, atol=1e-5)
+        assert all((attention(x, None, model._rotary(ids * s)) - there).abs().max() > 1e-4 for s in (0, 2))
+    with pytest.raises(ValueError, match="position_ids: got 7 axes for rotary heads of 12 numbers; expected 6 at most"):
+        model(torch.zeros(1, 7, 12), torch.zeros(1), position_ids=torch.zeros(7, 7, dtype=torch.int64))
+
+
 def test_hops_change_the_output():
     outputs = []
     for steps in (0, 1, 2):
@@ -105,7 +119,9 @@ def test_no_condition_is_one_zero_token():
     assert (model(x, t, cond) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, dict(transition="key", sink_isolation=True, steps=2), dict(steps=0)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(transition="key", sink_isolation=True, steps=2), dict(steps=0), dict(rope_theta=100.0)]
+)
 def test_padding_changes_nothing(options):
     model, (x, t, cond) = make_backbone(**options), inputs()
     short = model(x[:, :5], t, cond[:, :2])
@@ -225,6 +241,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
         dict(latent_dim=0), dict(num_heads=3), dict(hidden_size=7, num_heads=7), dict(dropout=1.0), dict(steps=-1),
         dict(alpha=1.5), dict(temperature=0.0), dict(time_conditioning="mul"), dict(transition="query"),
         dict(recurrence="walk"), dict(sink_isolation=True), dict(cond_dim=0), dict(attention_dropout=-0.1),
+        dict(rope_theta=1.0), dict(rope_theta=100.0, hidden_size=18, num_heads=6),
     ],
 )  # fmt: skip
 def test_bad_configurations_are_one_line(options):

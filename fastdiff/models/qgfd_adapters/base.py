@@ -107,7 +107,7 @@ class Adapter(nn.Module):
         self.config, self.latent_dim, self.cond_width = config, qgfd.latent_dim, qgfd.cond_width
         self.block_config = dataclasses.replace(
             qgfd, hidden_size=config.hidden_size, num_heads=config.num_heads, dropout=0.0, attention_dropout=0.0,
-            intermediate_size=4 * config.hidden_size, time_conditioning="add",
+            intermediate_size=4 * config.hidden_size, time_conditioning="add", rope_theta=None,
             steps=qgfd.steps if config.diffuse_attention else 0,
         )  # fmt: skip
         self.backbone: nn.Module | None = None
