@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError
+from jsonargparse import ArgumentParser as _ArgumentParser
 
 Recipe = TypeVar("Recipe")
 RECIPE_KINDS = ("dit", "masked_lm", "length_head", "qgfd")
@@ -29,6 +30,17 @@ _USER_ERRORS = (
     PermissionError,
     ModuleNotFoundError,
 )
+
+
+class ArgumentParser(_ArgumentParser):
+    """jsonargparse's, with advice where an option does not exist."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message, re.IGNORECASE)
+        if unknown and "did you mean" not in message:  # it comes here twice
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.8)
+            message += f"; did you mean {close[0]}?" if close else ""
+        super().error(message, *args, **kwargs)
 
 
 def one_line(message: object) -> str:

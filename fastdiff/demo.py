@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import command, parse_recipe, quiet_libraries
+from fastdiff.cli import ArgumentParser, command, parse_recipe, quiet_libraries
 from fastdiff.version import __version__
 
 _RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dit_mnist.yaml"
@@ -75,8 +75,6 @@ def machine() -> dict[str, Any]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    from jsonargparse import ArgumentParser
-
     from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
 
     parser = ArgumentParser(

@@ -8,9 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from fastdiff.cli import command, output_path, quiet_libraries
+from fastdiff.cli import ArgumentParser, command, output_path, quiet_libraries
 
 DEFAULT_NEW_TOKENS = 64
 _WATCHED = 3  # sequences shown by --watch

@@ -199,8 +199,7 @@ def _say_resampled(config: AudioDataConfig, rates: Iterable[int]) -> None:
     if others:
         found = ", ".join(map(str, sorted(set(others))))
         print(
-            f"data {config.name}: {len(others)} sounds of {found} Hz are resampled to data.sampling_rate = "
-            f"{config.sampling_rate} Hz",
+            f"data {config.name}: {len(others)} sounds of {found} Hz are resampled to {config.sampling_rate} Hz",
             file=sys.stderr,
         )
 

@@ -51,7 +51,7 @@ def test_folder_of_several_rates(sounds, capsys):
     data = load_audio_data(config(sounds))
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "4 sounds of 16000, 44100 Hz are resampled to data.sampling_rate = 8000 Hz" in said
+    assert "4 sounds of 16000, 44100 Hz are resampled to 8000 Hz" in said
     assert data.class_names == ("high", "low") and (data.sampling_rate, data.num_samples) == (8000, 512)
     assert data.held_out.labels.tolist() == [0, 1] and len(data.train) == 4
     for part in (data.train, data.held_out):
@@ -222,7 +222,7 @@ def three_voices(monkeypatch):
 
 def test_spoken_digits(espeak, three_voices, cache, monkeypatch, capsys, tmp_path):
     data = load_audio_data(AudioDataConfig())
-    assert "resampled to data.sampling_rate = 8000 Hz" in capsys.readouterr().err
+    assert "resampled to 8000 Hz" in capsys.readouterr().err
     assert data.train.labels.tolist() == list(range(10)) * 2 and data.held_out.labels.tolist() == list(range(10))
     waveforms = data.train.batch(range(20))["input_values"]
     assert (waveforms.abs().amax(1) > 0.85).all() and len(waveforms.unique(dim=0)) == 20

@@ -60,7 +60,7 @@ def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
     ("arguments", "message"),
     [
         (["--training.max_stepz", "3"], r"max_stepz"),
-        (["--training.max_step", "3"], r"[Uu]nrecognized arguments.*training.max_step"),
+        (["--training.max_step", "3"], r"[Uu]nrecognized arguments.*; did you mean --training.max_steps\?; --help"),
         (["--training.betas", "[1.5, 0.9]"], r"training.betas is \[1.5, 0.9\]; expected two numbers"),
         (["--training.learning_rate", ".inf"], r"training.learning_rate is inf; expected 0 or more"),
         (["--training.weight_decay", "-1"], r"training.weight_decay is -1.0; expected 0 or more"),

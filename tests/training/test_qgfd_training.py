@@ -317,7 +317,7 @@ def test_an_encoder_of_another_rate(data, checkpoints, tmp_path, capsys):
 
 def test_sounds_of_another_rate_are_resampled_and_it_is_said(train_run, capsys):
     train_run("audio", audio_data={"sampling_rate": 2000, "num_samples": 128})
-    assert "6 sounds of 4000 Hz are resampled to data.sampling_rate = 2000 Hz" in capsys.readouterr().err
+    assert "6 sounds of 4000 Hz are resampled to 2000 Hz" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("column", "message"), [("1,,3", "missing values"), ("2,2,2", "is constant")])
