@@ -73,6 +73,8 @@ def _sample_qgfd(arguments: Any) -> None:
         if getattr(arguments, option) is not None and not fitting:
             other = "--num-samples" if option == "images_per_label" else "--images-per-label"
             raise ValueError(f"--{option.replace('_', '-')} does not fit {', '.join(modalities)}; expected {other}")
+    if arguments.length is not None and len(modalities) > 1:
+        raise ValueError(f"--length is {arguments.length}, whose unit differs by modality; say which with --modality")
     output = output_path(arguments.output, run.folder.path / f"samples-seed-{sampling.seed}.png")
     wanted = [(name, *_wanted(run, name, arguments)) for name in modalities]
     for name, shown, count, labels in wanted:
@@ -83,7 +85,7 @@ def _sample_qgfd(arguments: Any) -> None:
         stem: Path = output.with_suffix("") if output.suffix in SUFFIXES else output
         alone = len(modalities) == 1
         stem = stem if alone else stem.with_name(f"{stem.name}_{name}")
-        title = sampling_title(sampling, run.step, None if alone else name)
+        title = sampling_title(samples, sampling, run.step, None if alone else name)
         for path in save_samples(samples, run.model, name, shown, stem, title):
             print(path)
 

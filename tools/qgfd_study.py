@@ -33,12 +33,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="of training (default: the run's)")
     parser.add_argument("--draws", type=int, default=4096, help="held-out examples, times and noises of each loss")
     parser.add_argument("--workers", type=int, default=2, help="models trained at once, on one thread each")
-    parser.add_argument("--folder", type=Path, default=Path("runs/qgfd_study"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/qgfd_study.json"))
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/qgfd_study.png"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/qgfd_study"), help="of the models' runs")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/qgfd_study.json"), help="JSON")
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/qgfd_study.png"), help="PNG")
     arguments = parser.parse_args()
-    if len(arguments.seeds) not in T_QUANTILE or 0 not in arguments.hops:
-        parser.error(f"expected {min(T_QUANTILE)} to {max(T_QUANTILE)} seeds, and 0 among --hops to compare with")
+    if len(arguments.seeds) not in T_QUANTILE:
+        parser.error(f"--seeds has {len(arguments.seeds)}; expected {min(T_QUANTILE)} to {max(T_QUANTILE)} of them")
+    if 0 not in arguments.hops:
+        parser.error(f"--hops has {arguments.hops}; expected 0 among them, which the others are compared with")
     missing = [str(run) for run in arguments.runs if not (run / "config.yaml").is_file()]
     if missing:
         parser.error(f"{missing[0]} is not the folder of a run; train its recipe first")
@@ -73,6 +75,7 @@ def train(arguments: argparse.Namespace, run: Path, hops: int, seed: int) -> Non
         "training.max_steps": arguments.max_steps,
         "training.output_dir": folder,
         "training.resume": "true",
+        "training.overwrite": "false",
         "training.preview_every": 0,
         "sampling.evaluation_samples": 0,
     }

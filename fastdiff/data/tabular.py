@@ -102,6 +102,11 @@ def load_tabular_data(config: TabularDataConfig) -> TabularData:
     if config.name not in _SOURCES:
         raise ValueError(f"data.name is {config.name!r}; expected one of {', '.join(_SOURCES)}")
     table, target = _SOURCES[config.name](config)
+    if len(table) < 2:
+        raise ValueError(
+            f"{_where(config)} has one column alone, {next(iter(table), '')!r}; expected a target and others, "
+            "separated by commas"
+        )
     unknown = [name for name in (*config.drop, *config.categories, target) if name not in table]
     if unknown:
         raise ValueError(f"{_where(config)} has no column {unknown[0]!r}; it has {', '.join(table)}")

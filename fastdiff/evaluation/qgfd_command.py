@@ -29,7 +29,9 @@ def evaluate_qgfd(arguments: Any) -> None:
         if arguments.num_samples < 2:
             raise ValueError(f"--num-samples is {arguments.num_samples}; expected at least 2")
         sampling = dataclasses.replace(sampling, evaluation_samples=arguments.num_samples)
-    output = output_path(arguments.output, run.folder.path / "evaluation.json")
+    # one of several has a file of its own: the others' numbers stay
+    name = "evaluation.json" if modalities == run.recipe.modalities else f"evaluation_{arguments.modality}.json"
+    output = output_path(arguments.output, run.folder.path / name)
     sources = {name: run.source(name) for name in modalities}
     report = measure_run(run, sources, sampling)
     details = {"run": str(run.folder.path), "step": run.step, "weights": arguments.weights}

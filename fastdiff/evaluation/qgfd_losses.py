@@ -32,7 +32,7 @@ def held_out_losses(
     Returns:
         float32 [count] each: "loss"; where the adapters are trained also its parts, "diffusion" and "reconstruction".
     """
-    device = next(model.parameters()).device
+    device, labelled = next(model.parameters()).device, model.adapter(modality).label_embedding is not None
     was_training = model.training
     model.eval()
     parts: dict[str, list[Tensor]] = {"diffusion": [], "reconstruction": []}
@@ -44,7 +44,7 @@ def held_out_losses(
                 size = len(next(iter(batch.values())))
                 t = model.diffusion.sample_times(size, generator)
                 noise, extra = torch.randn(2, size, *shape, generator=generator)
-                batch = {name: value.to(device) for name, value in batch.items()}
+                batch = {name: value.to(device) for name, value in batch.items() if labelled or name != "labels"}
                 with (
                     _disturbed(model, input_noise * extra.to(device)),
                     torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None),

@@ -80,8 +80,10 @@ class QGFDConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"QGFDConfig.{name}: got {getattr(self, name)}; expected 0 or more and below 1")
-        if self.steps < 0:
-            raise ValueError(f"QGFDConfig.steps: got {self.steps}; expected 0 (plain attention) or more")
+        if self.steps < 0 or self.steps != int(self.steps):
+            raise ValueError(
+                f"QGFDConfig.steps: got {self.steps}; expected a whole number, 0 (plain attention) or more"
+            )
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"QGFDConfig.alpha: got {self.alpha}; expected 0 to 1")
         if not 0 < self.temperature < math.inf:
@@ -264,7 +266,7 @@ class QGFDBackbone(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit.
-            TypeError: a mask that is not bool.
+            TypeError: a mask that is not bool, latents of another dtype than the model's (outside of autocast).
         """
         self._check(x_t, t, cond_tokens, cond_mask, mask, position_ids)
         batch, length, _ = x_t.shape
@@ -322,6 +324,9 @@ class QGFDBackbone(nn.Module):
         latent_dim, cond_dim = self.config.latent_dim, self.config.cond_width
         if x_t.ndim != 3 or x_t.shape[-1] != latent_dim:
             raise ValueError(f"x_t: got shape {list(x_t.shape)}; expected [B, L, {latent_dim}] (latent_dim)")
+        weights = self.x_proj.weight.dtype
+        if x_t.dtype != weights and not torch.is_autocast_enabled(x_t.device.type):
+            raise TypeError(f"x_t: got {x_t.dtype} for a model in {weights}; cast it, or use torch.autocast")
         batch, length = x_t.shape[:2]
         if t.shape != (batch,):
             raise ValueError(f"t: got shape {list(t.shape)}; expected [{batch}], a time a sample")

@@ -39,7 +39,7 @@ class QGFDModelConfig:
         text: adapter of text.
         image: adapter of images.
         audio: adapter of sound.
-        video: adapter of films.
+        video: adapter of videos.
         tabular: adapter of tables.
         reconstruction_weight: Weight of the adapters' reconstruction loss beside the diffusion's; 0 leaves encoder and
             decoder as they are.
@@ -149,6 +149,11 @@ class QGFDModel(nn.Module):
         that could make them easy to predict would make them all alike.
         """
         adapter = self.adapter(modality)
+        if not any(name in batch for name in adapter.fields):
+            raise ValueError(
+                f"batch: got {', '.join(batch) or 'nothing'}; expected {' or '.join(adapter.fields)}, "
+                f"of modality {adapter.modality!r}"
+            )
         diffusion = self.diffusion if diffusion is None else diffusion
         weight = self.config.reconstruction_weight
         with contextlib.nullcontext() if weight else torch.no_grad():
@@ -285,6 +290,11 @@ class QGFDModel(nn.Module):
         unknown = [name for name in conditions if name not in known]
         if unknown:
             raise ValueError(f"conditions: got {unknown[0]!r}; this model takes {', '.join(known) or 'none'}")
+        for name, value in conditions.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"conditions: got {name} = {value!r}; expected a tensor")
+        if count is not None and count < 0:
+            raise ValueError(f"count: got {count}; expected 0 or more")
         sizes = {len(value) for value in conditions.values()} | ({count} - {None})
         if len(sizes) != 1:
             raise ValueError(f"count: got {count} with conditions of {sorted(sizes)} samples; expected one number")

@@ -70,10 +70,12 @@ class Samples:
     Attributes:
         batch: as the modality's adapter takes it.
         labels: [N] the classes asked for; None where there are none.
+        guided: whether there was a condition, which classifier-free guidance is about.
     """
 
     batch: dict[str, Tensor]
     labels: Tensor | None = None
+    guided: bool = False
 
     def __len__(self) -> int:
         return len(next(iter(self.batch.values())))
@@ -141,7 +143,7 @@ def draw_samples(
             parts.append({name: value.float().cpu() if value.is_floating_point() else value.cpu()
                           for name, value in batch.items()})  # fmt: skip
             bar.update(size)
-    return Samples({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, labels)
+    return Samples({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, labels, bool(conditions))
 
 
 def save_samples(
@@ -185,16 +187,22 @@ def preview_samples(model: QGFDModel, shown: Mapping[str, Shown], recipe: QGFDRe
             dtype=autocast_dtype(recipe.training, device.type),
         )  # fmt: skip
         stem = path.with_suffix("") if len(shown) == 1 else path.with_name(f"{path.stem}_{name}")
-        title = sampling_title(sampling, modality=name if len(shown) > 1 else None)
+        title = sampling_title(samples, sampling, modality=name if len(shown) > 1 else None)
         pictures.append(save_samples(samples, model, name, each, stem, title)[0])
     if len(shown) > 1:
         _stack(pictures, path)
 
 
-def sampling_title(sampling: QGFDSamplingConfig, step: int | None = None, modality: str | None = None) -> str:
+def sampling_title(
+    samples: Samples, sampling: QGFDSamplingConfig, step: int | None = None, modality: str | None = None
+) -> str:
     """What stands above a picture of samples."""
-    begin = ("" if modality is None else f"{modality}, ") + ("" if step is None else f"step {step}, ")
-    return f"{begin}guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
+    parts = [modality, None if step is None else f"step {step}"]
+    parts += [
+        f"guidance {sampling.guidance_scale:g}" if samples.guided else None,
+        f"{sampling.num_inference_steps} steps",
+    ]
+    return ", ".join(part for part in parts if part is not None)
 
 
 def _text_files(samples: Samples, model: QGFDModel, shown: Shown, stem: Path, title: str | None) -> list[Path]:
@@ -208,7 +216,8 @@ def _text_files(samples: Samples, model: QGFDModel, shown: Shown, stem: Path, ti
     pieces = [TextSample(prompt, [text], [0]) for prompt, text in zip(prompts, texts, strict=True)]
     png = save_text_samples(pieces[: _UNLABELLED["text"]], _suffixed(stem, ".png"), title=title)
     txt = _suffixed(stem, ".txt")
-    write_output(txt, "\n\n".join(f"{p}{text}" for p, text in zip(prompts, texts, strict=True)) + "\n")
+    numbered = enumerate(zip(prompts, texts, strict=True), start=1)
+    write_output(txt, "\n".join(f"--- {number} ---\n{prompt}{text}" for number, (prompt, text) in numbered) + "\n")
     return [png, txt]
 
 

@@ -94,9 +94,11 @@ def make_accelerator(config: TrainingConfig, partial_gradients: bool = False) ->
         # accelerate keeps device and precision for the life of a process; another run in it may want others
         AcceleratorState._reset_state(reset_partial_state=True)
     folder = config.output_dir
+    # where there is none to use it has to be told: of processes that torchrun started each would think itself alone
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     return Accelerator(
         mixed_precision=resolve_precision(config),
-        cpu=config.device == "cpu",
+        cpu=on_cpu,
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(folder, logging_dir=str(Path(folder) / "tracking")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if partial_gradients else None,

@@ -148,6 +148,15 @@ def test_texts_are_no_categories(tmp_path):
         load_csv(csv_file(tmp_path, rows, "name,kind"))
 
 
+def test_other_separators_are_refused(tmp_path):
+    path = tmp_path / "semicolons.csv"
+    path.write_text("a;b\n1;2\n3;4\n")
+    with pytest.raises(
+        ValueError, match="has one column alone, 'a;b'; expected a target and others, separated by commas"
+    ):
+        load_csv(path)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

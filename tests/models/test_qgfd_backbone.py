@@ -239,6 +239,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
     "options",
     [
         dict(latent_dim=0), dict(num_heads=3), dict(hidden_size=7, num_heads=7), dict(dropout=1.0), dict(steps=-1),
+        dict(steps=1.5),
         dict(alpha=1.5), dict(temperature=0.0), dict(time_conditioning="mul"), dict(transition="query"),
         dict(recurrence="walk"), dict(sink_isolation=True), dict(cond_dim=0), dict(attention_dropout=-0.1),
         dict(rope_theta=1.0), dict(rope_theta=100.0, hidden_size=18, num_heads=6),
@@ -254,6 +255,7 @@ def test_bad_configurations_are_one_line(options):
     "change, error, match",
     [
         (dict(x_t=torch.zeros(3, 7, 11)), ValueError, r"x_t: got shape \[3, 7, 11\]; expected \[B, L, 12\]"),
+        (dict(x_t=torch.zeros(3, 7, 12).double()), TypeError, "x_t: got torch.float64 for a model in torch.float32"),
         (dict(t=torch.zeros(2)), ValueError, r"t: got shape \[2\]; expected \[3\]"),
         (dict(cond_tokens=torch.zeros(3, 4, 15)), ValueError, r"cond_tokens: .* expected \[3, M, 16\]"),
         (

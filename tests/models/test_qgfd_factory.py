@@ -1,4 +1,4 @@
-"""create_qgfd_model and the processors: Hugging Face folders, small encoders, bad names, tables, sound, films."""
+"""create_qgfd_model and the processors: Hugging Face folders, small encoders, bad names, tables, sound, videos."""
 
 import copy
 import json
@@ -105,7 +105,7 @@ def test_wav2vec2_hears_what_its_own_extractor_would_give_it(checkpoints):
     torch.testing.assert_close(found, unit(adapter.latent_proj(states)), rtol=0, atol=1e-4)  # seen: 6e-7
 
 
-def test_films_go_through_a_vit_frame_by_frame(checkpoints):
+def test_videos_go_through_a_vit_frame_by_frame(checkpoints):
     model, processor, _ = create_qgfd_model("video", str(checkpoints["video"]), config_for("video"))
     batch = processor([pictures((16, 16, 3), (16, 16, 3)), pictures((9, 9, 3), (9, 9, 3))])
     assert batch["pixel_values"].shape == (2, 2, 3, 8, 8)
@@ -266,10 +266,15 @@ def test_without_scipy_audio_of_another_rate_says_what_to_install(monkeypatch):
 
 def test_frames_of_different_sizes_are_refused():
     processor = VideoProcessor((8, 8), 1)
-    one_line(ValueError, "films: got frames of 9 x 7, 10 x 7 pixels in one film; expected one",
+    one_line(ValueError, "videos: got frames of 9 x 7, 10 x 7 pixels in one video; expected one",
              lambda: processor([pictures((7, 9), (7, 10))]))  # fmt: skip
-    one_line(ValueError, r"films: got \[1, 2\] frames; expected one number in a batch",
+    one_line(ValueError, r"videos: got \[1, 2\] frames; expected one number in a batch",
              lambda: processor([pictures((7, 9), (7, 9)), pictures((7, 9))]))  # fmt: skip
+    one_line(ValueError, "videos: got one without frames", lambda: processor([[]]))
+    one_line(ValueError, r"images: got one ndarray of shape \[4, 4\]; expected a list of images",
+             lambda: ImageProcessor((8, 8), 1)(np.zeros((4, 4), dtype=np.uint8)))  # fmt: skip
+    one_line(ValueError, "images: got none; expected 1 or more", lambda: ImageProcessor((8, 8), 1)([]))
+    one_line(ValueError, r"waves: got one Tensor of shape \[5\]", lambda: AudioProcessor(8)(torch.zeros(5)))
     one_line(ValueError, "images: got float64", lambda: ImageProcessor((8, 8), 1)([np.zeros((4, 4))]))
     one_line(ValueError, "channels: got 2; expected 1", lambda: ImageProcessor((8, 8), 2))
     white = ImageProcessor((2, 2), 3)([np.full((5, 5), 255, dtype=np.uint8)])["pixel_values"]

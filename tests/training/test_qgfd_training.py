@@ -1,6 +1,7 @@
 """QGFD models through the trainer and the commands: samples people can look at, numbers, exact resume, bad input."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -111,6 +112,10 @@ def test_several_modalities_share_a_backbone(train_run, order, capsys):
     assert "--images-per-label does not fit text" in failure(
         sample, [run, "--modality", "text", "--images-per-label", "2"], capsys
     )
+    assert "--length is 4, whose unit differs by modality" in failure(sample, [run, "--length", "4"], capsys)
+    evaluate.main([str(run), "--modality", "text", "--num-samples", "8"])
+    assert "text" in json.loads((run / "evaluation_text.json").read_text())
+    assert not (run / "evaluation.json").exists()  # which has the numbers of all, where they were measured
     assert "does not fit image; expected --images-per-label" in failure(
         sample, [run, "--modality", "image", "--num-samples", "2"], capsys
     )
@@ -268,9 +273,10 @@ def test_text_conditioned_on_text(train_run, tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     text_data = {"name": "jsonl", "path": str(tmp_path / "pairs.jsonl"), "sample": "pairs", "max_length": 6}
     run = train_run("text", text_data={**text_data, "min_length": 6})
-    assert all(" → " in text for text in (run / "samples.txt").read_text().split("\n\n"))
+    first, *texts = re.split(r"^--- \d+ ---\n", (run / "samples.txt").read_text(), flags=re.MULTILINE)
+    assert first == "" and len(texts) == 2 and all(" → " in text for text in texts)
     sample.main([str(run), "--prompt", "7 and 7", "--num-samples", "2", "--guidance-scale", "2"])
-    texts = (run / "samples-seed-0.txt").read_text().split("\n\n")
+    _, *texts = re.split(r"^--- \d+ ---\n", (run / "samples-seed-0.txt").read_text(), flags=re.MULTILINE)
     assert len(texts) == 2 and all(text.startswith("7 and 7 → ") for text in texts)
     evaluate.main([str(run), "--num-samples", "10"])
 

@@ -128,6 +128,8 @@ def test_two_processes_equal_one(tmp_path, tiny_yaml, make_trainer, curve):
         tmp_path / "two",
         "--training.accumulation_steps",
         2,
+        "--training.device",
+        "auto",
     ]
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -136,7 +138,7 @@ def test_two_processes_equal_one(tmp_path, tiny_yaml, make_trainer, curve):
         text=True,
         timeout=240,
         cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(curve(tmp_path / "one")) == 6

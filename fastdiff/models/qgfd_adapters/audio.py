@@ -62,6 +62,7 @@ class AudioAdapter(Adapter):
     """
 
     modality = "audio"
+    fields = ("input_values",)
 
     def __init__(self, config: AudioAdapterConfig, qgfd: QGFDConfig) -> None:
         super().__init__(config, qgfd)

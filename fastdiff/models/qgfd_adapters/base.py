@@ -101,6 +101,7 @@ class Adapter(nn.Module):
     """
 
     modality: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]  # of a batch, one of which at least holds the data
 
     def __init__(self, config: AdapterConfig, qgfd: QGFDConfig) -> None:
         super().__init__()
@@ -171,13 +172,22 @@ class Adapter(nn.Module):
         return self
 
     def _label_token(self, batch: Batch) -> Condition:
+        labels = batch.get("labels")
+        if labels is not None and self.label_embedding is None:
+            raise ValueError("labels: got some, but the adapter has no classes; set num_classes, or leave them out")
         if self.label_embedding is None:
             return None, None
-        labels = batch.get("labels")
         if labels is None:
             return self.null_condition(batch_size(batch), next(iter(batch.values())).device)
-        if labels.ndim != 1:
-            raise ValueError(f"labels: got shape {list(labels.shape)}; expected [B]")
+        count, classes = batch_size(batch), self.config.num_classes
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (count,):
+            given = f"{labels.dtype} of shape {list(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+            raise ValueError(f"labels: got {given}; expected an int64 tensor [{count}]")
+        on_cpu = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # looking would stall a GPU
+        if on_cpu and count and not (0 <= int(labels.min()) and int(labels.max()) <= classes):
+            raise ValueError(
+                f"labels: got {int(labels.min())}..{int(labels.max())}; expected 0..{classes - 1} ({classes}: none)"
+            )
         if self.drops_conditions:
             labels = self.label_embedding.drop(labels)
         return self.label_embedding(labels)[:, None], None

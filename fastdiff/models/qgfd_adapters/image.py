@@ -63,6 +63,7 @@ class ImageAdapter(Adapter):
     """
 
     modality = "image"
+    fields = ("pixel_values",)
 
     def __init__(self, config: ImageAdapterConfig, qgfd: QGFDConfig) -> None:
         super().__init__(config, qgfd)

@@ -1,4 +1,4 @@
-"""From raw data to batches, where no Hugging Face processor does it: images, sound, films.
+"""From raw data to batches, where no Hugging Face processor does it: images, sound, videos.
 
 Tables have `fastdiff.data.TableSchema`.
 """
@@ -27,6 +27,7 @@ class ImageProcessor:
         self.size, self.mode = size, "L" if channels == 1 else "RGB"
 
     def __call__(self, images: Sequence[Any]) -> dict[str, Tensor]:
+        _check_several(images, "images")
         return {"pixel_values": torch.stack([self._pixels(image) for image in images])}
 
     def _pixels(self, image: Any) -> Tensor:  # [C, H, W]
@@ -43,24 +44,29 @@ class ImageProcessor:
 
 
 class VideoProcessor:
-    """Films, each a sequence of frames as `ImageProcessor` takes them, to {"pixel_values" [B, F, C, H, W]}.
+    """Videos, each a sequence of frames as `ImageProcessor` takes them, to {"pixel_values" [B, F, C, H, W]}.
 
-    Frames are scaled to one size. Raises ValueError where frames of one film differ in size, or films in length.
+    Frames are scaled to one size. Raises ValueError where frames of one video differ in size, or videos in length.
     """
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
         self.frames = ImageProcessor(size, channels)
 
-    def __call__(self, films: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-        if len({len(film) for film in films}) > 1:
-            lengths = sorted({len(film) for film in films})
-            raise ValueError(f"films: got {lengths} frames; expected one number in a batch: cut them to the shortest")
-        for film in films:
-            sizes = sorted({frame.size if isinstance(frame, Image.Image) else np.shape(frame)[1::-1] for frame in film})
+    def __call__(self, videos: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+        _check_several(videos, "videos")
+        if not all(len(video) for video in videos):
+            raise ValueError("videos: got one without frames; expected 1 or more")
+        if len({len(video) for video in videos}) > 1:
+            lengths = sorted({len(video) for video in videos})
+            raise ValueError(f"videos: got {lengths} frames; expected one number in a batch: cut them to the shortest")
+        for video in videos:
+            sizes = sorted(
+                {frame.size if isinstance(frame, Image.Image) else np.shape(frame)[1::-1] for frame in video}
+            )
             if len(sizes) > 1:
                 given = ", ".join(f"{width} x {height}" for width, height in sizes)
-                raise ValueError(f"films: got frames of {given} pixels in one film; expected one: scale them first")
-        return {"pixel_values": torch.stack([self.frames(film)["pixel_values"] for film in films])}
+                raise ValueError(f"videos: got frames of {given} pixels in one video; expected one: scale them first")
+        return {"pixel_values": torch.stack([self.frames(list(video))["pixel_values"] for video in videos])}
 
 
 class AudioProcessor:
@@ -75,6 +81,7 @@ class AudioProcessor:
 
     def __call__(self, waves: Sequence[Any], sampling_rate: int | None = None) -> dict[str, Tensor]:
         """`sampling_rate`: of the waveforms, in Hz; None is the processor's. Raises ValueError for other arrays."""
+        _check_several(waves, "waves")
         rate = self.sampling_rate if sampling_rate is None else sampling_rate
         if rate < 1:
             raise ValueError(f"sampling_rate: got {rate}; expected a positive number of audio samples a second")
@@ -89,6 +96,15 @@ class AudioProcessor:
         if len(set(lengths)) > 1:
             batch["attention_mask"] = (torch.arange(values.shape[1]) < torch.tensor(lengths)[:, None]).long()
         return batch
+
+
+def _check_several(examples: Any, name: str) -> None:
+    if not isinstance(examples, (list, tuple)):
+        shape = getattr(examples, "shape", None)
+        given = type(examples).__name__ + ("" if shape is None else f" of shape {list(shape)}")
+        raise ValueError(f"{name}: got one {given}; expected a list of {name}")
+    if not examples:
+        raise ValueError(f"{name}: got none; expected 1 or more")
 
 
 def _wave(wave: Any) -> Tensor:  # [S], float32

@@ -54,6 +54,7 @@ class TabularAdapter(Adapter):
     """
 
     modality = "tabular"
+    fields = ("numbers", "categories")
 
     def __init__(self, config: TabularAdapterConfig, qgfd: QGFDConfig) -> None:
         super().__init__(config, qgfd)

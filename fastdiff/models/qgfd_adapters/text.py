@@ -92,6 +92,7 @@ class TextAdapter(Adapter):
     """
 
     modality = "text"
+    fields = ("input_ids",)
 
     def __init__(self, config: TextAdapterConfig, qgfd: QGFDConfig) -> None:
         super().__init__(config, qgfd)

@@ -39,6 +39,7 @@ class VideoAdapter(ImageAdapter):
     """
 
     modality = "video"
+    fields = ("pixel_values",)
 
     def encode(self, batch: Batch) -> Latents:
         frames = self._pixels(batch)
