@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.nn import AdaLayerNorm, Mlp, TimestepEmbedding, sincos_positions
-from fastdiff.nn.transformer import Attention, rotary_table, rotate
+from fastdiff.nn.transformer import Attention, axial_rotary_table, rotate
 from fastdiff.ops import qgfd_attention, qgfd_attention_dense
 
 
@@ -80,7 +80,7 @@ class QGFDConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"QGFDConfig.{name}: got {getattr(self, name)}; expected 0 or more and below 1")
-        if self.steps < 0 or self.steps != int(self.steps):
+        if not isinstance(self.steps, int) or self.steps < 0:
             raise ValueError(
                 f"QGFDConfig.steps: got {self.steps}; expected a whole number, 0 (plain attention) or more"
             )
@@ -122,7 +122,7 @@ class QGFDSelfAttention(Attention):
         self,
         x: Tensor,  # [B, L, D]
         key_mask: Tensor | None = None,  # bool [B, L], True = attend
-        rotary: tuple[Tensor, Tensor] | None = None,  # as `rotary_table` gives it
+        rotary: tuple[Tensor, Tensor] | None = None,  # as `axial_rotary_table` gives it
     ) -> Tensor:  # [B, L, D]
         if self.options["steps"] == 0:  # plain, in the formulation that is cheapest here
             return super().forward(x, None if key_mask is None else key_mask[:, None, None], rotary)
@@ -202,7 +202,7 @@ class QGFDDecoderBlock(_Block):
         mask: Tensor | None = None,  # bool [B, L], True = a real token
         context_mask: Tensor | None = None,  # bool [B, M], True = attend
         time: Tensor | None = None,  # [B, D], read with time_conditioning "adaln" alone
-        rotary: tuple[Tensor, Tensor] | None = None,  # of x's positions, as `rotary_table` gives it
+        rotary: tuple[Tensor, Tensor] | None = None,  # as `axial_rotary_table` gives it
     ) -> Tensor:  # [B, L, D]
         modulation = self.modulation(time)
         x = x + self.dropout(self.self_attn(self.norms["self_attn"](x, *modulation["self_attn"]), mask, rotary))
@@ -277,7 +277,10 @@ class QGFDBackbone(nn.Module):
         context = self.cond_proj(cond_tokens)
         x = self.x_proj(x_t)
         x = x + sincos_positions(position_ids, self.config.hidden_size).to(x.dtype)
-        rotary = self._rotary(position_ids)
+        rotary = None
+        if self.config.rope_theta is not None:
+            head_dim = self.config.hidden_size // self.config.num_heads
+            rotary = axial_rotary_table(position_ids, head_dim, self.config.rope_theta)
         time = self.time_embedding(t)
         if self.final_modulation is None:
             x = x + time[:, None]
@@ -286,21 +289,6 @@ class QGFDBackbone(nn.Module):
         shift, scale = (None, None) if self.final_modulation is None else self.final_modulation(time).chunk(2, -1)
         prediction = self.final_proj(self.final_norm(x, shift, scale))
         return prediction if mask is None else prediction.masked_fill(~mask[..., None], 0)
-
-    def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines of rotary positions whose axes share a head's numbers as evenly as they can."""
-        if self.config.rope_theta is None:
-            return None
-        pairs, axes = self.config.hidden_size // self.config.num_heads // 2, position_ids.shape[1]
-        if axes > pairs:
-            raise ValueError(
-                f"position_ids: got {axes} axes for rotary heads of {2 * pairs} numbers; expected {pairs} at most"
-            )
-        parts = [
-            rotary_table(coordinates[None], 2 * (pairs // axes + (axis < pairs % axes)), self.config.rope_theta)
-            for axis, coordinates in enumerate(position_ids.unbind(1))
-        ]
-        return tuple(torch.cat(waves, dim=-1) for waves in zip(*parts, strict=True))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes model.safetensors and config.json, each whole or not at all. Raises OSError where it cannot."""

@@ -20,11 +20,8 @@ from fastdiff.training.setup import check_device
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRAINED_ANEW = (
-    "label_embedding.",
-    "token_head.",
-    "condition_encoder.",
-)  # of an adapter that is taken from another run
+# of an adapter that is taken from another run
+_TRAINED_ANEW = ("label_embedding.", "token_head.", "condition_encoder.")
 
 
 @dataclass(frozen=True)

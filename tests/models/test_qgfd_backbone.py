@@ -10,6 +10,7 @@ from qgfd_models import make_model, qgfd_config, randomised
 
 from fastdiff.models import QGFDBackbone, QGFDConfig, QGFDEncoderBlock
 from fastdiff.nn import sincos_2d, sincos_positions
+from fastdiff.nn.transformer import axial_rotary_table
 
 
 def make_backbone(**options) -> QGFDBackbone:
@@ -91,9 +92,14 @@ def test_rotary_positions_are_relative(options):
     attention, x = model.blocks[0].self_attn, torch.randn(2, 7, 24)
     for axes in (1, 2, 3):
         ids = torch.randint(9, (7, axes))
-        there, moved = (attention(x, None, model._rotary(p)) for p in (ids, ids + torch.arange(5, 5 + axes)))
+        there, moved, together = (
+            attention(x, None, axial_rotary_table(p, 12, 100.0))
+            for p in (ids, ids + torch.arange(5, 5 + axes), 0 * ids)
+        )
         torch.testing.assert_close(moved, there, rtol=0, atol=1e-5)
-        assert all((attention(x, None, model._rotary(ids * s)) - there).abs().max() > 1e-4 for s in (0, 2))
+        assert (together - there).abs().max() > 1e-4
+    plain = make_backbone(hidden_size=24, num_heads=2, **options)  # the same weights
+    assert (model(*inputs(cond_dim=24)) - plain(*inputs(cond_dim=24))).abs().max() > 1e-4
     with pytest.raises(ValueError, match="position_ids: got 7 axes for rotary heads of 12 numbers; expected 6 at most"):
         model(torch.zeros(1, 7, 12), torch.zeros(1), position_ids=torch.zeros(7, 7, dtype=torch.int64))
 

@@ -113,9 +113,8 @@ class TextAdapter(Adapter):
             self.decoder = TokenStack(self.latent_dim, config.vocab_size, self.block_config, config.decoder_layers)
         self.token_head = None
         if config.token_posterior:
-            self.token_head = nn.Linear(
-                self.latent_dim, config.vocab_size
-            )  # the bias is what is known without any text
+            self.token_head = nn.Linear(self.latent_dim, config.vocab_size)
+            # the bias is what is known without any text
             nn.init.zeros_(self.token_head.bias)
         self.condition_encoder = None
         if config.conditional:
