@@ -49,7 +49,7 @@ class TextAdapterConfig(AdapterConfig):
             a diffusion with prediction_type "sample"; a latent_dim of 32 or more gives the logits room.
         context_share: With token_posterior: training tells the denoiser some tokens of a sample, a share drawn from 0
             to this, and asks for the others. All tokens of a sample have one noise level, and come out of it at about
-            the same time: without this, context is hardly ever of use in training, and hardly learnt.
+            the same time: without this, context is seldom of use in training.
         conditional: Condition on a text: batches may have "condition_ids" and "condition_mask".
     """
 
@@ -149,11 +149,7 @@ class TextAdapter(Adapter):
 
     @torch.no_grad()
     def set_token_prior(self, counts: Tensor) -> None:  # [vocab_size]
-        """With token_posterior: begins with what is known without any text, how frequent each token is.
-
-        A model that has to learn that does so through all of its layers, which then carry little else: the residual
-        stream grows along one direction, and norms drown what tokens say of each other.
-        """
+        """With token_posterior: begins with what is known without any text, how frequent each token is."""
         self.token_head.bias.copy_(((counts + 1) / (counts + 1).sum()).log())
 
     def evidence(self, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor | None:
