@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import ArgumentParser, command, parse_recipe, quiet_libraries
+from fastdiff.cli import command, quiet_libraries
+from fastdiff.recipes import ArgumentParser, parse_recipe
 from fastdiff.version import __version__
 
 _RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dit_mnist.yaml"
@@ -52,7 +53,7 @@ def measure_rates(recipe: Any, data: Any, *, rounds: int, steps: int) -> dict[st
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    from fastdiff.training.setup import computes_bf16
+    from fastdiff.device import computes_bf16
 
     model = platform.processor() or platform.machine()
     try:

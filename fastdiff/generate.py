@@ -8,7 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fastdiff.cli import ArgumentParser, command, output_path, quiet_libraries
+from fastdiff.cli import command, quiet_libraries
+from fastdiff.files import output_path, write_atomically
+from fastdiff.recipes import ArgumentParser
 
 DEFAULT_NEW_TOKENS = 64
 _WATCHED = 3  # sequences shown by --watch
@@ -201,9 +203,7 @@ def _printable(text: str) -> str:
 
 
 def _save(output: Path, records: Sequence[dict[str, Any]]) -> None:
-    from fastdiff.data.disk import write_output
-
-    write_output(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_atomically(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 if __name__ == "__main__":

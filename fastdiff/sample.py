@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import command, output_path, quiet_libraries, run_parser, sampling_options
+from fastdiff.cli import command, quiet_libraries, run_parser, sampling_options
+from fastdiff.files import output_path
 
 _QGFD = ("modality", "length", "prompt")  # options of QGFD runs alone
 
@@ -59,9 +60,9 @@ def _sample_images(arguments: Any) -> None:
 
 
 def _sample_qgfd(arguments: Any) -> None:
+    from fastdiff.device import autocast_dtype
     from fastdiff.training.qgfd_runs import load_qgfd_run
     from fastdiff.training.qgfd_samples import SUFFIXES, draw_samples, label_count, sampling_title, save_samples
-    from fastdiff.training.setup import autocast_dtype
 
     run = load_qgfd_run(arguments.run, weights=arguments.weights, device=arguments.device)
     sampling = sampling_options(arguments, run.recipe.sampling)
@@ -80,7 +81,8 @@ def _sample_qgfd(arguments: Any) -> None:
     for name, shown, count, labels in wanted:
         samples = draw_samples(
             run.model, name, count, sampling, labels=labels, prompts=shown.prompts, length=arguments.length,
-            dtype=autocast_dtype(run.recipe.training, next(run.model.parameters()).device.type), progress=True,
+            dtype=autocast_dtype(run.recipe.training.mixed_precision, next(run.model.parameters()).device.type),
+            progress=True,
         )  # fmt: skip
         stem: Path = output.with_suffix("") if output.suffix in SUFFIXES else output
         alone = len(modalities) == 1

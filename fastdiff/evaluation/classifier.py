@@ -1,7 +1,5 @@
 """The small classifier whose verdict and features score samples: trained once a data set, then kept in a cache."""
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff.data import EpochStream, ImageData, ImageSet
-from fastdiff.data.disk import cache_folder
-from fastdiff.training.setup import computes_bf16
+from fastdiff.device import computes_bf16
+from fastdiff.files import cache_folder, write_atomically
 
 VERSION = 1  # of network and training below: another number means another cache file
 FEATURES = 128
@@ -94,9 +92,7 @@ def _load(classifier: Classifier, path: Path) -> bool:
 
 def _store(classifier: Classifier, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(save({name: value.cpu().contiguous() for name, value in classifier.state_dict().items()}))
-    os.replace(file.name, path)
+    write_atomically(path, save({name: value.cpu().contiguous() for name, value in classifier.state_dict().items()}))
 
 
 def _train(classifier: Classifier, data: ImageData, schedule: Schedule, device: torch.device, progress: bool) -> None:

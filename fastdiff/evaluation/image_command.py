@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import output_path, sampling_options
-from fastdiff.data.disk import write_output
+from fastdiff.cli import sampling_options
+from fastdiff.files import output_path, write_atomically
 
 DEFAULT_SAMPLES = 500
 
@@ -36,5 +36,5 @@ def evaluate_images(arguments: Any) -> None:
         "sampler": sampling.sampler,
         "seed": sampling.seed,
     }
-    write_output(output, json.dumps({**details, **report.to_dict()}, indent=1) + "\n")
+    write_atomically(output, json.dumps({**details, **report.to_dict()}, indent=1) + "\n")
     print(f"{report.to_markdown()}\n\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")

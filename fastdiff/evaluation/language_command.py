@@ -8,10 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastdiff.cli import output_path
-from fastdiff.data.disk import write_output
 from fastdiff.data.text_parts import TextData
 from fastdiff.evaluation.likelihood import LikelihoodBound, likelihood_bound
+from fastdiff.files import output_path, write_atomically
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.options import generation_options
 from fastdiff.generation.text import TextGenerator
@@ -73,7 +72,7 @@ def evaluate_language_model(arguments: Any) -> None:
                               "results": scores["results"], "n-shot": scores["n-shot"]}  # fmt: skip
         tables.append(harness.table(scores))
     results = with_earlier(results, output)
-    write_output(output, json.dumps(results, indent=1, default=str) + "\n")
+    write_atomically(output, json.dumps(results, indent=1, default=str) + "\n")
     step = "" if loaded.step is None else f"step {loaded.step}, {arguments.weights} weights; "
     print("\n\n".join([*tables, f"{step}written to {output}"]))
 

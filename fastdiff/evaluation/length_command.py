@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import output_path
-from fastdiff.data.disk import write_output
 from fastdiff.data.text_parts import TextData
 from fastdiff.evaluation.length_comparison import Pair, RuleComparison, compare_rule, read_rules
 from fastdiff.evaluation.length_report import LengthReport
+from fastdiff.files import output_path, write_atomically
 from fastdiff.generation.calibration import CALIBRATION_FILE, check_coverage, pairs_needed, save_calibrations
 from fastdiff.generation.length import LengthPredictor
 from fastdiff.generation.length_rules import EXPANSION_RULES, LENGTH_RULES
@@ -90,8 +89,8 @@ def evaluate_lengths(arguments: Any) -> None:
     results = {"model": str(arguments.run), "step": loaded.step, "weights": arguments.weights}
     results["length"] = report.to_dict()
     origin = f"{arguments.run}, step {loaded.step}, {arguments.weights} weights"
-    write_output(output, json.dumps(with_earlier(results, output), indent=1, default=str) + "\n")
-    write_output(output.with_name("length.md"), f"# Length prediction: {origin}\n\n{report.to_markdown()}\n")
+    write_atomically(output, json.dumps(with_earlier(results, output), indent=1, default=str) + "\n")
+    write_atomically(output.with_name("length.md"), f"# Length prediction: {origin}\n\n{report.to_markdown()}\n")
     report.save_pictures(output.parent)
     print(
         f"{report.to_markdown(brief=True)}\n\n{origin}; written to {output}; length.md (all columns), "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from fastdiff.device import evaluating
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedTokens
 from fastdiff.ops import masked_linear_cross_entropy
 
@@ -83,15 +84,11 @@ def likelihood_bound(
     draws = _Draws(texts, process, num_samples, seed)
     values = torch.zeros(len(draws.rows), dtype=torch.float64)
     order = texts.lengths[draws.rows].argsort(stable=True)  # rows of like lengths together: less padding
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with tqdm(total=len(order), unit="draw", desc="likelihood", disable=not progress) as bar:
             for chosen in order.split(batch_size):
                 values[chosen] = _values(model, process, texts, condition, draws, chosen)
                 bar.update(len(chosen))
-    finally:
-        model.train(training)
     return draws.ratio(values, texts)
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import output_path, sampling_options
-from fastdiff.data.disk import write_output
+from fastdiff.cli import sampling_options
+from fastdiff.device import autocast_dtype
 from fastdiff.evaluation.features import batches_of, compare_with_real, encode_batches
+from fastdiff.files import output_path, write_atomically
 from fastdiff.training.qgfd_data import Source
 from fastdiff.training.qgfd_recipe import QGFDSamplingConfig
 from fastdiff.training.qgfd_runs import QGFDRun, load_qgfd_run
 from fastdiff.training.qgfd_samples import Samples, draw_samples, label_count, table_columns
-from fastdiff.training.setup import autocast_dtype
 
 _REAL = 4000  # real training examples that the Fréchet distance is taken of, at most
 
@@ -35,14 +35,14 @@ def evaluate_qgfd(arguments: Any) -> None:
     sources = {name: run.source(name) for name in modalities}
     report = measure_run(run, sources, sampling)
     details = {"run": str(run.folder.path), "step": run.step, "weights": arguments.weights}
-    write_output(output, json.dumps({**details, **report}, indent=1) + "\n")
+    write_atomically(output, json.dumps({**details, **report}, indent=1) + "\n")
     print(f"\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")
 
 
 def measure_run(run: QGFDRun, sources: dict[str, Source], sampling: QGFDSamplingConfig) -> dict[str, Any]:
     """Measures of each modality, printed as they come; as plain values."""
     count = sampling.evaluation_samples or QGFDSamplingConfig().evaluation_samples
-    dtype = autocast_dtype(run.recipe.training, next(run.model.parameters()).device.type)
+    dtype = autocast_dtype(run.recipe.training.mixed_precision, next(run.model.parameters()).device.type)
     report: dict[str, Any] = {"sampling": dataclasses.asdict(sampling)}
     for name, source in sources.items():
         classes, prompts = label_count(run.model, name), None

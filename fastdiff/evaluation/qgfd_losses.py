@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data import ExampleSet
+from fastdiff.device import autocast, evaluating
 from fastdiff.evaluation.features import batches_of
 from fastdiff.models.qgfd_model import QGFDModel
 
@@ -33,10 +34,8 @@ def held_out_losses(
         float32 [count] each: "loss"; where the adapters are trained also its parts, "diffusion" and "reconstruction".
     """
     device, labelled = next(model.parameters()).device, model.adapter(modality).label_embedding is not None
-    was_training = model.training
-    model.eval()
     parts: dict[str, list[Tensor]] = {"diffusion": [], "reconstruction": []}
-    try:
+    with evaluating(model):
         done, generator = 0, torch.Generator().manual_seed(seed)
         while done < count:
             for batch in batches_of(examples, count - done, batch_size):
@@ -47,15 +46,13 @@ def held_out_losses(
                 batch = {name: value.to(device) for name, value in batch.items() if labelled or name != "labels"}
                 with (
                     _disturbed(model, input_noise * extra.to(device)),
-                    torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None),
+                    autocast(device, autocast_dtype),
                 ):
                     losses = model.losses(batch, modality, t=t.to(device), noise=noise.to(device))
                 for name, values in zip(parts, losses, strict=True):
                     if values is not None:
                         parts[name].append(values.float().cpu())
                 done += size
-    finally:
-        model.train(was_training)
     measured = {name: torch.cat(values) for name, values in parts.items() if values}
     if "reconstruction" not in measured:
         return {"loss": measured["diffusion"]}

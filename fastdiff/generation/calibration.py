@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff.data.tokenization import tokenizer_fingerprint
+from fastdiff.files import write_atomically
 from fastdiff.generation.canvas import padded
 from fastdiff.generation.length_probe import mean_embedding
-from fastdiff.models.checkpoints import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -224,7 +224,7 @@ def save_calibrations(path: str | os.PathLike, calibrations: Sequence[Calibratio
         entries[calibration.rule] = entry
     file = _file(path)
     text = json.dumps({"calibrations": entries}, indent=1, allow_nan=False) + "\n"
-    write_atomically(file, lambda temporary: temporary.write_text(text))
+    write_atomically(file, text)
     return file
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastdiff.device import evaluating
 from fastdiff.generation.canvas import Canvas, padding_last
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts, condition_names
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
@@ -122,9 +123,7 @@ def generate(
     ends = None if predictor is None else predictor.end_token_ids
     stopping = Stopping(model, config, tokenizer, at_once=ends)
     started = time.perf_counter()
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         names = condition_names(encoder_input_ids, encoder_mask, encoder_hidden_states)
         prompt_mean = None
         if encoder_input_ids is not None:
@@ -153,8 +152,6 @@ def generate(
             if streamer is not None:
                 decoding.rows.write_back()
                 streamer(canvas.sequences(), step)
-    finally:
-        model.train(training)
     left = int((canvas.ids == canvas.mask_token_id).sum())  # waits for the device
     if left:
         raise ValueError("the model's logits have no distribution at some position: all -inf, or NaN or +inf")

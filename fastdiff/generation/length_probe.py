@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.device import evaluating
 from fastdiff.generation.canvas import Canvas
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
@@ -58,12 +59,8 @@ def probe_window(
         inputs["timesteps"] = torch.ones(len(input_ids), device=input_ids.device)
     if encoder_hidden_states is not None:
         inputs |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_mask}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         states = model.hidden_states(canvas.ids, canvas.used, **inputs)
-    finally:
-        model.train(training)
     if prompt_mean is None and encoder_hidden_states is None:
         prompt_mean = mean_embedding(model, input_ids, mask)
     weight, bias, suppressed = model.head_weight, model.head_bias, (model.config.mask_token_id,)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff.cli import one_line
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig, MaskedTokens
+from fastdiff.errors import one_line
 from fastdiff.evaluation.likelihood import sequence_losses
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.canvas import padded

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastdiff.errors import reason_of
+from fastdiff.files import write_atomically
 from fastdiff.models.dit import PRESETS, DiT, DiTConfig
 from fastdiff.models.dit_layouts import from_diffusers, from_facebook
 from fastdiff.version import __version__
@@ -38,24 +40,7 @@ def write_checkpoint(
     state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     config = {"_class_name": class_name, "_fastdiff_version": __version__, **config}
     write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, brings it to disk and renames it: all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(directory / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 
 def load_dit(path: str | os.PathLike, dtype: torch.dtype, overrides: dict[str, Any]) -> DiT:
@@ -129,7 +114,7 @@ def _read_folder(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict
         try:
             config, state = from_diffusers(config, _read_diffusers_weights(path))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a DiTTransformer2DModel that can be loaded: {one_line(error)}") from error
+            raise ValueError(f"{path}: not a DiTTransformer2DModel that can be loaded: {reason_of(error)}") from error
         return dataclasses.replace(config, **overrides), state
     if kind != "DiT":
         raise ValueError(
@@ -140,7 +125,7 @@ def _read_folder(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict
     try:
         config = DiTConfig(**{**fields, **overrides})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / CONFIG_NAME}: not a DiT's configuration: {one_line(error)}") from error
+        raise ValueError(f"{path / CONFIG_NAME}: not a DiT's configuration: {reason_of(error)}") from error
     return config, read_safetensors(path / WEIGHTS_NAME)
 
 
@@ -153,7 +138,7 @@ def _read_facebook(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, di
     try:
         return from_facebook(state, trained_as.get("num_heads"), overrides)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a facebookresearch/DiT checkpoint: {one_line(error)}") from error
+        raise ValueError(f"{path}: not a facebookresearch/DiT checkpoint: {reason_of(error)}") from error
 
 
 def _read_diffusers_weights(path: Path) -> dict[str, Tensor]:
@@ -172,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {one_line(error)}") from error
+        raise ValueError(f"{path}: not a JSON file: {reason_of(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a JSON {type(content).__name__}; expected an object")
     return content
@@ -185,7 +170,7 @@ def read_safetensors(path: Path, owner: str = "a DiT") -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: cut short, damaged or no safetensors file: {one_line(error)}") from error
+        raise ValueError(f"{path}: cut short, damaged or no safetensors file: {reason_of(error)}") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -196,7 +181,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: cut short, damaged, or more than tensors in it; expected a PyTorch checkpoint of a DiT: "
-            f"{one_line(error)}"
+            f"{reason_of(error)}"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a state dict of a DiT")
@@ -207,9 +192,3 @@ def _check_overrides(overrides: dict[str, Any], allowed: tuple[str, ...]) -> Non
     for name in overrides:
         if name not in allowed:
             raise TypeError(f"{name}: cannot be changed when loading a checkpoint; only {', '.join(allowed)} can")
-
-
-def one_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0][:200]
-    return f"{line} is missing" if isinstance(error, KeyError) else line

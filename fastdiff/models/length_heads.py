@@ -7,7 +7,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from fastdiff.models.checkpoints import CONFIG_NAME, WEIGHTS_NAME, check_state, read_json, write_atomically
+from fastdiff.files import write_atomically
+from fastdiff.models.checkpoints import CONFIG_NAME, WEIGHTS_NAME, check_state, read_json
 from fastdiff.models.masked_lm_checkpoints import read_tensors
 from fastdiff.nn.length_heads import LENGTH_HEADS
 from fastdiff.version import __version__
@@ -30,7 +31,7 @@ def save_length_head(head: nn.Module, folder: str | Path, /, **about: Any) -> No
     config = {"model_type": _MODEL_TYPE, "fastdiff_version": __version__, "head": head.kind}
     config |= {"hidden_size": head.hidden_size, **about}
     write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 
 def read_length_head(folder: str | Path, weights: str = WEIGHTS_NAME) -> tuple[nn.Module, dict[str, Any]]:

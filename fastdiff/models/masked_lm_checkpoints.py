@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastdiff.models.checkpoints import CONFIG_NAME, check_state, one_line, read_json
+from fastdiff.errors import reason_of
+from fastdiff.models.checkpoints import CONFIG_NAME, check_state, read_json
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.models.masked_lm_layouts import (
     ADAPTABLE,
@@ -63,7 +64,7 @@ def _load_native(path: Any, args: tuple, kwargs: dict[str, Any], native: Callabl
         model, report = native(path, *args, output_loading_info=True, **kwargs)
     except (SafetensorError, OSError) as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"{path}: weights missing, cut short or damaged: {one_line(error)}") from error
+        raise kind(f"{path}: weights missing, cut short or damaged: {reason_of(error)}") from error
     lacking = [str(name) for key in ("missing_keys", "mismatched_keys") for name in sorted(report[key])]
     if lacking and not kwargs.get("ignore_mismatched_sizes"):  # transformers would go on with random weights
         raise ValueError(f"{path}: the weights are not those of its configuration: {', '.join(lacking[:3])} missing")
@@ -86,7 +87,7 @@ def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str,
     try:
         fields, state = LAYOUTS[kind](config, state)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: not a {kind} checkpoint that can be loaded: {one_line(error)}") from error
+        raise ValueError(f"{where}: not a {kind} checkpoint that can be loaded: {reason_of(error)}") from error
     fields |= _special_tokens(folder, kind, config, overrides, fields["vocab_size"])
     fields |= overrides
     if kind in ADAPTABLE:
@@ -201,7 +202,7 @@ def _from_hub(path: Any, kwargs: dict[str, Any], download: Callable[[dict], str]
         return download({name: kwargs[name] for name in _HUB if name in kwargs})
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{path}: no such folder, and not to be had from the Hugging Face hub: {one_line(error)}"
+            f"{path}: no such folder, and not to be had from the Hugging Face hub: {reason_of(error)}"
         ) from error
 
 
@@ -230,4 +231,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and pickle raise what they like on damaged files
-        raise ValueError(f"{path}: cut short, damaged or not a file of tensors: {one_line(error)}") from error
+        raise ValueError(f"{path}: cut short, damaged or not a file of tensors: {reason_of(error)}") from error

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.errors import reason_of
 from fastdiff.models.checkpoints import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_state,
-    one_line,
     read_json,
     read_safetensors,
     untied_state,
@@ -69,7 +69,7 @@ def _made(make: Any, path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # the weights it starts with are replaced
             return make()
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path / CONFIG_NAME}: not a QGFD model's configuration: {one_line(error)}") from error
+        raise ValueError(f"{path / CONFIG_NAME}: not a QGFD model's configuration: {reason_of(error)}") from error
 
 
 def _filled(model: nn.Module, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fastdiff.device import autocast, evaluating
 from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
 from fastdiff.diffusion.sampling import check_interval, denoise
 from fastdiff.models.qgfd import QGFDBackbone, QGFDConfig
@@ -201,7 +202,7 @@ class QGFDModel(nn.Module):
         Arguments and errors are those of `sample_latents`.
         """
         latents = self.sample_latents(modality, count, conditions, **options)
-        with self._evaluating():
+        with torch.no_grad(), evaluating(self):
             return self.adapter(modality).decode(latents.tokens, latents.mask)
 
     def sample_latents(
@@ -242,7 +243,7 @@ class QGFDModel(nn.Module):
         shape = adapter.sample_shape(count, length, device)
         options = {"num_inference_steps": num_inference_steps, "sampler": sampler, "seed": seed}
         options |= {"clip_sample": clip_sample, "progress": progress}
-        with self._evaluating():
+        with torch.no_grad(), evaluating(self):
             conditions = {name: value.to(device) for name, value in conditions.items()}
             condition = self._condition(adapter, conditions or {"count": torch.empty(count, device=device)})
             null = None
@@ -302,16 +303,6 @@ class QGFDModel(nn.Module):
             raise ValueError(f"guidance_scale: got {guidance_scale} without conditions; expected 1, or conditions")
         return sizes.pop()
 
-    @contextlib.contextmanager
-    def _evaluating(self):
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.train(was_training)
-
 
 class _Predictor:
     """The backbone's prediction under classifier-free guidance, as `denoise` of the samplers asks for it."""
@@ -339,7 +330,7 @@ class _Predictor:
 
     def _run(self, x: Tensor, time: Tensor, condition: Condition, mask: Tensor | None) -> Tensor:
         x = x.to(self.backbone.x_proj.weight.dtype)
-        with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        with autocast(x.device, self.autocast_dtype):
             return self.backbone(x, time, *condition, mask=mask, position_ids=self.position_ids).float()
 
 

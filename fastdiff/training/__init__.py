@@ -1,7 +1,7 @@
 """Training: one trainer for every task, exact resume, atomic checkpoints; the diffusion task and its recipe."""
 
+from fastdiff.errors import TrainingError
 from fastdiff.training.config import TrainingConfig
-from fastdiff.training.errors import TrainingError
 from fastdiff.training.task import Task
 from fastdiff.training.trainer import Outcome, Trainer
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastdiff.data.disk import flush_to_disk
+from fastdiff.files import write_folder_atomically
 from fastdiff.models.checkpoints import check_state, untied_state
 
 STATE_FILE = "trainer_state.json"
@@ -50,23 +50,17 @@ def write_checkpoint(
     Raises:
         OSError, SafetensorError: nothing was changed: what was written is removed, older checkpoints stay.
     """
-    target, temporary = folder / f"step_{step}", folder / f".writing-step_{step}"
+    target = folder / f"step_{step}"
     if target.is_dir():  # a run that was stopped right after it resumed
         return target
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+
+    def fill(temporary: Path) -> None:
         write(temporary)
-        files = sorted(path for path in temporary.iterdir() if path.is_file())
-        state = {"step": step, **state, "files": {path.name: path.stat().st_size for path in files}}
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
-        for path in (*files, temporary / STATE_FILE, temporary):
-            flush_to_disk(path)
-        os.rename(temporary, target)
-        flush_to_disk(folder)
-    except WRITE_ERRORS:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
+        content = {"step": step, **state, "files": sizes}
+        (temporary / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+    write_folder_atomically(target, fill)
     for old in list_checkpoints(folder)[:-keep_last]:
         remove_checkpoint(old)
     return target

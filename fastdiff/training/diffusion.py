@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data import DataConfig, EpochStream, ImageData, load_data
+from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
 from fastdiff.diffusion.sampling import sample
 from fastdiff.models.dit import DiT, DiTConfig
+from fastdiff.recipes import plain
 from fastdiff.training.config import TrainingConfig
-from fastdiff.training.plain import plain
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.sampling import SamplerConfig, check_sampler
-from fastdiff.training.setup import autocast_dtype
 from fastdiff.training.task import Batch
 
 # purposes of derived seeds (the trainer's own is 1)
@@ -139,7 +139,7 @@ class DiffusionTask:
             guidance_interval=sampling.guidance_interval,
             sampler=sampling.sampler,
             seed=sampling.seed,
-            autocast_dtype=autocast_dtype(self.config.training, device.type),
+            autocast_dtype=autocast_dtype(self.config.training.mixed_precision, device.type),
         )
         title = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
         save_sample_grid(images.cpu(), labels, names, path, title=title)

@@ -12,17 +12,17 @@ from fastdiff.data.stream import EpochStream
 from fastdiff.data.text import load_text_data
 from fastdiff.data.text_batches import pair_windows, window_length
 from fastdiff.data.text_parts import TextData, TextPart
+from fastdiff.device import autocast, autocast_dtype
 from fastdiff.generation.calibration import model_hash
 from fastdiff.generation.length_probe import mean_embedding
 from fastdiff.models.length_heads import read_length_head, save_length_head
 from fastdiff.nn.length_heads import LENGTH_HEADS
+from fastdiff.recipes import plain
 from fastdiff.training.held_out import evenly_spaced, text_of_run
 from fastdiff.training.length_head_recipe import LengthHeadRecipe
-from fastdiff.training.plain import plain
 from fastdiff.training.randomness import derive_seed, generator
 from fastdiff.training.run_folder import RunFolder
 from fastdiff.training.runs import LanguageModel, load_language_model, run_kind
-from fastdiff.training.setup import autocast_dtype
 from fastdiff.training.task import Batch, to_device
 
 _ORDER, _LENGTH = 2, 3  # purposes of derived seeds (the trainer's own is 1)
@@ -123,8 +123,8 @@ class LengthHeadTask:
         """What the head sees: states [n, W, D] that predict the window's tokens, or mean prompt embeddings [n, D]."""
         device = batch["input_ids"].device
         model = self.frozen.to(device)
-        dtype = autocast_dtype(self.config.training, device.type)
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        dtype = autocast_dtype(self.config.training.mixed_precision, device.type)
+        with autocast(device, dtype):
             if self.config.head == "regression":
                 return mean_embedding(model, batch["prompt_ids"], batch["prompt_mask"])
             inputs = {}

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from fastdiff.data.stream import EpochStream
 from fastdiff.data.text import TextData, load_text_data
 from fastdiff.data.text_batches import document_windows, window_length
+from fastdiff.device import autocast, autocast_dtype
 from fastdiff.diffusion.masked import MaskedDiffusion
 from fastdiff.models.masked_lm import IGNORED_LABEL
 from fastdiff.nn import annealed_attention_mask
+from fastdiff.recipes import plain
 from fastdiff.training.held_out import likelihood_arguments, windows_of_pairs
 from fastdiff.training.language_model import build_model, load_start
 from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
-from fastdiff.training.plain import plain
 from fastdiff.training.randomness import derive_seed, generator
-from fastdiff.training.setup import autocast_dtype
 from fastdiff.training.task import Batch
 from fastdiff.visualization.text import TextSample
 
@@ -155,8 +155,8 @@ class MaskedLMTask:
         from fastdiff.evaluation.likelihood import likelihood_bound
 
         device = next(model.parameters()).device
-        dtype = autocast_dtype(self.config.training, device.type)
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        dtype = autocast_dtype(self.config.training.mixed_precision, device.type)
+        with autocast(device, dtype):
             bound = likelihood_bound(model, **likelihood_arguments(self.config, self.model.config, self.data))
         return {
             "nats_per_token": bound.nats_per_token,

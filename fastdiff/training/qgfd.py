@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from fastdiff.data import EpochStream
 from fastdiff.data.stream import share
 from fastdiff.data.text_batches import window_length
+from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.continuous import Diffusion
+from fastdiff.recipes import plain
 from fastdiff.training.diffusion import flip_some
-from fastdiff.training.plain import plain
 from fastdiff.training.qgfd_data import build_model, check_backbones, load_source
 from fastdiff.training.qgfd_recipe import QGFDRecipe, check_recipe
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
-from fastdiff.training.setup import autocast_dtype
 from fastdiff.training.task import Batch
 
 # purposes of derived seeds (the trainer's own is 1)
@@ -151,7 +151,7 @@ class QGFDTask:
         for name, source in self.sources.items():
             losses = held_out_losses(
                 model, name, source.data.held_out, objective.validation_samples,
-                autocast_dtype=autocast_dtype(self.config.training, device.type),
+                autocast_dtype=autocast_dtype(self.config.training.mixed_precision, device.type),
             )  # fmt: skip
             prefix = f"{name}_" if len(self.sources) > 1 else ""
             measures |= {f"{prefix}{part}": float(values.mean()) for part, values in losses.items()}

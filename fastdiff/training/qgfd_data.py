@@ -5,7 +5,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.cli import naming_section
 from fastdiff.data import (
     LabelledData,
     TableSchema,
@@ -17,6 +16,7 @@ from fastdiff.data import (
 )
 from fastdiff.data.text_examples import text_examples
 from fastdiff.models.qgfd_adapters.huggingface import check_type, load_processor
+from fastdiff.recipes import naming_section
 from fastdiff.training.qgfd_recipe import QGFDRecipe
 
 if TYPE_CHECKING:

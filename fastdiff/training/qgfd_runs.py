@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fastdiff.cli import load_recipe
 from fastdiff.data import TableSchema
+from fastdiff.device import check_device
 from fastdiff.models.qgfd import QGFDSelfAttention
 from fastdiff.models.qgfd_model import QGFDModel
+from fastdiff.recipes import load_recipe
 from fastdiff.training.checkpoint import load_weights, read_state, step_of
 from fastdiff.training.qgfd_data import Source, load_source
 from fastdiff.training.qgfd_recipe import QGFDRecipe
 from fastdiff.training.run_folder import RunFolder
 from fastdiff.training.runs import locate_checkpoint, run_kind
-from fastdiff.training.setup import check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.data import TableSchema, TabularData
-from fastdiff.data.disk import write_output
 from fastdiff.data.tokenization import encode_texts
+from fastdiff.device import autocast_dtype
+from fastdiff.files import write_atomically
 from fastdiff.models.qgfd_model import QGFDModel
 from fastdiff.training.qgfd_data import Source
 from fastdiff.training.qgfd_recipe import QGFDRecipe, QGFDSamplingConfig
-from fastdiff.training.setup import autocast_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -184,7 +184,7 @@ def preview_samples(model: QGFDModel, shown: Mapping[str, Shown], recipe: QGFDRe
         count, labels = default_labels(model, name, each, sampling.num_samples)
         samples = draw_samples(
             model, name, count, sampling, labels=labels, prompts=each.prompts,
-            dtype=autocast_dtype(recipe.training, device.type),
+            dtype=autocast_dtype(recipe.training.mixed_precision, device.type),
         )  # fmt: skip
         stem = path.with_suffix("") if len(shown) == 1 else path.with_name(f"{path.stem}_{name}")
         title = sampling_title(samples, sampling, modality=name if len(shown) > 1 else None)
@@ -217,7 +217,7 @@ def _text_files(samples: Samples, model: QGFDModel, shown: Shown, stem: Path, ti
     png = save_text_samples(pieces[: _UNLABELLED["text"]], _suffixed(stem, ".png"), title=title)
     txt = _suffixed(stem, ".txt")
     numbered = enumerate(zip(prompts, texts, strict=True), start=1)
-    write_output(txt, "\n".join(f"--- {number} ---\n{prompt}{text}" for number, (prompt, text) in numbered) + "\n")
+    write_atomically(txt, "\n".join(f"--- {number} ---\n{prompt}{text}" for number, (prompt, text) in numbered) + "\n")
     return [png, txt]
 
 
@@ -297,4 +297,4 @@ def _stack(pictures: list[Path], path: Path) -> None:
         top += image.height
     content = io.BytesIO()
     sheet.save(content, format="png")
-    write_output(path, content.getvalue())
+    write_atomically(path, content.getvalue())

@@ -1,14 +1,13 @@
 """The folder of a run: what lies in it, and who may write there."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastdiff.data.disk import flush_to_disk
+from fastdiff.files import flush_to_disk, write_atomically
 from fastdiff.training.checkpoint import (
     list_checkpoints,
     remove_checkpoint,
@@ -78,9 +77,7 @@ class RunFolder:
                 )
         self.checkpoints.mkdir(exist_ok=True)
         remove_leftovers(self.checkpoints)
-        temporary = self.config.with_name(".config.yaml.writing")
-        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        os.replace(temporary, self.config)
+        write_atomically(self.config, yaml.safe_dump(recipe, sort_keys=False))
 
     def _check_writable(self) -> None:
         advice = "pass a folder that can be written as --training.output_dir"
@@ -127,9 +124,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, steps_done: int):
         kept = [line for line in read_metrics(path) if line["step"] <= steps_done] if path.exists() else []
-        temporary = path.with_name(".metrics.jsonl.writing")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path, self._file = path, path.open("a")
 
     def append(self, lines: list[dict[str, Any]]) -> None:

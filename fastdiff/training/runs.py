@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff.cli import load_recipe, one_line, recipe_kind
+from fastdiff.device import autocast_dtype, check_device
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.diffusion.sampling import sample, samplers_for
+from fastdiff.errors import one_line
 from fastdiff.models.dit import DiT
+from fastdiff.recipes import load_recipe
+from fastdiff.tasks.kinds import recipe_kind
 from fastdiff.training.checkpoint import STATE_FILE, load_weights, read_state, step_of
 from fastdiff.training.diffusion import DiTRecipe, SamplingConfig
 from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
 from fastdiff.training.run_folder import RunFolder
-from fastdiff.training.setup import autocast_dtype, check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +68,7 @@ class Run:
         """Samples of these labels: float32 [N, C, H, W] on the CPU.
 
         Sample i depends on its label and on seed + i alone, whatever `batch_size` (rounding aside). The network runs
-        in the precision that the run would train in on this device (`setup.autocast_dtype`).
+        in the precision that the run would train in on this device (`fastdiff.device.autocast_dtype`).
 
         Raises:
             ValueError: a sampler that does not fit the run, or a label out of range.
@@ -88,7 +90,7 @@ class Run:
                     seed=sampling.seed + start,
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.guidance_interval,
-                    autocast_dtype=autocast_dtype(self.recipe.training, device.type),
+                    autocast_dtype=autocast_dtype(self.recipe.training.mixed_precision, device.type),
                 )
                 parts.append(images.cpu())
                 bar.update(len(part))

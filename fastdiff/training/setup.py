@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
+from fastdiff.device import computes_bf16
 from fastdiff.training.config import TrainingConfig
 
 _TRACKER_PACKAGES = {
@@ -43,46 +44,12 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
-def computes_bf16(device_type: str) -> bool:
-    """Whether a device has instructions for bfloat16 matrix products (without them bf16 is slower than float32)."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu":
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def resolve_precision(config: TrainingConfig) -> str:
     """accelerate's name of the precision that "auto" means here: "bf16" or "no"."""
     if config.mixed_precision != "auto":
         return config.mixed_precision
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     return "bf16" if computes_bf16("cuda" if on_gpu else "cpu") else "no"
-
-
-def autocast_dtype(config: TrainingConfig, device_type: str) -> torch.dtype | None:
-    """In which type a run's samples are computed on a device: as its training would be there; None is float32."""
-    bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and computes_bf16(device_type))
-    return torch.bfloat16 if bf16 else None
-
-
-def check_device(device: torch.device | str | None) -> torch.device:
-    """A device that this machine has; None takes a GPU where there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    expected = "expected cpu" + (", or cuda" if torch.cuda.is_available() else ": this machine has no usable GPU")
-    try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # also of a PyTorch built without CUDA
-        raise ValueError(f"device is {str(device)!r}; {expected}") from None
-    if found.type == "meta":  # it computes nothing
-        raise ValueError(f"device is {str(device)!r}; {expected}")
-    return found
 
 
 def make_accelerator(config: TrainingConfig, partial_gradients: bool = False) -> Accelerator:

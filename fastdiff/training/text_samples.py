@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastdiff.device import autocast, autocast_dtype
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
-from fastdiff.training.setup import autocast_dtype
 from fastdiff.visualization.text import TextSample
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def draw_samples(task: "MaskedLMTask", model: nn.Module) -> list[TextSample]:
             chosen = torch.full(token_ids.shape, -1)
         chosen[(chosen < 0) & ~left] = step
 
-    dtype = autocast_dtype(task.config.training, device.type)
-    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+    dtype = autocast_dtype(task.config.training.mixed_precision, device.type)
+    with autocast(device, dtype):
         output = generate(
             model,
             ids.to(device),

@@ -10,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from fastdiff.data.stream import share
+from fastdiff.errors import TrainingError
 from fastdiff.training import checkpoint as checkpoints
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.ema import Ema
-from fastdiff.training.errors import TrainingError
 from fastdiff.training.randomness import derive_seed
 from fastdiff.training.run_folder import MetricsLog, RunFolder
 from fastdiff.training.schedule import learning_rate

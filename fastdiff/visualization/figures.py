@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fastdiff.data.disk import write_output
+from fastdiff.files import write_atomically
 
 REAL, SYNTHETIC = "#0072B2", "#D55E00"  # Okabe & Ito's, which colour-blind readers tell apart
 
@@ -14,5 +14,5 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     """Writes a PNG; what was there before stays until the new one is on the disk."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format="png")
-    write_output(Path(path), content.getvalue())
+    write_atomically(Path(path), content.getvalue())
     return Path(path)

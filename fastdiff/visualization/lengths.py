@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from fastdiff.data.disk import write_output
+from fastdiff.files import write_atomically
 
 # Okabe & Ito's colours, which colour-blind readers tell apart, without their yellow, too light on white; markers tell
 # the rules apart without colour
@@ -181,5 +181,5 @@ def _save(figure: Figure, path: Path) -> Path:
     drawn, picture = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=130, format="png")
     Image.open(drawn).convert("RGB").quantize(128).save(picture, format="png", optimize=True)
-    write_output(path, picture.getvalue())
+    write_atomically(path, picture.getvalue())
     return path

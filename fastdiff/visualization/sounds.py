@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastdiff.data.disk import write_output
+from fastdiff.files import write_atomically
 from fastdiff.visualization.figures import save_figure
 
 _RANGE = 60  # dB below the loudest that are drawn
@@ -33,7 +33,7 @@ def save_wav(waveforms: Tensor, sampling_rate: int, path: str | Path, *, gap: fl
     parts = [part for row in rows for part in (row, pause)][:-1]
     content = io.BytesIO()
     wavfile.write(content, sampling_rate, np.rint(np.clip(np.concatenate(parts), -1, 1) * 32767).astype(np.int16))
-    write_output(Path(path), content.getvalue())
+    write_atomically(Path(path), content.getvalue())
     return Path(path)
 
 

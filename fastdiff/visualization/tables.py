@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from fastdiff.data.disk import write_output
+from fastdiff.files import write_atomically
 from fastdiff.visualization.figures import REAL, SYNTHETIC, save_figure
 
 _BINS = 20
@@ -29,7 +29,7 @@ def save_table_csv(table: Mapping[str, np.ndarray], path: str | Path) -> Path:
     writer.writerow(table)
     columns = [values.tolist() for values in table.values()]
     writer.writerows([_plain(column[row]) for column in columns] for row in range(rows))
-    write_output(Path(path), content.getvalue())
+    write_atomically(Path(path), content.getvalue())
     return Path(path)
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.data.disk import write_output
 from fastdiff.data.images import to_bytes
+from fastdiff.files import write_atomically
 from fastdiff.visualization.grids import save_sample_grid
 
 
@@ -46,7 +46,7 @@ def save_video_gif(
     duration = 10 * max(round(100 / frames_per_second), 2)  # ms
     content = io.BytesIO()
     frames[0].save(content, format="gif", save_all=True, append_images=frames[1:], duration=duration, loop=0)
-    write_output(Path(path), content.getvalue())
+    write_atomically(Path(path), content.getvalue())
     return Path(path)
 
 

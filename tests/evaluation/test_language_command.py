@@ -131,7 +131,7 @@ def test_the_old_evaluation_survives_a_full_disk(pairs_run, tmp_path, capsys, mo
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastdiff.cli.os.fsync", full)
+    monkeypatch.setattr("fastdiff.files.os.fsync", full)
     with pytest.raises(SystemExit) as exit_:
         evaluate.main([str(pairs_run), "--num-pairs", "0", "--output", str(output)])
     assert exit_.value.code == 2 and capsys.readouterr().err.strip().endswith("scores.json: No space left on device")

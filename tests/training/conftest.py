@@ -44,7 +44,7 @@ def tiny_yaml(tmp_path) -> Path:
 @pytest.fixture
 def make_recipe(tiny_yaml):
     """make_recipe("--training.max_steps", 3, …) → DiTRecipe."""
-    from fastdiff.cli import parse_recipe
+    from fastdiff.recipes import parse_recipe
     from fastdiff.training.diffusion import DiTRecipe
 
     return lambda *options: parse_recipe(DiTRecipe, [str(tiny_yaml), *map(str, options)], "train", "")

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from fastdiff import evaluate, sample, train
-from fastdiff.cli import load_recipe, parse_recipe, recipe_kind
+from fastdiff.recipes import load_recipe, parse_recipe
+from fastdiff.tasks.kinds import recipe_kind
 from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
 from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
 
@@ -270,7 +271,7 @@ def test_sample_command_refuses(run, tmp_path, capsys):
     assert "--num-pairs is for text" in failure(evaluate, [run, "--num-pairs", "3"], capsys)
     assert "--num-samples is 1; expected at least 2" in failure(evaluate, [run, "--num-samples", "1"], capsys)
     for device in ("foo", "cuda:99", "meta"):
-        assert f"device is '{device}'; expected cpu" in failure(sample, [run, "--device", device], capsys)
+        assert f"device: got '{device}'; expected cpu" in failure(sample, [run, "--device", device], capsys)
 
 
 @pytest.mark.parametrize("command", [sample, evaluate])

@@ -11,9 +11,10 @@ import torch
 import yaml
 
 from fastdiff import train
-from fastdiff.cli import load_recipe, parse_recipe, recipe_kind
 from fastdiff.data import load_text_data
 from fastdiff.models import MaskedDiffusionLM
+from fastdiff.recipes import load_recipe, parse_recipe
+from fastdiff.tasks.kinds import recipe_kind
 from fastdiff.training import Trainer
 from fastdiff.training.masked_lm import MaskedLMTask
 from fastdiff.training.masked_lm_recipe import MaskedLMRecipe

@@ -13,8 +13,8 @@ from PIL import Image
 from training.qgfd_recipes import recipe_of, write_data, write_recipe
 
 from fastdiff import evaluate, sample, train
-from fastdiff.cli import parse_recipe
 from fastdiff.models import QGFDModel
+from fastdiff.recipes import parse_recipe
 from fastdiff.training import Trainer
 from fastdiff.training.qgfd import QGFDTask
 from fastdiff.training.qgfd_recipe import QGFDRecipe

@@ -14,7 +14,7 @@ STEPS = ("--training.max_steps", 14, "--training.checkpoint_every", 5)
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from fastdiff.cli import parse_recipe
+from fastdiff.recipes import parse_recipe
 from fastdiff.training import Trainer, checkpoint
 from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
 

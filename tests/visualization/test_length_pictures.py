@@ -62,7 +62,7 @@ def test_the_old_picture_survives_a_full_disk(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastdiff.cli.os.fsync", full)
+    monkeypatch.setattr("fastdiff.files.os.fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: .*p\.png"):
         _predictions(path, [9], [5])
     assert path.read_bytes() == old and [each.name for each in tmp_path.iterdir()] == ["p.png"]

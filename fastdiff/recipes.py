@@ -1,0 +1,167 @@
+"""Recipes: YAML files and command-line options, as dataclasses."""
+
+import contextlib
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError
+from jsonargparse import ArgumentParser as _ArgumentParser
+
+from fastdiff.errors import one_line
+
+Recipe = TypeVar("Recipe")
+
+
+class ArgumentParser(_ArgumentParser):
+    """jsonargparse's, with advice where an option does not exist."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message, re.IGNORECASE)
+        if unknown and "did you mean" not in message:  # it comes here twice
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.8)
+            message += f"; did you mean {close[0]}?" if close else ""
+        super().error(message, *args, **kwargs)
+
+
+def recipe_parser(recipe: type, command_name: str, description: str) -> ArgumentParser:
+    """A parser of `RECIPE.yaml --section.field value …`, with every field of the dataclass `recipe`."""
+    usage = f"python -m fastdiff.{command_name} RECIPE.yaml [--SECTION.FIELD VALUE ...]"
+    parser = ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--recipe", action=ActionConfigFile, help="a YAML file; the same as naming it first")
+    parser.add_class_arguments(recipe, None)
+    return parser
+
+
+def parse_recipe(recipe: type[Recipe], argv: Sequence[str] | None, command_name: str, description: str) -> Recipe:
+    """The recipe that a command line names, with its overrides.
+
+    Raises:
+        ArgumentError: an unknown key, a wrong type, or YAML that cannot be read.
+        ValueError: a value out of range.
+        FileNotFoundError: no such recipe.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--recipe")
+    parser = recipe_parser(recipe, command_name, description)
+    if not arguments:
+        raise ValueError(f"no recipe given; expected: {parser.usage}")
+    if arguments[0] == "--recipe" and len(arguments) > 1:
+        if not Path(arguments[1]).is_file():
+            raise FileNotFoundError(
+                f"recipe {arguments[1]!r} is not a file; expected the path of a YAML recipe (a run goes on "
+                "with its own and --training.resume true)"
+            )
+        check_recipe_file(recipe, Path(arguments[1]))
+    values = parser.parse_args(arguments)
+    return build(recipe, values)
+
+
+def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
+    """The recipe in a run's config.yaml.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it does not fit this version's recipe.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected the folder of a run of fastdiff.train")
+    check_recipe_file(recipe, path)
+    try:
+        return build(recipe, recipe_parser(recipe, "train", "").parse_args(["--recipe", str(path)]))
+    except ArgumentError as error:
+        raise ValueError(f"{path} is not a recipe of this version: {one_line(error)}") from None
+
+
+def check_recipe_file(recipe: type, path: Path) -> None:
+    """Checks that a file is YAML, and has no other sections and fields than the dataclass `recipe`.
+
+    Fields of `recipe` that are no dataclasses themselves, such as `task`, stand in the file beside the sections. A
+    section that may be left out may be null.
+
+    Raises:
+        ValueError: it names the file and what is wrong in it.
+    """
+    content = read_recipe_file(path)
+    sections = {field.name: _section(field.type) for field in dataclasses.fields(recipe)}
+    optional = {field.name for field in dataclasses.fields(recipe) if field.default is None}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {content!r}; expected the sections {', '.join(sections)}")
+    for section, fields in content.items():
+        section, _, field = str(section).partition(".")  # "model.depth: 2" is "model: {depth: 2}"
+        if section not in sections:
+            raise ValueError(f"{path}: there is no section {section!r}; expected {', '.join(sections)}")
+        if sections[section] is None:
+            if field or isinstance(fields, dict):
+                raise ValueError(f"{path}: {section} has fields below it; expected one value, as in {section}: VALUE")
+            continue
+        if fields is None and section in optional:
+            continue
+        fields = {field: fields} if field else fields
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"{path}: {section} is {fields!r}; expected fields below it, as in {section}: {{name: value}}; "
+                "--help lists them"
+            )
+        known = [each.name for each in dataclasses.fields(sections[section])]
+        for name in fields:
+            name = str(name).partition(".")[0]  # "sampling.generation.seed: 1"
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                advice = f"did you mean {section}.{close[0]}? " if close else ""
+                raise ValueError(f"{path}: there is no field {section}.{name}; {advice}--help lists the fields")
+
+
+def read_recipe_file(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ValueError(f"{place}: not valid YAML ({error.problem})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML text ({one_line(error)})") from None
+
+
+def build(recipe: type[Recipe], values: Any) -> Recipe:
+    """Dataclasses from jsonargparse's namespace; their own checks run here."""
+    parts = {}
+    for field in dataclasses.fields(recipe):
+        value, section = getattr(values, field.name), _section(field.type)
+        if section is None or value is None:
+            parts[field.name] = value
+            continue
+        with naming_section(field.name):
+            parts[field.name] = section(**vars(value))
+    return recipe(**parts)
+
+
+@contextlib.contextmanager
+def naming_section(name: str) -> Iterator[None]:
+    """Errors of data sets speak of "data.folder"; within the block, for a section "audio_data", of that one's."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        message = re.sub(r"\bdata\.(?=[a-z_])", f"{name}.", str(error))
+        if not name.endswith("_data") or message == str(error):
+            raise
+        kind = next(k for k in (FileNotFoundError, ModuleNotFoundError, ValueError) if isinstance(error, k))
+        raise kind(message) from None
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass that a field of a recipe holds, also where it may be None; None for a plain value."""
+    return next((each for each in (kind, *get_args(kind)) if dataclasses.is_dataclass(each)), None)
+
+
+def plain(value: Any) -> Any:
+    """Dicts, lists and scalars alone: tuples become lists, as YAML and JSON have them."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
