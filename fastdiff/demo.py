@@ -34,7 +34,7 @@ def measure_rates(recipe: Any, data: Any, *, rounds: int, steps: int) -> dict[st
     """
     from fastdiff.backends import use_backend
     from fastdiff.training import Trainer
-    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.tasks.dit.task import DiffusionTask
 
     seconds: dict[str, list[float]] = {name: [] for name in _BACKENDS}
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def machine() -> dict[str, Any]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
+    from fastdiff.tasks.dit.task import DiffusionTask, DiTRecipe
 
     parser = ArgumentParser(
         prog="python -m fastdiff.demo", description=__doc__, exit_on_error=False, allow_abbrev=False
@@ -152,7 +152,7 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
     A short measurement does not tell what a long run does, so the number of steps is set anew at a quarter of the way,
     by the rate of that quarter. Nothing done until then depends on it: the learning rate falls over the second half.
     """
-    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.tasks.dit.task import DiffusionTask
     from fastdiff.training.trainer import Trainer
 
     def trainer_for(settings: Any) -> Trainer:
@@ -174,7 +174,7 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
 def _finish(folder: Path, data: Any, speed: dict[str, Any], about: dict[str, Any], start: float) -> None:
     """Scores samples, writes report.json and prints the table."""
     from fastdiff.evaluation import evaluate_samples, load_or_train_classifier
-    from fastdiff.training.runs import load_run
+    from fastdiff.tasks.masked_lm.run import load_run
 
     run = load_run(folder, device="cpu")
     classifier = load_or_train_classifier(data)

@@ -18,7 +18,7 @@ from fastdiff import generate as command
 from fastdiff import sample
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.text import TextGenerator, until_end
-from fastdiff.training.runs import load_language_model
+from fastdiff.tasks.masked_lm.run import load_language_model
 
 MASK, EOS = 3, 2
 

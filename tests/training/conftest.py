@@ -45,7 +45,7 @@ def tiny_yaml(tmp_path) -> Path:
 def make_recipe(tiny_yaml):
     """make_recipe("--training.max_steps", 3, …) → DiTRecipe."""
     from fastdiff.recipes import parse_recipe
-    from fastdiff.training.diffusion import DiTRecipe
+    from fastdiff.tasks.dit.task import DiTRecipe
 
     return lambda *options: parse_recipe(DiTRecipe, [str(tiny_yaml), *map(str, options)], "train", "")
 
@@ -62,7 +62,7 @@ def digits():
 def make_trainer(make_recipe, digits):
     """make_trainer(folder, "--training.max_steps", 3, …) → Trainer of the tiny recipe."""
     from fastdiff.training import Trainer
-    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.tasks.dit.task import DiffusionTask
 
     def make(folder, *options):
         recipe = make_recipe("--training.output_dir", folder, *options)

@@ -13,8 +13,8 @@ import yaml
 from fastdiff import evaluate, sample, train
 from fastdiff.recipes import load_recipe, parse_recipe
 from fastdiff.tasks.kinds import recipe_kind
-from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
-from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
+from fastdiff.tasks.dit.task import DiffusionTask, DiTRecipe
+from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("dit_*.yaml"))
 
@@ -276,7 +276,7 @@ def test_sample_command_refuses(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", [sample, evaluate])
 def test_output_is_checked_before_work(run, tmp_path, capsys, monkeypatch, command):
-    from fastdiff.training.runs import Run
+    from fastdiff.tasks.masked_lm.run import Run
 
     monkeypatch.setattr(Run, "draw", lambda *_, **__: pytest.fail("sampled before --output was checked"))
     assert "is a folder; expected the name of a file" in failure(command, [run, "--output", tmp_path], capsys)
@@ -321,7 +321,7 @@ def test_samples_are_drawn_in_the_precision_of_training(run, monkeypatch):
     import torch
 
     from fastdiff.training import setup
-    from fastdiff.training.runs import load_run
+    from fastdiff.tasks.masked_lm.run import load_run
 
     loaded = load_run(run, device="cpu")
     images = {}

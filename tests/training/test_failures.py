@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from fastdiff.training import TrainingError, checkpoint
-from fastdiff.training.runs import load_run
+from fastdiff.tasks.masked_lm.run import load_run
 
 
 def one_line(error) -> str:

@@ -16,9 +16,9 @@ from fastdiff.models import MaskedDiffusionLM
 from fastdiff.recipes import load_recipe, parse_recipe
 from fastdiff.tasks.kinds import recipe_kind
 from fastdiff.training import Trainer
-from fastdiff.training.masked_lm import MaskedLMTask
-from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
-from fastdiff.training.runs import load_language_model
+from fastdiff.tasks.masked_lm.task import MaskedLMTask
+from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
+from fastdiff.tasks.masked_lm.run import load_language_model
 
 RECIPES = sorted(
     path for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if recipe_kind(path) == "masked_lm"
@@ -184,7 +184,7 @@ def test_the_loss_is_the_one_that_the_recipe_names(make_task, normalizer, weight
 
 
 def _times(task, step):
-    from fastdiff.training.masked_lm import _TIMES
+    from fastdiff.tasks.masked_lm.task import _TIMES
     from fastdiff.training.randomness import generator
 
     return generator(task.config.training.seed, step, _TIMES)

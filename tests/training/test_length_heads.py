@@ -19,10 +19,10 @@ from fastdiff.models.length_heads import read_length_head, save_length_head
 from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
 from fastdiff.recipes import load_recipe, parse_recipe
 from fastdiff.training import Trainer
-from fastdiff.training.length_head import LengthHeadTask
-from fastdiff.training.length_head_recipe import LengthHeadRecipe
+from fastdiff.tasks.length_head.task import LengthHeadTask
+from fastdiff.tasks.length_head.recipe import LengthHeadRecipe
 from fastdiff.training.run_folder import RunFolder
-from fastdiff.training.runs import load_language_model, load_length_head
+from fastdiff.tasks.masked_lm.run import load_language_model, load_length_head
 from fastdiff.visualization import save_length_scatter
 
 HEADS = ("classifier", "regression")

@@ -16,9 +16,9 @@ from fastdiff import evaluate, sample, train
 from fastdiff.models import QGFDModel
 from fastdiff.recipes import parse_recipe
 from fastdiff.training import Trainer
-from fastdiff.training.qgfd import QGFDTask
-from fastdiff.training.qgfd_recipe import QGFDRecipe
-from fastdiff.training.qgfd_runs import load_qgfd_run
+from fastdiff.tasks.qgfd.task import QGFDTask
+from fastdiff.tasks.qgfd.recipe import QGFDRecipe
+from fastdiff.tasks.qgfd.run import load_qgfd_run
 
 MODALITIES = ("text", "image", "audio", "video", "tabular")
 FILES = {

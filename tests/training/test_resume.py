@@ -16,7 +16,7 @@ import os, signal, sys
 from pathlib import Path
 from fastdiff.recipes import parse_recipe
 from fastdiff.training import Trainer, checkpoint
-from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
+from fastdiff.tasks.dit.task import DiffusionTask, DiTRecipe
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

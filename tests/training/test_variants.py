@@ -118,7 +118,7 @@ def test_training_lowers_the_loss(make_trainer, tmp_path, curve):
 def test_flips_are_half_and_repeatable(make_recipe, digits):
     import torch
 
-    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.tasks.dit.task import DiffusionTask
 
     plain = DiffusionTask(make_recipe("--training.batch_size", 400), digits).batch(3, range(400))
     task = DiffusionTask(make_recipe("--training.batch_size", 400, "--data.horizontal_flip", "true"), digits)
@@ -130,7 +130,7 @@ def test_flips_are_half_and_repeatable(make_recipe, digits):
 
 
 def test_labels_are_dropped_at_the_configured_rate(make_recipe, digits):
-    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.tasks.dit.task import DiffusionTask
 
     task = DiffusionTask(make_recipe("--training.batch_size", 1000), digits)
     batch = task.batch(0, range(1000))

@@ -24,7 +24,7 @@ from fastdiff.models.qgfd_adapters import (
     VideoAdapterConfig,
 )
 from fastdiff.training.config import TrainingConfig
-from fastdiff.training.sampling import SamplerConfig, check_sampler
+from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
 
 
 @dataclass
@@ -127,6 +127,11 @@ class QGFDRecipe:
     def modalities(self) -> tuple[str, ...]:
         """Those that have an adapter."""
         return tuple(name for name in MODALITIES if getattr(self, name) is not None)
+
+    @property
+    def evaluated_after_training(self) -> bool:
+        """Whether `fastdiff.train` measures the run at its end."""
+        return self.sampling.evaluation_samples > 0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, without the data of modalities that it does not have."""

@@ -5,8 +5,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdiff.models.masked_lm import MaskedDiffusionLM
 from fastdiff.models.masked_lm_config import SIZES, MaskedDiffusionLMConfig
-from fastdiff.training.masked_lm_recipe import LanguageModelConfig, MaskedLMRecipe
-from fastdiff.training.runs import LanguageModel, load_language_model
+from fastdiff.tasks.masked_lm.recipe import LanguageModelConfig, MaskedLMRecipe
+from fastdiff.tasks.masked_lm.run import LanguageModel, load_language_model
 
 
 def load_start(recipe: MaskedLMRecipe) -> LanguageModel:

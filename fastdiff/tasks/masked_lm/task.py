@@ -16,9 +16,9 @@ from fastdiff.diffusion.masked import MaskedDiffusion
 from fastdiff.models.masked_lm import IGNORED_LABEL
 from fastdiff.nn import annealed_attention_mask
 from fastdiff.recipes import plain
-from fastdiff.training.held_out import likelihood_arguments, windows_of_pairs
-from fastdiff.training.language_model import build_model, load_start
-from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
+from fastdiff.tasks.masked_lm.held_out import likelihood_arguments, windows_of_pairs
+from fastdiff.tasks.masked_lm.start import build_model, load_start
+from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 from fastdiff.training.randomness import derive_seed, generator
 from fastdiff.training.task import Batch
 from fastdiff.visualization.text import TextSample
@@ -172,7 +172,7 @@ class MaskedLMTask:
 
     def samples(self, model: nn.Module) -> list[TextSample]:
         """What the recipe's `sampling` asks for."""
-        from fastdiff.training.text_samples import draw_samples
+        from fastdiff.tasks.masked_lm.samples import draw_samples
 
         return draw_samples(self, model)
 

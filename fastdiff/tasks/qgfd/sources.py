@@ -17,7 +17,7 @@ from fastdiff.data import (
 from fastdiff.data.text_examples import text_examples
 from fastdiff.models.qgfd_adapters.huggingface import check_type, load_processor
 from fastdiff.recipes import naming_section
-from fastdiff.training.qgfd_recipe import QGFDRecipe
+from fastdiff.tasks.qgfd.recipe import QGFDRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

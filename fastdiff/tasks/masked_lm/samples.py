@@ -10,7 +10,7 @@ from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.visualization.text import TextSample
 
 if TYPE_CHECKING:
-    from fastdiff.training.masked_lm import MaskedLMTask
+    from fastdiff.tasks.masked_lm.task import MaskedLMTask
 
 _SHOWN, _PROMPT_TOKENS = 6, 16  # held-out prompts shown, and their length where the text has none of its own
 

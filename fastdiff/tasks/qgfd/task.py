@@ -12,9 +12,10 @@ from fastdiff.data.text_batches import window_length
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.recipes import plain
-from fastdiff.training.diffusion import flip_some
-from fastdiff.training.qgfd_data import build_model, check_backbones, load_source
-from fastdiff.training.qgfd_recipe import QGFDRecipe, check_recipe
+from fastdiff.data.images import flip_some
+from fastdiff.tasks.qgfd.run import load_adapters, save_model
+from fastdiff.tasks.qgfd.sources import build_model, check_backbones, load_source
+from fastdiff.tasks.qgfd.recipe import QGFDRecipe, check_recipe
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.task import Batch
 
@@ -42,8 +43,6 @@ class QGFDTask:
         self.config, training = recipe, recipe.training
         adapters = None
         if recipe.objective.adapters_from is not None:  # one that cannot be used is known before any data is read
-            from fastdiff.training.qgfd_runs import load_adapters
-
             adapters = load_adapters(recipe.objective.adapters_from, recipe)
         tokenizer = None if adapters is None else adapters.tokenizer
         self.sources = {name: load_source(recipe, name, tokenizer) for name in recipe.modalities}
@@ -136,15 +135,14 @@ class QGFDTask:
         return [index for name in self._modalities(step) for index in self.streams[name].indices(turn).tolist()]
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The model as `QGFDModel.from_pretrained` reads it; the tokenizer of text and the columns of a table."""
-        model.save_pretrained(folder)
-        for source in self.sources.values():
-            if source.processor is not None:
-                source.processor.save_pretrained(folder)
+        """The model as `fastdiff.load` reads it: with class names, the tokenizer of text and the columns of a table."""
+        names = {name: source.data.class_names for name, source in self.sources.items()}
+        processors = [source.processor for source in self.sources.values() if source.processor is not None]
+        save_model(folder, model, names, processors)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Losses on held-out samples, at times and with noise that are the same at each preview."""
-        from fastdiff.evaluation.qgfd_losses import held_out_losses
+        from fastdiff.tasks.qgfd.losses import held_out_losses
 
         objective, measures = self.config.objective, {}
         device = next(model.parameters()).device
@@ -161,7 +159,7 @@ class QGFDTask:
 
     def preview(self, model: nn.Module, path: Path) -> None:
         """Samples of each modality as files beside `path`, and all of their pictures in it."""
-        from fastdiff.training.qgfd_samples import Shown, preview_samples
+        from fastdiff.tasks.qgfd.samples import Shown, preview_samples
 
         shown = {name: Shown.of_source(source) for name, source in self.sources.items()}
         preview_samples(model, shown, self.config, path)

@@ -9,8 +9,8 @@ from fastdiff.data.text_batches import PairBatch, document_windows, pair_windows
 from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
-from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
-from fastdiff.training.runs import LanguageModel
+from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
+from fastdiff.tasks.masked_lm.run import LanguageModel
 
 
 def text_of_run(loaded: LanguageModel) -> TextData:

@@ -1,64 +1,27 @@
-"""Training of a class-conditional DiT: its recipe and its task."""
+"""Training of a class-conditional DiT: its task. The recipe is in recipe.py."""
 
-import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.data import DataConfig, EpochStream, ImageData, load_data
+from fastdiff.data import EpochStream, ImageData, load_data
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
 from fastdiff.diffusion.sampling import sample
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.recipes import plain
-from fastdiff.training.config import TrainingConfig
+from fastdiff.tasks.dit.recipe import DiTRecipe, check_fit
+from fastdiff.tasks.dit.run import save_model
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
-from fastdiff.training.sampling import SamplerConfig, check_sampler
 from fastdiff.training.task import Batch
 
 # purposes of derived seeds (the trainer's own is 1)
 _ORDER, _TIMES, _LABELS, _NOISE, _FLIPS = 2, 3, 4, 5, 6
 
 
-@dataclass
-class SamplingConfig(SamplerConfig):
-    """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
-
-    Attributes:
-        images_per_class: in samples.png.
-    """
-
-    images_per_class: int = 8
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.images_per_class < 1:
-            raise ValueError(f"sampling.images_per_class is {self.images_per_class}; expected at least 1")
-
-
-@dataclass
-class DiTRecipe:
-    """Everything a run of fastdiff.train is made from.
-
-    Attributes:
-        model: the DiT.
-        diffusion: what it predicts, at which noise levels.
-        data: the images.
-        training: the course of training.
-        sampling: the pictures of samples.
-    """
-
-    model: DiTConfig = field(default_factory=DiTConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-
-class DiffusionTask:
+class DiTTask:
     """Denoising of labelled images by a DiT, as the trainer sees it.
 
     Args:
@@ -116,8 +79,8 @@ class DiffusionTask:
         return self.stream.indices(step).tolist()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The model as `DiT.from_pretrained` reads it."""
-        model.save_pretrained(folder)
+        """The model as `fastdiff.load` reads it: with its diffusion process and class names."""
+        save_model(folder, model, self.diffusion, self.data.class_names)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Nothing: fastdiff.evaluate scores samples, which takes a classifier."""
@@ -150,28 +113,4 @@ class DiffusionTask:
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values, tuples as lists."""
-        return plain(dataclasses.asdict(self.config))
-
-
-def flip_some(images: Tensor, draws: Tensor) -> Tensor:  # [B, C, H, W], uniform on [0, 1) [B] -> [B, C, H, W]
-    """Each image mirrored with probability 1/2."""
-    return torch.where((draws < 0.5)[:, None, None, None], images.flip(-1), images)
-
-
-def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
-    """Raises ValueError where the parts of a recipe do not fit each other or the data."""
-    channels, *size = data.image_shape
-    expected = {"in_channels": channels, "image_size": tuple(size), "num_classes": len(data.class_names)}
-    for name, value in expected.items():
-        if getattr(recipe.model, name) != value:
-            key = "input_size" if name == "image_size" else name
-            raise ValueError(
-                f"model.{key} is {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
-                f"set --model.{key} to that"
-            )
-    check_sampler(recipe.sampling, recipe.diffusion)
-    if recipe.model.learn_sigma and not recipe.diffusion.is_discrete:
-        raise ValueError(
-            "model.learn_sigma is true; diffusion.noise_levels "
-            f"{recipe.diffusion.noise_levels!r} has no variance to learn; set it to false"
-        )
+        return plain(self.config.to_dict())

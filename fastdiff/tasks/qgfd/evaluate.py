@@ -1,40 +1,61 @@
-"""`python -m fastdiff.evaluate` on a run of a QGFD model: a number that means something for each modality."""
+"""`fastdiff.evaluate` on a run of a QGFD model: a number that means something for each modality."""
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastdiff.cli import sampling_options
 from fastdiff.device import autocast_dtype
 from fastdiff.evaluation.features import batches_of, compare_with_real, encode_batches
 from fastdiff.files import output_path, write_atomically
-from fastdiff.training.qgfd_data import Source
-from fastdiff.training.qgfd_recipe import QGFDSamplingConfig
-from fastdiff.training.qgfd_runs import QGFDRun, load_qgfd_run
-from fastdiff.training.qgfd_samples import Samples, draw_samples, label_count, table_columns
+from fastdiff.tasks.qgfd.sources import Source
+from fastdiff.tasks.options import SamplingOptions, at_least
+from fastdiff.tasks.qgfd.recipe import QGFDSamplingConfig
+from fastdiff.tasks.qgfd.run import QGFDRun, load_run
+from fastdiff.tasks.qgfd.samples import Samples, draw_samples, label_count, table_columns
 
 _REAL = 4000  # real training examples that the Fréchet distance is taken of, at most
 
 
-def evaluate_qgfd(arguments: Any) -> None:
+@dataclass
+class EvaluateOptions(SamplingOptions):
+    """Measures each modality: class accuracy and Fréchet distance under a small classifier (images), a classifier
+    trained on synthetic rows and tested on real ones (tables), or a Fréchet distance in the encoder's space beside that
+    of held-out examples.
+
+    Attributes:
+        modality: the one to measure, of a run with several; default: each of them
+        num_samples: number of samples, spread evenly over classes; default: the recipe's sampling.evaluation_samples
+        output: path of the JSON; default: evaluation.json in the run's folder
+    """
+
+    modality: str | None = None
+    num_samples: int | None = None
+    output: str | None = None
+
+    def __post_init__(self):
+        at_least("num_samples", self.num_samples, 2)
+
+
+def evaluate_qgfd(path: str, options: EvaluateOptions) -> None:
     """Scores samples of a run beside real held-out examples; prints tables and writes JSON."""
-    run = load_qgfd_run(arguments.run, weights=arguments.weights, device=arguments.device)
-    modalities = run.recipe.modalities if arguments.modality is None else (arguments.modality,)
+    run = load_run(path, weights=options.weights, device=options.device)
+    if run.recipe is None:
+        raise ValueError(f"{path}: got a model without a recipe; expected a run, which names its real examples")
+    modalities = run.recipe.modalities if options.modality is None else (options.modality,)
     for name in modalities:
         run.model.adapter(name)  # one that the run has
-    sampling = sampling_options(arguments, run.recipe.sampling)
-    if arguments.num_samples is not None:
-        if arguments.num_samples < 2:
-            raise ValueError(f"--num-samples is {arguments.num_samples}; expected at least 2")
-        sampling = dataclasses.replace(sampling, evaluation_samples=arguments.num_samples)
+    sampling = options.applied_to(run.recipe.sampling)
+    if options.num_samples is not None:
+        sampling = dataclasses.replace(sampling, evaluation_samples=options.num_samples)
     # one of several has a file of its own: the others' numbers stay
-    name = "evaluation.json" if modalities == run.recipe.modalities else f"evaluation_{arguments.modality}.json"
-    output = output_path(arguments.output, run.folder.path / name)
-    sources = {name: run.source(name) for name in modalities}
+    name = "evaluation.json" if modalities == run.recipe.modalities else f"evaluation_{options.modality}.json"
+    output = output_path(options.output, run.folder.path / name)
+    sources = {name: run.source_of(name) for name in modalities}
     report = measure_run(run, sources, sampling)
-    details = {"run": str(run.folder.path), "step": run.step, "weights": arguments.weights}
+    details = {"run": str(run.folder.path), "step": run.step, "weights": options.weights}
     write_atomically(output, json.dumps({**details, **report}, indent=1) + "\n")
     print(f"\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")
 

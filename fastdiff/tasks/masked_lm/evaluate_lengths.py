@@ -1,4 +1,4 @@
-"""`python -m fastdiff.evaluate runs/x --length`: how well each rule bounds the lengths of held-out answers."""
+"""`fastdiff evaluate runs/x --length`: how well each rule bounds the lengths of held-out answers."""
 
 import dataclasses
 import json
@@ -13,18 +13,20 @@ import torch
 
 from fastdiff.data.text_parts import TextData
 from fastdiff.evaluation.length_comparison import Pair, RuleComparison, compare_rule, read_rules
-from fastdiff.evaluation.length_report import LengthReport
+from fastdiff.tasks.masked_lm.length_report import LengthReport
 from fastdiff.files import output_path, write_atomically
 from fastdiff.generation.calibration import CALIBRATION_FILE, check_coverage, pairs_needed, save_calibrations
 from fastdiff.generation.length import LengthPredictor
 from fastdiff.generation.length_rules import EXPANSION_RULES, LENGTH_RULES
-from fastdiff.training.held_out import evenly_spaced, text_of_run
-from fastdiff.training.runs import LanguageModel, language_model_recipe, load_language_model
+from fastdiff.tasks.masked_lm.evaluate import EvaluateOptions, with_earlier
+from fastdiff.tasks.masked_lm.held_out import evenly_spaced, text_of_run
+from fastdiff.tasks.masked_lm.run import LanguageModel, language_model_recipe, load_language_model
+from fastdiff.training.run_folder import locate
 
-# Fields of `LengthOptions` and the options of the command line that set them.
+# Fields of `LengthOptions` and the options of the command that set them.
 _OPTIONS = {"window": "window", "coverage": "coverage", "num_pairs": "num_pairs", "heads": "length_heads",
             "expansion_pairs": "length_expansion_pairs", "batch_size": "batch_size", "seed": "seed"}  # fmt: skip
-_USED = {"run", "weights", "device", "output", "length", *_OPTIONS.values()}  # any other one that is given is refused
+_USED = {"weights", "device", "output", "length", *_OPTIONS.values()}  # any other one that is given is refused
 RESAMPLES = 1000
 
 
@@ -60,20 +62,18 @@ class LengthOptions:
                 raise ValueError(f"--{option} is {value}; expected at least {lowest}")
 
 
-def evaluate_lengths(arguments: Any) -> None:
+def evaluate_lengths(path: str, given: EvaluateOptions) -> None:
     """Calibrates and measures every rule; prints a table, writes table, JSON, two pictures and the calibrations."""
-    from fastdiff.evaluation.language_command import run_folder, with_earlier
-
-    options, recipe = length_options(arguments), language_model_recipe(arguments.run)
+    options, recipe = length_options(given), language_model_recipe(path)
     if recipe is None:
-        raise ValueError(f"--length: {arguments.run} is no run, and has no held-out pairs; expected a run's folder")
+        raise ValueError(f"--length: {path} is not a run, and has no held-out pairs; expected a run's folder")
     if recipe.data.sample == "documents":
         raise ValueError(
-            f"--length: {arguments.run} was trained on documents, which have no prompts and answers; expected a run "
+            f"--length: {path} was trained on documents, which have no prompts and answers; expected a run "
             "on pairs"
         )
-    output = output_path(arguments.output, run_folder(arguments.run) / "evaluation.json")
-    loaded = load_language_model(arguments.run, weights=arguments.weights, device=arguments.device)
+    output = output_path(given.output, locate(path)[0].path / "evaluation.json")
+    loaded = load_language_model(path, weights=given.weights, device=given.device)
     if not os.access(loaded.source, os.W_OK):
         raise PermissionError(f"{loaded.source} cannot be written; the calibrations belong there")
     options = dataclasses.replace(options, window=options.window or recipe.data.max_length)
@@ -81,14 +81,14 @@ def evaluate_lengths(arguments: Any) -> None:
     calibration, test = held_out_halves(loaded, text_of_run(loaded), options)
     rules = compare(predictors, calibration, test, loaded, options)
     calibrations = "calibrations: none saved, since they are for the averaged weights"
-    if arguments.weights == "ema":  # that generate --length auto reads
+    if given.weights == "ema":  # that generate --length auto reads
         calibrations = f"calibrations, for `generate --length auto`, to {_save(loaded, rules)}"
     report = LengthReport(
         rules, options.window, predictors[0].length_format, options.coverage, len(calibration), options.seed, RESAMPLES
     )
-    results = {"model": str(arguments.run), "step": loaded.step, "weights": arguments.weights}
+    results = {"model": path, "step": loaded.step, "weights": given.weights}
     results["length"] = report.to_dict()
-    origin = f"{arguments.run}, step {loaded.step}, {arguments.weights} weights"
+    origin = f"{path}, step {loaded.step}, {given.weights} weights"
     write_atomically(output, json.dumps(with_earlier(results, output), indent=1, default=str) + "\n")
     write_atomically(output.with_name("length.md"), f"# Length prediction: {origin}\n\n{report.to_markdown()}\n")
     report.save_pictures(output.parent)
@@ -109,15 +109,16 @@ def _save(loaded: LanguageModel, rules: Sequence[RuleComparison]) -> Path:
     return file
 
 
-def length_options(arguments: Any) -> LengthOptions:
+def length_options(given: EvaluateOptions) -> LengthOptions:
     """The options of a command line. Raises ValueError, naming one that is out of range or has no use here."""
-    for name, value in vars(arguments).items():
-        if name not in _USED and value is not None:
-            option = ("--no-" if value is False else "--") + name.replace("_", "-")
-            raise ValueError(f"{option} has no use with --length, an evaluation of its own; leave one of them out")
-    given = {field: getattr(arguments, option, None) for field, option in _OPTIONS.items()}
-    given = {field: tuple(value) if field == "heads" else value for field, value in given.items() if value is not None}
-    return LengthOptions(**given)
+    defaults = EvaluateOptions()
+    others = {name: value for name, value in vars(given).items() if name not in _USED and value != getattr(defaults, name)}
+    for name, value in {**others, **others.pop("generation", {})}.items():
+        option = ("--no-" if value is False else "--") + name.replace("_", "-")
+        raise ValueError(f"{option} has no use with --length, an evaluation of its own; leave one of them out")
+    values = {field: getattr(given, option) for field, option in _OPTIONS.items()}
+    values = {field: tuple(value) if field == "heads" else value for field, value in values.items() if value is not None}
+    return LengthOptions(**values)
 
 
 def make_predictors(loaded: LanguageModel, options: LengthOptions) -> list[LengthPredictor]:
@@ -128,7 +129,7 @@ def make_predictors(loaded: LanguageModel, options: LengthOptions) -> list[Lengt
     """
     heads = {}
     if options.heads:
-        from fastdiff.training.runs import load_length_head
+        from fastdiff.tasks.length_head.run import load_length_head
 
         for path in options.heads:
             head = load_length_head(path, loaded.model)

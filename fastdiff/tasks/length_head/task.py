@@ -18,11 +18,12 @@ from fastdiff.generation.length_probe import mean_embedding
 from fastdiff.models.length_heads import read_length_head, save_length_head
 from fastdiff.nn.length_heads import LENGTH_HEADS
 from fastdiff.recipes import plain
-from fastdiff.training.held_out import evenly_spaced, text_of_run
-from fastdiff.training.length_head_recipe import LengthHeadRecipe
+from fastdiff.tasks.masked_lm.held_out import evenly_spaced, text_of_run
+from fastdiff.tasks.kinds import kind_of
+from fastdiff.tasks.length_head.recipe import LengthHeadRecipe
 from fastdiff.training.randomness import derive_seed, generator
 from fastdiff.training.run_folder import RunFolder
-from fastdiff.training.runs import LanguageModel, load_language_model, run_kind
+from fastdiff.tasks.masked_lm.run import LanguageModel, load_language_model
 from fastdiff.training.task import Batch, to_device
 
 _ORDER, _LENGTH = 2, 3  # purposes of derived seeds (the trainer's own is 1)
@@ -199,7 +200,7 @@ def _load_frozen(recipe: LengthHeadRecipe) -> LanguageModel:
     """The language model that a recipe names; raises where there is none, or none of pairs."""
     if recipe.data is None and not Path(recipe.run).is_dir():  # a hub id would need data too
         raise FileNotFoundError(f"run is {recipe.run!r}, which is no folder; train it first, or name a finished run")
-    if run_kind(recipe.run) != "masked_lm":
+    if kind_of(recipe.run) != "masked_lm":
         raise ValueError(
             f"run is {recipe.run!r}, not a run of text; a length head needs a language model's run of pairs"
         )

@@ -1,0 +1,218 @@
+"""`fastdiff.evaluate` on a masked diffusion language model."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from fastdiff.data.text_parts import TextData
+from fastdiff.evaluation.likelihood import LikelihoodBound, likelihood_bound
+from fastdiff.files import output_path, write_atomically
+from fastdiff.generation.config import GenerationOptions, MaskedDiffusionGenerationConfig, merged_options
+from fastdiff.generation.text import TextGenerator
+from fastdiff.tasks.masked_lm.held_out import evenly_spaced, likelihood_arguments, likelihood_process, text_of_run
+from fastdiff.tasks.masked_lm.run import LanguageModel, language_model_recipe, load_language_model, load_length_predictor
+from fastdiff.tasks.options import RunOptions, at_least
+from fastdiff.training.run_folder import locate
+
+_PAIRS, _DRAWS, _ROWS = 500, 128, 32
+_ONLY_RULES = ("window", "length_heads", "length_expansion_pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactMatch:
+    """Share of held-out pairs whose generated answer is the reference, letter by letter, and its standard error."""
+
+    accuracy: float
+    standard_error: float
+    pairs: int
+    tokens_per_second: float
+    forward_passes: int
+
+
+@dataclasses.dataclass
+class EvaluateOptions(RunOptions):
+    """Measures a language model: Monte-Carlo likelihood bound of the held-out text, exact match of generated answers
+    where it has pairs, and lm-eval tasks; with --length, instead of these, how every rule bounds the lengths of held-out
+    answers. Decoding options that are not given are those of the run's recipe (sampling.generation).
+
+    Attributes:
+        output: path of the JSON; default: evaluation.json in the run's folder
+        held_out: the held-out text of the run
+        likelihood_samples: draws of the bound; default: the recipe's
+        num_pairs: held-out prompts answered; 0 for none (default: 500; with --length 2000, half to calibrate)
+        batch_size: rows computed at once (default: 32)
+        lm_eval: tasks of lm-eval, with commas; any checkpoint, not only runs
+        lm_eval_include_path: a folder with task files (YAML) of one's own
+        draws: Monte-Carlo samples per lm-eval request (default: 128)
+        limit: documents of each lm-eval task; default: all
+        num_fewshot: examples before each lm-eval prompt; default: the task's
+        length: alone (rules): measures every rule of length prediction on held-out pairs and saves their calibrations,
+            and does nothing else; fixed or auto: how answers are generated; default: fixed
+        coverage: coverage that --length calibrates for, or --length auto decodes with (default: 0.95)
+        window: for --length: the window in tokens; default: the recipe's data.max_length
+        length_heads: for --length: runs of `task: length_head`
+        length_expansion_pairs: for --length: pairs for the rules of many passes, daedal and rho; 0 for none
+            (default: 400)
+        seed: seed of generation, or of the split into halves and the bootstrap (default: 0)
+    """
+
+    output: str | None = None
+    held_out: bool = True
+    likelihood_samples: int | None = None
+    num_pairs: int | None = None
+    batch_size: int | None = None
+    lm_eval: str | None = None
+    lm_eval_include_path: str | None = None
+    draws: int | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    length: Literal["rules", "fixed", "auto"] | None = dataclasses.field(
+        default=None, metadata={"nargs": "?", "const": "rules", "metavar": "{rules,fixed,auto}"}
+    )
+    coverage: float | None = None
+    window: int | None = None
+    length_heads: list[str] | None = None
+    length_expansion_pairs: int | None = None
+    seed: int | None = None
+    generation: GenerationOptions = dataclasses.field(default_factory=GenerationOptions)
+
+    def __post_init__(self):
+        for name, least in {"num_pairs": 0, "batch_size": 1, "draws": 1, "likelihood_samples": 2}.items():
+            at_least(name, getattr(self, name), least)
+
+    def decoding(self) -> dict[str, Any]:
+        """The options of decoding that were given."""
+        return {**self.generation, "length": self.length, "coverage": self.coverage, "seed": self.seed}
+
+
+def evaluate_language_model(path: str, options: EvaluateOptions) -> None:
+    """Held-out likelihood, exact match of pairs, and lm-eval tasks; prints tables and writes JSON."""
+    if options.length == "rules":
+        from fastdiff.tasks.masked_lm.evaluate_lengths import evaluate_lengths
+
+        return evaluate_lengths(path, options)
+    for name in _ONLY_RULES:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: got it without --length; pass that too, or leave it out")
+    recipe = language_model_recipe(path)
+    held_out = options.held_out and recipe is not None
+    tasks = [task.strip() for task in (options.lm_eval or "").split(",") if task.strip()]
+    _check(path, options, tasks, held_out)
+    defaults = {} if recipe is None else {"max_new_tokens": recipe.data.max_length, **recipe.sampling.generation}
+    decoding = merged_options(options.decoding(), {"seed": 0, **defaults})
+    config = MaskedDiffusionGenerationConfig(**decoding)
+    harness = manager = None
+    if tasks:
+        from fastdiff.integrations import lm_eval as harness
+
+        manager = harness.find_tasks(tasks, options.lm_eval_include_path)
+    default = Path("evaluation.json") if recipe is None else locate(path)[0].path / "evaluation.json"
+    output = output_path(options.output, default)  # before work that would be lost
+    loaded = load_language_model(path, weights=options.weights, device=options.device)
+    results: dict[str, Any] = {"model": path, "step": loaded.step, "weights": options.weights}
+    tables = []
+    if held_out:
+        tables.append(_held_out(loaded, options, config, decoding, results))
+    if harness is not None:
+        draws = options.draws or _DRAWS
+        adapter = harness.FastdiffLM(
+            loaded.model,
+            loaded.tokenizer,
+            config,
+            num_draws=draws,
+            batch_size=options.batch_size or _ROWS,
+            process=None if recipe is None else likelihood_process(recipe, loaded.model.config),
+        )
+        scores = harness.run_tasks(
+            adapter, tasks, manager, limit=options.limit, num_fewshot=options.num_fewshot
+        )
+        results["lm_eval"] = {"draws": draws, "limit": options.limit, "generation": decoding,
+                              "results": scores["results"], "n-shot": scores["n-shot"]}  # fmt: skip
+        tables.append(harness.table(scores))
+    results = with_earlier(results, output)
+    write_atomically(output, json.dumps(results, indent=1, default=str) + "\n")
+    step = "" if loaded.step is None else f"step {loaded.step}, {options.weights} weights; "
+    print("\n\n".join([*tables, f"{step}written to {output}"]))
+
+
+def with_earlier(results: dict[str, Any], output: Path) -> dict[str, Any]:
+    """What an earlier call measured of the same weights stays in the file."""
+    try:
+        earlier = json.loads(output.read_text())
+    except (OSError, ValueError):  # there is none, or it is no result
+        return results
+    same = isinstance(earlier, dict) and all(
+        earlier.get(name) == results.get(name) for name in ("run", "model", "step", "weights")
+    )
+    return {**earlier, **results} if same else results
+
+
+def exact_match(
+    generator: TextGenerator, data: TextData, num_pairs: int, *, batch_size: int = 32, progress: bool = False
+) -> ExactMatch:
+    """Generates answers to held-out prompts, evenly spaced over them, and compares their texts with the references.
+
+    Raises:
+        ValueError: the data has no pairs, or a prompt is too long for the model.
+    """
+    part = data.held_out
+    if part.conditions is None:
+        raise ValueError("exact match: this run's data has no pairs")
+    indices = evenly_spaced(len(part.targets), num_pairs).tolist()
+    rows = [part.conditions.document(i).tolist() for i in indices]
+    for index, row in zip(indices, rows, strict=True):
+        generator.check(row, f"held-out prompt {index}")
+    prompts, right = [generator.decode(row) for row in rows], 0
+    with tqdm(total=len(rows), unit="answer", desc="exact match", disable=not progress) as bar:
+        for batch in generator.generate(prompts, rows, batch_size=batch_size):
+            references = (part.targets.document(indices[answer.row]).tolist() for answer in batch)
+            right += sum(answer.text == generator.decode(ids) for answer, ids in zip(batch, references, strict=True))
+            bar.update(len(batch))
+    share, done = right / len(rows), generator.statistics
+    error = math.sqrt(share * (1 - share) / max(len(rows) - 1, 1))
+    return ExactMatch(share, error, len(rows), done.tokens_per_second, done.forward_passes)
+
+
+def _held_out(
+    loaded: LanguageModel, options: EvaluateOptions, config: Any, decoding: dict[str, Any], results: dict[str, Any]
+) -> str:
+    """Measures the held-out text, notes it in `results` and gives the table."""
+    recipe, data, rows = loaded.recipe, text_of_run(loaded), options.batch_size or _ROWS
+    bound = likelihood_bound(
+        loaded.model,
+        **likelihood_arguments(recipe, loaded.model.config, data, options.likelihood_samples),
+        batch_size=rows,
+        progress=True,
+    )
+    results["likelihood"] = dataclasses.asdict(bound)
+    match, count = None, _PAIRS if options.num_pairs is None else options.num_pairs
+    if data.held_out.conditions is not None and count:
+        generator = TextGenerator(loaded.model, loaded.tokenizer, config, load_length_predictor(loaded, config))
+        match = exact_match(generator, data, count, batch_size=rows, progress=True)
+        results["exact_match"] = {**dataclasses.asdict(match), "generation": decoding}
+    return markdown(bound, match)
+
+
+def markdown(bound: LikelihoodBound, match: ExactMatch | None = None) -> str:
+    """The held-out numbers as a table."""
+    rows = [
+        ("held-out", "value", "standard error"),
+        ("---", "---:", "---:"),
+        ("bound, nats a token", f"{bound.nats_per_token:.4f}", f"{bound.standard_error:.4f}"),
+        ("perplexity (bound)", f"{bound.perplexity:.2f}", f"{bound.perplexity_standard_error:.2f}"),
+    ]
+    if match is not None:
+        rows.append((f"exact match, {match.pairs} pairs", f"{match.accuracy:.1%}", f"{match.standard_error:.1%}"))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _check(path: str, options: EvaluateOptions, tasks: list[str], held_out: bool) -> None:
+    if options.lm_eval is not None and not tasks:
+        raise ValueError("--lm-eval: got no task; expected names with commas between them")
+    if not tasks and not held_out:
+        why = "--no-held-out" if not options.held_out else f"{path} is not a run, and has no held-out text"
+        raise ValueError(f"nothing to evaluate: {why}; pass --lm-eval TASKS")
