@@ -84,9 +84,15 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     return wrapper
 
 
+def program(command_name: str) -> str:
+    """How the running command is called: `fastdiff train` (see fastdiff.__main__) or `python -m fastdiff.train`."""
+    name = f"fastdiff {command_name}"
+    return name if sys.argv[0] == name else f"python -m fastdiff.{command_name}"
+
+
 def recipe_parser(recipe: type, command_name: str, description: str) -> ArgumentParser:
     """A parser of `RECIPE.yaml --section.field value …`, with every field of the dataclass `recipe`."""
-    usage = f"python -m fastdiff.{command_name} RECIPE.yaml [--SECTION.FIELD VALUE ...]"
+    usage = f"{program(command_name)} RECIPE.yaml [--SECTION.FIELD VALUE ...]"
     parser = ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--recipe", action=ActionConfigFile, help="a YAML file; the same as naming it first")
     parser.add_class_arguments(recipe, None)
@@ -234,7 +240,7 @@ def _section(kind: Any) -> type | None:
 def run_parser(command_name: str, description: str) -> ArgumentParser:
     """A parser for a command on a run: the run and how to sample from it; None is what the run's recipe says."""
     parser = ArgumentParser(
-        prog=f"python -m fastdiff.{command_name}", description=description, exit_on_error=False, allow_abbrev=False
+        prog=program(command_name), description=description, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("run", type=str, help="a run's folder (the newest checkpoint), or one of its checkpoints")
     parser.add_argument("--guidance-scale", type=float | None, help="classifier-free guidance; 1 is none")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.cli import ArgumentParser, command, parse_recipe, quiet_libraries
+from fastdiff.cli import ArgumentParser, command, parse_recipe, program, quiet_libraries
 from fastdiff.version import __version__
 
 _RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dit_mnist.yaml"
@@ -77,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
 
-    parser = ArgumentParser(
-        prog="python -m fastdiff.demo", description=__doc__, exit_on_error=False, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog=program("demo"), description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=280.0, help="of training, at most")
     parser.add_argument("--output-dir", type=str, default="runs/demo", help="the run's folder; a run in it is replaced")
     parser.add_argument("--recipe", type=str, default=str(_RECIPE), help="what to train")

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fastdiff.cli import ArgumentParser, command, output_path, quiet_libraries
+from fastdiff.cli import ArgumentParser, command, output_path, program, quiet_libraries
 
 DEFAULT_NEW_TOKENS = 64
 _WATCHED = 3  # sequences shown by --watch
@@ -20,7 +20,7 @@ def make_parser() -> ArgumentParser:
     from fastdiff.models.masked_lm_config import LENGTH_FORMATS
 
     parser = ArgumentParser(
-        prog="python -m fastdiff.generate",
+        prog=program("generate"),
         description="Continues prompts with a masked diffusion language model, and fills mask tokens in them. "
         "Decoding options that are not given are those of the run's recipe (sampling.generation), or the defaults "
         "named below.",
