@@ -135,7 +135,7 @@ def test_source_distribution_holds_all_that_a_build_needs(tmp_path):
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     tracked = subprocess.run(
-        ["git", "ls-files", "kernels", "csrc", "fastdiff"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "kernels", "csrc", "fastdiff", "recipes"], cwd=ROOT, capture_output=True, text=True
     )
     if tracked.returncode != 0:
         pytest.skip("NOT TESTED: no git here to say which files there are")
