@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from fastdiff.tasks.dit.task import DiffusionTask, DiTRecipe
 
     parser = ArgumentParser(
-        prog="python -m fastdiff.demo", description=__doc__, exit_on_error=False, allow_abbrev=False
+        prog="fastdiff demo", description=__doc__, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--seconds", type=float, default=280.0, help="of training, at most")
     parser.add_argument("--output-dir", type=str, default="runs/demo", help="the run's folder; a run in it is replaced")
