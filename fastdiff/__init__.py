@@ -32,7 +32,10 @@ if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) 
         name=__name__,
     )
 
+from fastdiff import lazy as _lazy  # noqa: E402
 from fastdiff import ops  # noqa: E402  (the version check above must come first)
 from fastdiff.backends import BackendError, use_backend  # noqa: E402
 
-__all__ = ["BackendError", "ops", "use_backend", "__version__"]
+__all__ = ["BackendError", "load", "ops", "use_backend", "__version__"]
+
+__getattr__ = _lazy.exports(__name__, {"load": "fastdiff.tasks.kinds"})

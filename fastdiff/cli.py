@@ -85,8 +85,9 @@ def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
     if path is None:
         parser = ArgumentParser(prog=f"fastdiff {action}", usage=usage, exit_on_error=False, allow_abbrev=False)
         able = {name: kind_named(name) for name in KINDS if getattr(kind_named(name), action) is not None}
+        kinds = "; ".join(f"{kind.about} ({name})" for name, kind in able.items())
         parser.description = f"{about} RUN is a run's folder (its newest checkpoint), one of its checkpoints, a saved "
-        parser.description += f"model, or a hub id: {'; '.join(f'{kind.about} ({name})' for name, kind in able.items())}."
+        parser.description += f"model, or a hub id: {kinds}."
         parser.epilog = f"The options depend on the run: fastdiff {action} RUN --help lists them."
         parser.parse_args(arguments)  # --help ends here
         raise ValueError(f"no run given; expected: {usage}")

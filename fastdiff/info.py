@@ -8,8 +8,8 @@ import torch
 import fastdiff
 from fastdiff import backends
 from fastdiff.cli import command
-from fastdiff.recipes import ArgumentParser
 from fastdiff.ops import _native
+from fastdiff.recipes import ArgumentParser
 
 
 def report() -> str:

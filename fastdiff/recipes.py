@@ -78,9 +78,7 @@ def recipe_parser(recipe: type, description: str) -> ArgumentParser:
     return parser
 
 
-def parse_recipe(
-    recipe: type[Recipe], arguments: RecipeArguments | Sequence[str], description: str = ""
-) -> Recipe:
+def parse_recipe(recipe: type[Recipe], arguments: RecipeArguments | Sequence[str], description: str = "") -> Recipe:
     """The recipe that a command line names, with its overrides.
 
     Raises:

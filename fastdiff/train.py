@@ -1,7 +1,8 @@
 """Trains by a recipe: `fastdiff train dit_mnist --training.max_steps 200`.
 
-The recipe is one of those that come with fastdiff, by its name (`fastdiff train --list` shows them), or a YAML file. Its
-`task` says what it trains. Several processes: `accelerate launch --num_processes 2 -m fastdiff.train …` (or torchrun).
+The recipe is one of those that come with fastdiff, by its name (`fastdiff train --list` shows them), or a YAML file.
+Its `task` says what it trains. Several processes: `accelerate launch --num_processes 2 -m fastdiff.train …` (or
+torchrun).
 """
 
 import sys

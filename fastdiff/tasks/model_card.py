@@ -29,7 +29,7 @@ def write_model_card(directory: Path, run: "Run") -> None:
         f"# {directory.name if run.folder is None else run.folder.path.resolve().name}",
         f"This is {about}, saved by fastdiff {__version__}"
         + (f" after {run.step} training steps." if run.step is not None else "."),
-        "```python\nimport fastdiff\n\nrun = fastdiff.load(\"PATH_OR_HUB_ID\")\n" + use + "\n```",
+        '```python\nimport fastdiff\n\nrun = fastdiff.load("PATH_OR_HUB_ID")\n' + use + "\n```",
     ]
     if run.folder is not None and run.folder.samples_picture.is_file():
         if run.folder.samples_picture.resolve() != (directory / _PICTURE).resolve():

@@ -12,15 +12,15 @@ from torch import nn
 
 from fastdiff import evaluate
 from fastdiff.data.text import load_text_data
-from fastdiff.tasks.masked_lm.evaluate_lengths import LengthOptions, held_out_halves
 from fastdiff.evaluation.length_comparison import read_rules
-from fastdiff.tasks.masked_lm.length_report import describe_threshold
 from fastdiff.generation import MaskedDiffusionGenerationConfig
 from fastdiff.generation.calibration import prompt_inputs
 from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration, model_hash
 from fastdiff.generation.length_rules import TIE_MARGIN
 from fastdiff.models.length_heads import save_length_head
 from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
+from fastdiff.tasks.masked_lm.evaluate_lengths import LengthOptions, held_out_halves
+from fastdiff.tasks.masked_lm.length_report import describe_threshold
 from fastdiff.tasks.masked_lm.run import load_language_model, load_length_head, load_length_predictor
 
 RECIPE = {

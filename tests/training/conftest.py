@@ -61,8 +61,8 @@ def digits():
 @pytest.fixture
 def make_trainer(make_recipe, digits):
     """make_trainer(folder, "--training.max_steps", 3, …) → Trainer of the tiny recipe."""
-    from fastdiff.training import Trainer
     from fastdiff.tasks.dit.task import DiffusionTask
+    from fastdiff.training import Trainer
 
     def make(folder, *options):
         recipe = make_recipe("--training.output_dir", folder, *options)

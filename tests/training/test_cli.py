@@ -12,8 +12,8 @@ import yaml
 
 from fastdiff import evaluate, sample, train
 from fastdiff.recipes import load_recipe, parse_recipe
-from fastdiff.tasks.kinds import recipe_kind
 from fastdiff.tasks.dit.task import DiffusionTask, DiTRecipe
+from fastdiff.tasks.kinds import recipe_kind
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("dit_*.yaml"))
@@ -320,8 +320,8 @@ def test_samples_are_drawn_in_the_precision_of_training(run, monkeypatch):
 
     import torch
 
-    from fastdiff.training import setup
     from fastdiff.tasks.masked_lm.run import load_run
+    from fastdiff.training import setup
 
     loaded = load_run(run, device="cpu")
     images = {}

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from fastdiff.training import TrainingError, checkpoint
 from fastdiff.tasks.masked_lm.run import load_run
+from fastdiff.training import TrainingError, checkpoint
 
 
 def one_line(error) -> str:

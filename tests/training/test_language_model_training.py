@@ -15,10 +15,10 @@ from fastdiff.data import load_text_data
 from fastdiff.models import MaskedDiffusionLM
 from fastdiff.recipes import load_recipe, parse_recipe
 from fastdiff.tasks.kinds import recipe_kind
-from fastdiff.training import Trainer
-from fastdiff.tasks.masked_lm.task import MaskedLMTask
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 from fastdiff.tasks.masked_lm.run import load_language_model
+from fastdiff.tasks.masked_lm.task import MaskedLMTask
+from fastdiff.training import Trainer
 
 RECIPES = sorted(
     path for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if recipe_kind(path) == "masked_lm"

@@ -18,11 +18,11 @@ from fastdiff.generation.length import LengthPredictor
 from fastdiff.models.length_heads import read_length_head, save_length_head
 from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
 from fastdiff.recipes import load_recipe, parse_recipe
-from fastdiff.training import Trainer
-from fastdiff.tasks.length_head.task import LengthHeadTask
 from fastdiff.tasks.length_head.recipe import LengthHeadRecipe
-from fastdiff.training.run_folder import RunFolder
+from fastdiff.tasks.length_head.task import LengthHeadTask
 from fastdiff.tasks.masked_lm.run import load_language_model, load_length_head
+from fastdiff.training import Trainer
+from fastdiff.training.run_folder import RunFolder
 from fastdiff.visualization import save_length_scatter
 
 HEADS = ("classifier", "regression")

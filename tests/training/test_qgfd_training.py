@@ -15,10 +15,10 @@ from training.qgfd_recipes import recipe_of, write_data, write_recipe
 from fastdiff import evaluate, sample, train
 from fastdiff.models import QGFDModel
 from fastdiff.recipes import parse_recipe
-from fastdiff.training import Trainer
-from fastdiff.tasks.qgfd.task import QGFDTask
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe
 from fastdiff.tasks.qgfd.run import load_qgfd_run
+from fastdiff.tasks.qgfd.task import QGFDTask
+from fastdiff.training import Trainer
 
 MODALITIES = ("text", "image", "audio", "video", "tabular")
 FILES = {

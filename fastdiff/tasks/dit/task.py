@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data import EpochStream, ImageData, load_data
+from fastdiff.data.images import flip_some
 from fastdiff.device import autocast_dtype
-from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
+from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.diffusion.sampling import sample
-from fastdiff.models.dit import DiT, DiTConfig
+from fastdiff.models.dit import DiT
 from fastdiff.recipes import plain
 from fastdiff.tasks.dit.recipe import DiTRecipe, check_fit
 from fastdiff.tasks.dit.run import save_model

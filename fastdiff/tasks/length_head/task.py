@@ -18,12 +18,12 @@ from fastdiff.generation.length_probe import mean_embedding
 from fastdiff.models.length_heads import read_length_head, save_length_head
 from fastdiff.nn.length_heads import LENGTH_HEADS
 from fastdiff.recipes import plain
-from fastdiff.tasks.masked_lm.held_out import evenly_spaced, text_of_run
 from fastdiff.tasks.kinds import kind_of
 from fastdiff.tasks.length_head.recipe import LengthHeadRecipe
+from fastdiff.tasks.masked_lm.held_out import evenly_spaced, text_of_run
+from fastdiff.tasks.masked_lm.run import LanguageModel, load_language_model
 from fastdiff.training.randomness import derive_seed, generator
 from fastdiff.training.run_folder import RunFolder
-from fastdiff.tasks.masked_lm.run import LanguageModel, load_language_model
 from fastdiff.training.task import Batch, to_device
 
 _ORDER, _LENGTH = 2, 3  # purposes of derived seeds (the trainer's own is 1)

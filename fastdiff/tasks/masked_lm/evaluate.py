@@ -14,7 +14,12 @@ from fastdiff.files import output_path, write_atomically
 from fastdiff.generation.config import GenerationOptions, MaskedDiffusionGenerationConfig, merged_options
 from fastdiff.generation.text import TextGenerator
 from fastdiff.tasks.masked_lm.held_out import evenly_spaced, likelihood_arguments, likelihood_process, text_of_run
-from fastdiff.tasks.masked_lm.run import LanguageModel, language_model_recipe, load_language_model, load_length_predictor
+from fastdiff.tasks.masked_lm.run import (
+    LanguageModel,
+    language_model_recipe,
+    load_language_model,
+    load_length_predictor,
+)
 from fastdiff.tasks.options import RunOptions, at_least
 from fastdiff.training.run_folder import locate
 
@@ -36,8 +41,8 @@ class ExactMatch:
 @dataclasses.dataclass
 class EvaluateOptions(RunOptions):
     """Measures a language model: Monte-Carlo likelihood bound of the held-out text, exact match of generated answers
-    where it has pairs, and lm-eval tasks; with --length, instead of these, how every rule bounds the lengths of held-out
-    answers. Decoding options that are not given are those of the run's recipe (sampling.generation).
+    where it has pairs, and lm-eval tasks; with --length, instead of these, how every rule bounds the lengths of
+    held-out answers. Decoding options that are not given are those of the run's recipe (sampling.generation).
 
     Attributes:
         output: path of the JSON; default: evaluation.json in the run's folder
@@ -127,9 +132,7 @@ def evaluate_language_model(path: str, options: EvaluateOptions) -> None:
             batch_size=options.batch_size or _ROWS,
             process=None if recipe is None else likelihood_process(recipe, loaded.model.config),
         )
-        scores = harness.run_tasks(
-            adapter, tasks, manager, limit=options.limit, num_fewshot=options.num_fewshot
-        )
+        scores = harness.run_tasks(adapter, tasks, manager, limit=options.limit, num_fewshot=options.num_fewshot)
         results["lm_eval"] = {"draws": draws, "limit": options.limit, "generation": decoding,
                               "results": scores["results"], "n-shot": scores["n-shot"]}  # fmt: skip
         tables.append(harness.table(scores))

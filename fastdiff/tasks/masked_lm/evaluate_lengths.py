@@ -7,19 +7,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastdiff.data.text_parts import TextData
 from fastdiff.evaluation.length_comparison import Pair, RuleComparison, compare_rule, read_rules
-from fastdiff.tasks.masked_lm.length_report import LengthReport
 from fastdiff.files import output_path, write_atomically
 from fastdiff.generation.calibration import CALIBRATION_FILE, check_coverage, pairs_needed, save_calibrations
 from fastdiff.generation.length import LengthPredictor
 from fastdiff.generation.length_rules import EXPANSION_RULES, LENGTH_RULES
 from fastdiff.tasks.masked_lm.evaluate import EvaluateOptions, with_earlier
 from fastdiff.tasks.masked_lm.held_out import evenly_spaced, text_of_run
+from fastdiff.tasks.masked_lm.length_report import LengthReport
 from fastdiff.tasks.masked_lm.run import LanguageModel, language_model_recipe, load_language_model
 from fastdiff.training.run_folder import locate
 
@@ -69,8 +68,7 @@ def evaluate_lengths(path: str, given: EvaluateOptions) -> None:
         raise ValueError(f"--length: {path} is not a run, and has no held-out pairs; expected a run's folder")
     if recipe.data.sample == "documents":
         raise ValueError(
-            f"--length: {path} was trained on documents, which have no prompts and answers; expected a run "
-            "on pairs"
+            f"--length: {path} was trained on documents, which have no prompts and answers; expected a run on pairs"
         )
     output = output_path(given.output, locate(path)[0].path / "evaluation.json")
     loaded = load_language_model(path, weights=given.weights, device=given.device)
@@ -112,13 +110,16 @@ def _save(loaded: LanguageModel, rules: Sequence[RuleComparison]) -> Path:
 def length_options(given: EvaluateOptions) -> LengthOptions:
     """The options of a command line. Raises ValueError, naming one that is out of range or has no use here."""
     defaults = EvaluateOptions()
-    others = {name: value for name, value in vars(given).items() if name not in _USED and value != getattr(defaults, name)}
-    for name, value in {**others, **others.pop("generation", {})}.items():
+    others = {**vars(given), **given.generation}
+    others = {name: value for name, value in others.items() if value != getattr(defaults, name, None)}
+    for name, value in others.items():
+        if name in _USED or name == "generation":
+            continue
         option = ("--no-" if value is False else "--") + name.replace("_", "-")
         raise ValueError(f"{option} has no use with --length, an evaluation of its own; leave one of them out")
     values = {field: getattr(given, option) for field, option in _OPTIONS.items()}
-    values = {field: tuple(value) if field == "heads" else value for field, value in values.items() if value is not None}
-    return LengthOptions(**values)
+    values["heads"] = None if given.length_heads is None else tuple(given.length_heads)
+    return LengthOptions(**{field: value for field, value in values.items() if value is not None})
 
 
 def make_predictors(loaded: LanguageModel, options: LengthOptions) -> list[LengthPredictor]:

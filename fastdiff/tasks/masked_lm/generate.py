@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdiff.data.text_config import LengthFormat
 from fastdiff.files import output_path, write_atomically
 from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
 from fastdiff.generation.config import GenerationOptions, merged_options
-from fastdiff.data.text_config import LengthFormat
 from fastdiff.tasks.masked_lm.run import (
     DEFAULT_NEW_TOKENS,
     language_model_recipe,
@@ -80,15 +80,13 @@ def _generate(path: str, options: GenerateOptions, output: Path | None, records:
     prompts = read_prompts(options.prompt, options.prompt_file, options.unconditional)
     recipe = language_model_recipe(path)
     defaults = {} if recipe is None else recipe.sampling.generation
-    decoding = generation_options(arguments, {"max_new_tokens": DEFAULT_NEW_TOKENS, **defaults})
+    decoding = merged_options(options.generation, {"max_new_tokens": DEFAULT_NEW_TOKENS, **defaults})
     if decoding.get("seed") is None:
         decoding["seed"] = secrets.randbelow(2**31)
     if options.length_format is not None and decoding.get("length") != "auto":
         raise ValueError(f"--length-format: got {options.length_format} without --length auto; pass that, too")
     config = _config(decoding, {name: value for name, value in defaults.items() if decoding.get(name) == value})
-    loaded = load_language_model(
-        path, weights=options.weights, device=options.device, dtype=options.dtype
-    )
+    loaded = load_language_model(path, weights=options.weights, device=options.device, dtype=options.dtype)
     predictor = load_length_predictor(loaded, config, options.length_format)
     if predictor is not None and not predictor.calibrated:
         print(

@@ -83,7 +83,9 @@ def language_model_recipe(path: str | Path) -> MaskedLMRecipe | None:
     """
     kind = kind_of(path)
     if kind != "masked_lm":
-        raise ValueError(f"{path}: got {kind_named(kind).about}; expected a language model; fastdiff.load loads any kind")
+        raise ValueError(
+            f"{path}: got {kind_named(kind).about}; expected a language model; fastdiff.load loads any kind"
+        )
     folder, _ = locate(path)
     return load_recipe(MaskedLMRecipe, folder.config) if folder.config.is_file() else None
 

@@ -17,8 +17,8 @@ from fastdiff.models.masked_lm import IGNORED_LABEL
 from fastdiff.nn import annealed_attention_mask
 from fastdiff.recipes import plain
 from fastdiff.tasks.masked_lm.held_out import likelihood_arguments, windows_of_pairs
-from fastdiff.tasks.masked_lm.start import build_model, load_start
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
+from fastdiff.tasks.masked_lm.start import build_model, load_start
 from fastdiff.training.randomness import derive_seed, generator
 from fastdiff.training.task import Batch
 from fastdiff.visualization.text import TextSample

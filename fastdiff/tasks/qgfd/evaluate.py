@@ -10,11 +10,11 @@ import torch
 from fastdiff.device import autocast_dtype
 from fastdiff.evaluation.features import batches_of, compare_with_real, encode_batches
 from fastdiff.files import output_path, write_atomically
-from fastdiff.tasks.qgfd.sources import Source
 from fastdiff.tasks.options import SamplingOptions, at_least
 from fastdiff.tasks.qgfd.recipe import QGFDSamplingConfig
 from fastdiff.tasks.qgfd.run import QGFDRun, load_run
 from fastdiff.tasks.qgfd.samples import Samples, draw_samples, label_count, table_columns
+from fastdiff.tasks.qgfd.sources import Source
 
 _REAL = 4000  # real training examples that the Fréchet distance is taken of, at most
 

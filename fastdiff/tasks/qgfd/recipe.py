@@ -14,6 +14,7 @@ from fastdiff.data import (
     VideoDataConfig,
 )
 from fastdiff.diffusion.continuous import DiffusionConfig
+from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
 from fastdiff.models.qgfd import QGFDConfig
 from fastdiff.models.qgfd_adapters import (
     MODALITIES,
@@ -24,7 +25,6 @@ from fastdiff.models.qgfd_adapters import (
     VideoAdapterConfig,
 )
 from fastdiff.training.config import TrainingConfig
-from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
 
 
 @dataclass

@@ -56,7 +56,7 @@ class QGFDRun(Run):
         Raises what `load_source` raises, and ValueError where it is not what it was, or this is not a run.
         """
         if self.recipe is None:
-            raise ValueError(f"modality: got a model without a recipe; expected a run, which names its data")
+            raise ValueError("modality: got a model without a recipe; expected a run, which names its data")
         source = load_source(self.recipe, modality, self.tokenizer)
         if source.data.fingerprint != self.facts[modality]["fingerprint"]:
             raise ValueError(

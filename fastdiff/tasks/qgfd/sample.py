@@ -64,7 +64,8 @@ def sample_qgfd(path: str, options: SampleOptions) -> None:
             raise ValueError(f"--{option.replace('_', '-')} does not fit {', '.join(modalities)}; expected {other}")
     if options.length is not None and len(modalities) > 1:
         raise ValueError(f"--length is {options.length}, whose unit differs by modality; say which with --modality")
-    output = output_path(options.output, (Path() if run.folder is None else run.folder.path) / f"samples-seed-{sampling.seed}.png")
+    folder = Path() if run.folder is None else run.folder.path
+    output = output_path(options.output, folder / f"samples-seed-{sampling.seed}.png")
     wanted = [(name, *_wanted(run, name, options)) for name in modalities]
     for name, shown, count, labels in wanted:
         samples = draw_samples(
@@ -80,11 +81,8 @@ def sample_qgfd(path: str, options: SampleOptions) -> None:
             print(path)
 
 
-def _wanted(run: QGFDRun, modality: str, options: SampleOptions) -> tuple[Any, int, torch.Tensor | None]:
+def _wanted(run: QGFDRun, modality: str, options: SampleOptions) -> tuple[Shown, int, torch.Tensor | None]:
     """What a modality's samples are shown with, how many there are, their labels. Raises where options do not fit."""
-    from fastdiff.training.qgfd_samples import Shown, default_labels, encode_prompt, label_count
-    from fastdiff.training.runs import parse_labels
-
     config = run.model.adapter(modality).config  # raises for a modality that the run does not have
     names = tuple(run.facts[modality]["class_names"])
     conditional = modality == "text" and config.conditional

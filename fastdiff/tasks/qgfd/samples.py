@@ -16,8 +16,8 @@ from fastdiff.data.tokenization import encode_texts
 from fastdiff.device import autocast_dtype
 from fastdiff.files import write_atomically
 from fastdiff.models.qgfd_model import QGFDModel
-from fastdiff.tasks.qgfd.sources import Source
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
+from fastdiff.tasks.qgfd.sources import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

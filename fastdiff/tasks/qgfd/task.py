@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data import EpochStream
+from fastdiff.data.images import flip_some
 from fastdiff.data.stream import share
 from fastdiff.data.text_batches import window_length
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.recipes import plain
-from fastdiff.data.images import flip_some
+from fastdiff.tasks.qgfd.recipe import QGFDRecipe, check_recipe
 from fastdiff.tasks.qgfd.run import load_adapters, save_model
 from fastdiff.tasks.qgfd.sources import build_model, check_backbones, load_source
-from fastdiff.tasks.qgfd.recipe import QGFDRecipe, check_recipe
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.task import Batch
 
