@@ -19,9 +19,10 @@ from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate,
 from fastdiff.generation.length_rules import TIE_MARGIN
 from fastdiff.models.length_heads import save_length_head
 from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
+from fastdiff.tasks.length_head.run import load_length_head
 from fastdiff.tasks.masked_lm.evaluate_lengths import LengthOptions, held_out_halves
 from fastdiff.tasks.masked_lm.length_report import describe_threshold
-from fastdiff.tasks.masked_lm.run import load_language_model, load_length_head, load_length_predictor
+from fastdiff.tasks.masked_lm.run import load_language_model, load_length_predictor
 
 RECIPE = {
     "task": "masked_lm",

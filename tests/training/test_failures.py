@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from fastdiff.tasks.masked_lm.run import load_run
+from fastdiff.tasks.dit.run import load_run
 from fastdiff.training import TrainingError, checkpoint
 
 

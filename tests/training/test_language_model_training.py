@@ -64,9 +64,7 @@ def prose(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_task(tiny_yaml):
-    return lambda *options: MaskedLMTask(
-        parse_recipe(MaskedLMRecipe, [str(tiny_yaml), *map(str, options)], "train", "")
-    )
+    return lambda *options: MaskedLMTask(parse_recipe(MaskedLMRecipe, [str(tiny_yaml), *map(str, options)]))
 
 
 @pytest.fixture
@@ -80,7 +78,7 @@ def make_trainer(make_task):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(path):
-    recipe = parse_recipe(MaskedLMRecipe, [str(path)], "train", "")
+    recipe = parse_recipe(MaskedLMRecipe, [str(path)])
     assert recipe.training.output_dir == f"runs/{path.stem}" and len(RECIPES) >= 7
 
 
@@ -209,7 +207,7 @@ def gpt2(tmp_path_factory, tiny_yaml):
     """A random GPT-2 with a tokenizer of its own, as transformers saves them."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    recipe = parse_recipe(MaskedLMRecipe, [str(tiny_yaml)], "train", "")
+    recipe = parse_recipe(MaskedLMRecipe, [str(tiny_yaml)])
     tokenizer = load_text_data(recipe.data, recipe.tokenizer).tokenizer
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
