@@ -1,4 +1,4 @@
-"""Models: one family a file. Those that need transformers are imported when they are first asked for."""
+"""Models: one family per file or folder. Those that need transformers are imported when they are first asked for."""
 
 import importlib
 from typing import Any
@@ -21,27 +21,20 @@ __all__ = [
     "preset_config",
 ]
 
-
 _LAZY = {
-    "QGFDBackbone": "qgfd",
-    "QGFDConfig": "qgfd",
-    "QGFDDecoderBlock": "qgfd",
-    "QGFDEncoderBlock": "qgfd",
-    "QGFDModel": "qgfd_model",
-    "QGFDModelConfig": "qgfd_model",
-    "create_qgfd_model": "qgfd_factory",
+    "MaskedDiffusionLM": "masked_lm",
+    "MaskedDiffusionLMConfig": "masked_lm_config",
+    "QGFDBackbone": "qgfd.backbone",
+    "QGFDConfig": "qgfd.backbone",
+    "QGFDDecoderBlock": "qgfd.backbone",
+    "QGFDEncoderBlock": "qgfd.backbone",
+    "QGFDModel": "qgfd.model",
+    "QGFDModelConfig": "qgfd.model",
+    "create_qgfd_model": "qgfd.factory",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"fastdiff.models.{_LAZY[name]}"), name)
-    if name == "MaskedDiffusionLM":
-        from fastdiff.models.masked_lm import MaskedDiffusionLM
-
-        return MaskedDiffusionLM
-    if name == "MaskedDiffusionLMConfig":
-        from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
-
-        return MaskedDiffusionLMConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,8 +18,8 @@ from fastdiff.models.checkpoints import (
     untied_state,
     write_checkpoint,
 )
-from fastdiff.models.qgfd import QGFDBackbone, QGFDConfig
-from fastdiff.models.qgfd_model import QGFDModel, as_config
+from fastdiff.models.qgfd.backbone import QGFDBackbone, QGFDConfig
+from fastdiff.models.qgfd.model import QGFDModel, as_config
 
 _PREFIX = "backbone."  # of the backbone's weights in a model's
 

@@ -14,8 +14,7 @@ from fastdiff.data import (
     VideoDataConfig,
 )
 from fastdiff.diffusion.continuous import DiffusionConfig
-from fastdiff.models.qgfd import QGFDConfig
-from fastdiff.models.qgfd_adapters import (
+from fastdiff.models.qgfd.adapters import (
     MODALITIES,
     AudioAdapterConfig,
     ImageAdapterConfig,
@@ -23,6 +22,7 @@ from fastdiff.models.qgfd_adapters import (
     TextAdapterConfig,
     VideoAdapterConfig,
 )
+from fastdiff.models.qgfd.backbone import QGFDConfig
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.sampling import SamplerConfig, check_sampler
 

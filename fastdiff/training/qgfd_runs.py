@@ -8,8 +8,8 @@ import torch
 
 from fastdiff.data import TableSchema
 from fastdiff.device import check_device
-from fastdiff.models.qgfd import QGFDSelfAttention
-from fastdiff.models.qgfd_model import QGFDModel
+from fastdiff.models.qgfd.backbone import QGFDSelfAttention
+from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.recipes import load_recipe
 from fastdiff.training.checkpoint import load_weights, read_state, step_of
 from fastdiff.training.qgfd_data import Source, load_source

@@ -1,7 +1,7 @@
 """The denoiser of system 001, QGFD (TorchDire): a transformer over latent tokens whose self-attention is diffused.
 
 Pre-LN blocks without bias in query, key and value. Self-attention is `fastdiff.ops.qgfd_attention`; cross-attention,
-to the tokens of a condition, is plain. Tokens of any modality fit: `fastdiff.models.qgfd_adapters` makes them.
+to the tokens of a condition, is plain. Tokens of any modality fit: `fastdiff.models.qgfd.adapters` makes them.
 """
 
 import math

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from fastdiff.device import autocast, evaluating
 from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
 from fastdiff.diffusion.sampling import check_interval, denoise
-from fastdiff.models.qgfd import QGFDBackbone, QGFDConfig
-from fastdiff.models.qgfd_adapters import (
+from fastdiff.models.qgfd.adapters import (
     ADAPTERS,
     MODALITIES,
     Adapter,
@@ -23,7 +22,8 @@ from fastdiff.models.qgfd_adapters import (
     TextAdapterConfig,
     VideoAdapterConfig,
 )
-from fastdiff.models.qgfd_adapters.base import Batch, Condition, batch_size, join_conditions, masked_mean
+from fastdiff.models.qgfd.adapters.base import Batch, Condition, batch_size, join_conditions, masked_mean
+from fastdiff.models.qgfd.backbone import QGFDBackbone, QGFDConfig
 
 
 def _system_001() -> DiffusionConfig:
