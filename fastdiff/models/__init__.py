@@ -3,7 +3,9 @@
 import importlib
 from typing import Any
 
-from fastdiff.models.dit import PRESETS, DiT, DiTConfig, preset_config
+from fastdiff.models.dit import DiT
+from fastdiff.models.dit_config import PRESETS, DiTConfig, preset_config
+from fastdiff.models.pretrained import Pretrained, read_config
 
 __all__ = [
     "PRESETS",
@@ -11,6 +13,7 @@ __all__ = [
     "DiTConfig",
     "MaskedDiffusionLM",
     "MaskedDiffusionLMConfig",
+    "Pretrained",
     "QGFDBackbone",
     "QGFDConfig",
     "QGFDDecoderBlock",
@@ -19,6 +22,7 @@ __all__ = [
     "QGFDModelConfig",
     "create_qgfd_model",
     "preset_config",
+    "read_config",
 ]
 
 _LAZY = {

@@ -12,7 +12,8 @@ from fastdiff.data import DataConfig, EpochStream, ImageData, load_data
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
 from fastdiff.diffusion.sampling import sample
-from fastdiff.models.dit import DiT, DiTConfig
+from fastdiff.models.dit import DiT
+from fastdiff.models.dit_config import DiTConfig
 from fastdiff.recipes import plain
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.randomness import derive_seed, generator, normal_noise

@@ -226,7 +226,8 @@ def load_language_model(
             a device that this machine does not have.
     """
     from fastdiff.models.masked_lm import MaskedDiffusionLM
-    from fastdiff.models.masked_lm_checkpoints import build_masked_lm, read_model_config, read_tensors
+    from fastdiff.models.masked_lm_checkpoints import build_masked_lm, read_model_config
+    from fastdiff.models.pretrained import read_tensors
 
     device, dtype, recipe = check_device(device), _dtype(dtype), language_model_recipe(path)
     folder, checkpoint = _place(Path(path))

@@ -19,8 +19,7 @@ from fastdiff.generation import MaskedDiffusionGenerationConfig
 from fastdiff.generation.calibration import prompt_inputs
 from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration, model_hash
 from fastdiff.generation.length_rules import TIE_MARGIN
-from fastdiff.models.length_heads import save_length_head
-from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
+from fastdiff.models.length_heads import EndClassifier, LengthRegressor, save_length_head
 from fastdiff.training.runs import load_language_model, load_length_head, load_length_predictor
 
 RECIPE = {
