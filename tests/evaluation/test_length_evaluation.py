@@ -17,8 +17,7 @@ from fastdiff.generation import MaskedDiffusionGenerationConfig
 from fastdiff.generation.calibration import prompt_inputs
 from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration, model_hash
 from fastdiff.generation.length_rules import TIE_MARGIN
-from fastdiff.models.length_heads import save_length_head
-from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
+from fastdiff.models.length_heads import EndClassifier, LengthRegressor, save_length_head
 from fastdiff.tasks.length_head.run import load_length_head
 from fastdiff.tasks.masked_lm.evaluate_lengths import LengthOptions, held_out_halves
 from fastdiff.tasks.masked_lm.length_report import describe_threshold

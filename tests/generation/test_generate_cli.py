@@ -117,7 +117,7 @@ def test_what_cannot_be_loaded(language_run, tmp_path, capsys):
         return failure(capsys, path, "--prompt", "x")
 
     assert "no config.json in it; expected the folder of a language model" in fails(tmp_path)
-    assert "not to be had from the Hugging Face hub" in fails("nobody/nothing")
+    assert "could not be downloaded from the Hugging Face Hub" in fails("nobody/nothing")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     assert re.search(r"a model of type 'bert'; expected one of .*GPT-2.*llada", fails(tmp_path / "bert"))

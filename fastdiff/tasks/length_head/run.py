@@ -34,7 +34,8 @@ class LengthHeadRun(Run):
     about: dict[str, Any] = field(default_factory=dict)
 
     def _save(self, directory: Path) -> None:
-        facts = {name: value for name, value in self.about.items() if not name.startswith("_") and name != "kind"}
+        own = {"model_type", "fastdiff_version", "head", "hidden_size"}  # what saving writes itself
+        facts = {name: value for name, value in self.about.items() if name not in own}
         save_length_head(self.model, directory, **facts)
 
 

@@ -15,8 +15,7 @@ from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.device import autocast, autocast_dtype
 from fastdiff.generation.calibration import model_hash
 from fastdiff.generation.length_probe import mean_embedding
-from fastdiff.models.length_heads import read_length_head, save_length_head
-from fastdiff.nn.length_heads import LENGTH_HEADS
+from fastdiff.models.length_heads import LENGTH_HEADS, read_length_head, save_length_head
 from fastdiff.recipes import plain
 from fastdiff.tasks.kinds import kind_of
 from fastdiff.tasks.length_head.recipe import LengthHeadRecipe

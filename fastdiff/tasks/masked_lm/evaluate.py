@@ -14,13 +14,13 @@ from fastdiff.files import output_path, write_atomically
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig, merged_options
 from fastdiff.generation.text import TextGenerator
 from fastdiff.tasks.masked_lm.held_out import evenly_spaced, likelihood_arguments, likelihood_process, text_of_run
+from fastdiff.tasks.masked_lm.options import EvaluateOptions
 from fastdiff.tasks.masked_lm.run import (
     LanguageModel,
     language_model_recipe,
     load_language_model,
     load_length_predictor,
 )
-from fastdiff.tasks.masked_lm.options import EvaluateOptions
 from fastdiff.tasks.results import with_earlier
 from fastdiff.training.run_folder import locate
 

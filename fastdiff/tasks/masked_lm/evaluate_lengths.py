@@ -16,11 +16,11 @@ from fastdiff.files import output_path, write_atomically
 from fastdiff.generation.calibration import CALIBRATION_FILE, check_coverage, pairs_needed, save_calibrations
 from fastdiff.generation.length import LengthPredictor
 from fastdiff.generation.length_rules import EXPANSION_RULES, LENGTH_RULES
-from fastdiff.tasks.masked_lm.options import EvaluateOptions
-from fastdiff.tasks.results import with_earlier
 from fastdiff.tasks.masked_lm.held_out import evenly_spaced, text_of_run
 from fastdiff.tasks.masked_lm.length_report import LengthReport
+from fastdiff.tasks.masked_lm.options import EvaluateOptions
 from fastdiff.tasks.masked_lm.run import LanguageModel, language_model_recipe, load_language_model
+from fastdiff.tasks.results import with_earlier
 from fastdiff.training.run_folder import locate
 
 # Fields of `LengthOptions` and the options of the command that set them.

@@ -114,7 +114,8 @@ def load_language_model(
             a device that this machine does not have.
     """
     from fastdiff.models.masked_lm import MaskedDiffusionLM
-    from fastdiff.models.masked_lm_checkpoints import build_masked_lm, read_model_config, read_tensors
+    from fastdiff.models.masked_lm_checkpoints import build_masked_lm, read_model_config
+    from fastdiff.models.pretrained import read_tensors
 
     device, dtype, recipe = check_device(device), check_dtype(dtype), language_model_recipe(path)
     folder, checkpoint = locate(path)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.data import ExampleSet
 from fastdiff.device import autocast, evaluating
 from fastdiff.evaluation.features import batches_of
-from fastdiff.models.qgfd_model import QGFDModel
+from fastdiff.models.qgfd.model import QGFDModel
 
 
 @torch.inference_mode()

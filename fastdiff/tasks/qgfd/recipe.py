@@ -15,8 +15,7 @@ from fastdiff.data import (
 )
 from fastdiff.diffusion.continuous import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
-from fastdiff.models.qgfd import QGFDConfig
-from fastdiff.models.qgfd_adapters import (
+from fastdiff.models.qgfd.adapters import (
     MODALITIES,
     AudioAdapterConfig,
     ImageAdapterConfig,
@@ -24,6 +23,7 @@ from fastdiff.models.qgfd_adapters import (
     TextAdapterConfig,
     VideoAdapterConfig,
 )
+from fastdiff.models.qgfd.backbone import QGFDConfig
 from fastdiff.training.config import TrainingConfig
 
 

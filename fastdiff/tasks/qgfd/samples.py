@@ -15,7 +15,7 @@ from fastdiff.data import TableSchema, TabularData
 from fastdiff.data.tokenization import encode_texts
 from fastdiff.device import autocast_dtype
 from fastdiff.files import write_atomically
-from fastdiff.models.qgfd_model import QGFDModel
+from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.sources import Source
 

@@ -15,7 +15,7 @@ from fastdiff.data import (
     load_video_data,
 )
 from fastdiff.data.text_examples import text_examples
-from fastdiff.models.qgfd_adapters.huggingface import check_type, load_processor
+from fastdiff.models.qgfd.adapters.huggingface import check_type, load_processor
 from fastdiff.recipes import naming_section
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe
 

@@ -3,8 +3,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from toy_kind.recipe import ToyRecipe
-from toy_kind.task import Bell
 
 from fastdiff.files import output_path, write_atomically
 from fastdiff.recipes import load_recipe
@@ -12,6 +10,8 @@ from fastdiff.tasks.options import RunOptions
 from fastdiff.tasks.run import Run
 from fastdiff.training.checkpoint import load_weights, read_state
 from fastdiff.training.run_folder import locate_checkpoint
+from toy_kind.recipe import ToyRecipe
+from toy_kind.task import Bell
 
 
 @dataclass(frozen=True)

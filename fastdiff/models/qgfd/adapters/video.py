@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.models.qgfd_adapters.base import (
+from fastdiff.models.qgfd.adapters.base import (
     Batch,
     Latents,
     LatentShape,
     grid_positions,
     sample_lengths,
 )
-from fastdiff.models.qgfd_adapters.image import ImageAdapter, ImageAdapterConfig
+from fastdiff.models.qgfd.adapters.image import ImageAdapter, ImageAdapterConfig
 
 
 @dataclass

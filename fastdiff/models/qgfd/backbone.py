@@ -1,17 +1,18 @@
 """The denoiser of system 001, QGFD (TorchDire): a transformer over latent tokens whose self-attention is diffused.
 
 Pre-LN blocks without bias in query, key and value. Self-attention is `fastdiff.ops.qgfd_attention`; cross-attention,
-to the tokens of a condition, is plain. Tokens of any modality fit: `fastdiff.models.qgfd_adapters` makes them.
+to the tokens of a condition, is plain. Tokens of any modality fit: `fastdiff.models.qgfd.adapters` makes them.
 """
 
 import math
-import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models.pretrained import Pretrained, check_overrides, naming_config, read_config, read_tensors
 from fastdiff.nn import AdaLayerNorm, Mlp, TimestepEmbedding, sincos_positions
 from fastdiff.nn.transformer import Attention, axial_rotary_table, rotate
 from fastdiff.ops import qgfd_attention, qgfd_attention_dense
@@ -218,12 +219,16 @@ class QGFDDecoderBlock(_Block):
         return attention(self.norms["cross_attn"](x, *modulation), seen, context=context)
 
 
-class QGFDBackbone(nn.Module):
-    """What the noise (or the clean tokens: `fastdiff.diffusion` says which) of noisy latent tokens is.
+class QGFDBackbone(Pretrained):
+    """Predicts the noise (or the clean tokens; see `fastdiff.diffusion`) in noisy latent tokens.
 
     Latents and the condition's tokens are projected to the hidden size, whatever their widths. The final projection
-    starts at zero, so that a new model predicts zero.
+    starts at zero, so that a new model predicts zero. `from_pretrained` also reads the backbone of a `QGFDModel`.
     """
+
+    config_class = QGFDConfig
+    title = "a QGFD model"
+    also_reads = ("QGFDModel",)
 
     def __init__(self, config: QGFDConfig) -> None:
         super().__init__()
@@ -290,23 +295,17 @@ class QGFDBackbone(nn.Module):
         prediction = self.final_proj(self.final_norm(x, shift, scale))
         return prediction if mask is None else prediction.masked_fill(~mask[..., None], 0)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes model.safetensors and config.json, each whole or not at all. Raises OSError where it cannot."""
-        from fastdiff.models.qgfd_checkpoints import save_backbone
-
-        save_backbone(self, directory)
-
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> "QGFDBackbone":
-        """Loads what `save_pretrained` wrote, or the backbone of a saved `QGFDModel`; in eval mode.
-
-        Raises:
-            FileNotFoundError: no checkpoint there.
-            ValueError: it is cut short, damaged or of another model; the message names the file.
-        """
-        from fastdiff.models.qgfd_checkpoints import load_backbone
-
-        return load_backbone(path, dtype)
+    def _read(cls, path: Path, weights: str, overrides: dict[str, Any]) -> tuple[QGFDConfig, dict[str, Tensor]]:
+        config = read_config(path)
+        if config.get("_class_name") != "QGFDModel":
+            return super()._read(path, weights, overrides)
+        check_overrides(overrides, cls.free_fields)
+        with naming_config(path, cls.title):
+            config = QGFDConfig(**config.get("backbone", {}))
+        state = read_tensors(path / weights, cls.title)
+        prefix = "backbone."
+        return config, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
     def _check(self, x_t, t, cond_tokens, cond_mask, mask, position_ids) -> None:
         latent_dim, cond_dim = self.config.latent_dim, self.config.cond_width

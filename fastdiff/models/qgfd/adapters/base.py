@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.models.qgfd import QGFDConfig, QGFDEncoderBlock
+from fastdiff.models.qgfd.backbone import QGFDConfig, QGFDEncoderBlock
 from fastdiff.nn import LabelEmbedding, sincos_positions
 
 Batch = Mapping[str, Tensor]

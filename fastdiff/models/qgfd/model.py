@@ -1,7 +1,6 @@
 """QGFD diffusion models of any modality: one denoiser over the latent tokens of one adapter, or of several."""
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 from fastdiff.device import autocast, evaluating
 from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
 from fastdiff.diffusion.sampling import check_interval, denoise
-from fastdiff.models.qgfd import QGFDBackbone, QGFDConfig
-from fastdiff.models.qgfd_adapters import (
+from fastdiff.models.pretrained import Pretrained
+from fastdiff.models.qgfd.adapters import (
     ADAPTERS,
     MODALITIES,
     Adapter,
@@ -23,7 +22,8 @@ from fastdiff.models.qgfd_adapters import (
     TextAdapterConfig,
     VideoAdapterConfig,
 )
-from fastdiff.models.qgfd_adapters.base import Batch, Condition, batch_size, join_conditions, masked_mean
+from fastdiff.models.qgfd.adapters.base import Batch, Condition, batch_size, join_conditions, masked_mean
+from fastdiff.models.qgfd.backbone import QGFDBackbone, QGFDConfig
 
 
 def _system_001() -> DiffusionConfig:
@@ -67,13 +67,19 @@ class QGFDModelConfig:
         return tuple(name for name in MODALITIES if getattr(self, name) is not None)
 
 
-class QGFDModel(nn.Module):
+class QGFDModel(Pretrained):
     """A `QGFDBackbone` over the latents of one adapter, or of several that share it.
 
     Modalities are trained in turn (a batch of one after a batch of another) or mixed (the sum of their losses). Where
     there are several, each has a learnt token that is the first of every condition, so that the denoiser knows which
     one it sees in pure noise. Raises ValueError for a configuration without an adapter.
+
+    `save_pretrained` writes the weights of Hugging Face encoders, too: `from_pretrained` reads nothing else.
     """
+
+    config_class = QGFDModelConfig
+    title = "a QGFD model"
+    extra_keys = ("class_names",)
 
     def __init__(self, config: QGFDModelConfig) -> None:
         super().__init__()
@@ -257,23 +263,9 @@ class QGFDModel(nn.Module):
             tokens = denoise(predict, diffusion, size, device, **options)
         return Latents(tokens, shape.mask, shape.position_ids)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes model.safetensors and config.json; Hugging Face encoders are in them, too. Raises OSError."""
-        from fastdiff.models.qgfd_checkpoints import save_model
-
-        save_model(self, directory)
-
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> "QGFDModel":
-        """Loads what `save_pretrained` wrote, in eval mode; nothing else is read, and no hub asked.
-
-        Raises:
-            FileNotFoundError: no checkpoint there.
-            ValueError: it is cut short, damaged or of another model; the message names the file.
-        """
-        from fastdiff.models.qgfd_checkpoints import load_model
-
-        return load_model(path, dtype)
+    def _config_from(cls, values: Mapping) -> QGFDModelConfig:
+        return as_config(values)
 
     def _condition(self, adapter: Adapter, batch: Batch) -> Condition:
         return self._with_modality(adapter, adapter.condition(batch), batch_size(batch))

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.models.qgfd import QGFDConfig
-from fastdiff.models.qgfd_adapters.base import (
+from fastdiff.models.qgfd.adapters.base import (
     Adapter,
     AdapterConfig,
     Batch,
@@ -20,7 +19,8 @@ from fastdiff.models.qgfd_adapters.base import (
     no_lengths,
     unit_scale,
 )
-from fastdiff.models.qgfd_adapters.huggingface import encoder_of
+from fastdiff.models.qgfd.adapters.huggingface import encoder_of
+from fastdiff.models.qgfd.backbone import QGFDConfig
 from fastdiff.nn import PatchEmbed
 
 

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.models.qgfd import QGFDConfig
-from fastdiff.models.qgfd_adapters.base import (
+from fastdiff.models.qgfd.adapters.base import (
     Adapter,
     AdapterConfig,
     Batch,
@@ -19,6 +18,7 @@ from fastdiff.models.qgfd_adapters.base import (
     no_lengths,
     unit_scale,
 )
+from fastdiff.models.qgfd.backbone import QGFDConfig
 
 
 @dataclass

@@ -1,21 +1,69 @@
-"""Other projects' DiT weights under fastdiff's names, and the configuration that they imply."""
+"""Other projects' DiT checkpoints: facebookresearch/DiT files and folders of diffusers' DiTTransformer2DModel.
 
+They are read as a configuration and weights under fastdiff's names.
+"""
+
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.models.dit import PRESETS, DiTConfig
+from fastdiff.errors import reason_of
+from fastdiff.models.dit_config import PRESETS, DiTConfig
+from fastdiff.models.pretrained import CONFIG_NAME, check_overrides, read_config, read_tensors, read_weights
 from fastdiff.nn import sincos_2d
+
+DIFFUSERS_CLASS = "DiTTransformer2DModel"
+_DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 _HEADS_BY_WIDTH = {preset["hidden_size"]: preset["num_heads"] for preset in PRESETS.values()}
 _DIFFUSERS_ACTIVATIONS = {"gelu": "gelu", "gelu-approximate": "gelu_tanh", "linear-silu": "silu"}
 
 
-def from_facebook(
+def model_folder(path: Path) -> Path:
+    """The folder of a diffusers pipeline's model; other paths as they are."""
+    inside = path / "transformer"
+    return inside if not (path / CONFIG_NAME).is_file() and (inside / CONFIG_NAME).is_file() else path
+
+
+def read_foreign(
+    path: Path, overrides: dict[str, Any], free_fields: tuple[str, ...]
+) -> tuple[DiTConfig, dict[str, Tensor]] | None:
+    """Configuration and weights of another project's file or folder; None for a folder that is not diffusers'.
+
+    Raises FileNotFoundError, ValueError and TypeError as `fastdiff.models.DiT.from_pretrained` does.
+    """
+    if path.is_file():
+        check_overrides(overrides, (*free_fields, "num_heads"))
+        return _read_facebook(path, overrides)
+    config = read_config(path)
+    if config.get("_class_name") != DIFFUSERS_CLASS:
+        return None
+    check_overrides(overrides, free_fields)
+    try:
+        config, state = _from_diffusers(config, read_weights(path, _DIFFUSERS_WEIGHTS, "a DiT"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a {DIFFUSERS_CLASS} that can be loaded: {reason_of(error)}") from error
+    return dataclasses.replace(config, **overrides), state
+
+
+def _read_facebook(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict[str, Tensor]]:
+    content = read_tensors(path, "a DiT")
+    # A training checkpoint holds {"model", "ema", "opt", "args"}: samples are drawn with the averaged weights.
+    state = next((content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)), content)
+    trained_as = PRESETS.get(getattr(content.get("args"), "model", None), {})
+    try:
+        return _from_facebook(state, trained_as.get("num_heads"), overrides)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a facebookresearch/DiT checkpoint: {reason_of(error)}") from error
+
+
+def _from_facebook(
     state: Mapping[str, Tensor], num_heads: int | None, overrides: Mapping[str, Any]
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
     """facebookresearch/DiT's state dict: the names are ours, the configuration is read off the shapes.
@@ -52,7 +100,7 @@ def from_facebook(
     return DiTConfig(**fields), state
 
 
-def from_diffusers(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[DiTConfig, dict[str, Tensor]]:
+def _from_diffusers(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[DiTConfig, dict[str, Tensor]]:
     """diffusers' DiTTransformer2DModel, from its config.json and state dict.
 
     Each of its blocks has its own timestep and label embedding. Where all are equal, as in checkpoints converted

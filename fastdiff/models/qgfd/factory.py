@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdiff.diffusion.continuous import Diffusion
-from fastdiff.models.qgfd_adapters import MODALITIES, AudioProcessor, ImageProcessor, VideoProcessor
-from fastdiff.models.qgfd_adapters.base import AdapterConfig
-from fastdiff.models.qgfd_adapters.huggingface import check_type, load_processor
-from fastdiff.models.qgfd_model import QGFDModel, QGFDModelConfig
+from fastdiff.models.qgfd.adapters import MODALITIES, AudioProcessor, ImageProcessor, VideoProcessor
+from fastdiff.models.qgfd.adapters.base import AdapterConfig
+from fastdiff.models.qgfd.adapters.huggingface import check_type, load_processor
+from fastdiff.models.qgfd.model import QGFDModel, QGFDModelConfig
 
 _OWN = (ImageProcessor, AudioProcessor, VideoProcessor)
 _CONFIGS = {
