@@ -1,8 +1,6 @@
 """Models: one family per file or folder. Those that need transformers are imported when they are first asked for."""
 
-import importlib
-from typing import Any
-
+from fastdiff.lazy import exports
 from fastdiff.models.dit import DiT
 from fastdiff.models.dit_config import PRESETS, DiTConfig, preset_config
 from fastdiff.models.pretrained import Pretrained, read_config
@@ -25,20 +23,17 @@ __all__ = [
     "read_config",
 ]
 
-_LAZY = {
-    "MaskedDiffusionLM": "masked_lm",
-    "MaskedDiffusionLMConfig": "masked_lm_config",
-    "QGFDBackbone": "qgfd.backbone",
-    "QGFDConfig": "qgfd.backbone",
-    "QGFDDecoderBlock": "qgfd.backbone",
-    "QGFDEncoderBlock": "qgfd.backbone",
-    "QGFDModel": "qgfd.model",
-    "QGFDModelConfig": "qgfd.model",
-    "create_qgfd_model": "qgfd.factory",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"fastdiff.models.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exports(
+    __name__,
+    {
+        "MaskedDiffusionLM": "fastdiff.models.masked_lm",
+        "MaskedDiffusionLMConfig": "fastdiff.models.masked_lm_config",
+        "QGFDBackbone": "fastdiff.models.qgfd.backbone",
+        "QGFDConfig": "fastdiff.models.qgfd.backbone",
+        "QGFDDecoderBlock": "fastdiff.models.qgfd.backbone",
+        "QGFDEncoderBlock": "fastdiff.models.qgfd.backbone",
+        "QGFDModel": "fastdiff.models.qgfd.model",
+        "QGFDModelConfig": "fastdiff.models.qgfd.model",
+        "create_qgfd_model": "fastdiff.models.qgfd.factory",
+    },
+)

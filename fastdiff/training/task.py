@@ -41,7 +41,10 @@ class Task(Protocol):
         ...
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Measures of `model` (the averaged weights) on held-out data, for validation.jsonl; {} for none."""
+        """Measures of `model` (the averaged weights) on held-out data, for validation.jsonl; {} for none.
+
+        loss.png shows the one named "loss", or else the first, with its "standard_error" where there is one.
+        """
         ...
 
     def preview(self, model: nn.Module, path: Path) -> None:

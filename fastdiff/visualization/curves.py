@@ -34,12 +34,12 @@ def save_loss_curve(
     if validation is not None and Path(validation).exists():
         measures = [json.loads(line) for line in Path(validation).read_text().splitlines()]
         style = dict(color="#c1542d", marker="o", markersize=4, linewidth=1.2, capsize=2)
-        name, label, errors = "loss", "held-out loss", None
-        if measures and "nats_per_token" in measures[0]:
-            name, label = "nats_per_token", "held-out bound, nats/token"
-            errors = [line["standard_error"] for line in measures]
-        measured = [line["step"] for line in measures], [line[name] for line in measures]
-        axes.errorbar(*measured, errors, label=label, **style)
+        names = [name for name in (measures[0] if measures else ()) if name != "step"]
+        if names:
+            name = "loss" if "loss" in names else names[0]
+            errors = [line["standard_error"] for line in measures] if "standard_error" in names else None
+            measured = [line["step"] for line in measures], [line[name] for line in measures]
+            axes.errorbar(*measured, errors, label=f"held-out {name.replace('_', ' ')}", **style)
     if min(losses) > 0 and max(losses) > 4 * min(smooth):  # the first steps would flatten the rest of a linear axis
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

@@ -10,7 +10,7 @@ import torch
 from fastdiff.data import TableSchema
 from fastdiff.device import autocast_dtype, check_device
 from fastdiff.models.pretrained import read_config
-from fastdiff.models.qgfd import QGFDModel
+from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.models.qgfd.backbone import QGFDSelfAttention
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.hub import local_folder
