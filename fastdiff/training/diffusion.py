@@ -1,6 +1,7 @@
 """Training of a class-conditional DiT: its recipe and its task."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from fastdiff.data import DataConfig, EpochStream, ImageData, load_data
 from fastdiff.device import autocast_dtype
-from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
-from fastdiff.diffusion.sampling import sample
+from fastdiff.diffusion.classes import sample_classes
+from fastdiff.diffusion.config import DiffusionConfig
+from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.recipes import plain
 from fastdiff.training.config import TrainingConfig
@@ -109,7 +111,8 @@ class DiffusionTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of the images' losses."""
-        return self.diffusion.loss(model, batch["x0"], batch["labels"], batch["t"], batch["noise"]).sum()
+        predict = functools.partial(model, class_labels=batch["labels"])
+        return self.diffusion.loss(predict, batch["x0"], batch["t"], batch["noise"]).sum()
 
     def sample_ids(self, step: int) -> list[int]:
         """Indices in the training part of the data."""
@@ -130,7 +133,7 @@ class DiffusionTask:
         sampling, names = self.config.sampling, self.data.class_names[:20]
         labels = torch.arange(len(names)).repeat_interleave(sampling.images_per_class)
         device = next(model.parameters()).device
-        images = sample(
+        images = sample_classes(
             model,
             self.diffusion,
             labels.to(device),

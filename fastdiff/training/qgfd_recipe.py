@@ -13,7 +13,7 @@ from fastdiff.data import (
     TokenizerConfig,
     VideoDataConfig,
 )
-from fastdiff.diffusion.continuous import DiffusionConfig
+from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.models.qgfd import QGFDConfig
 from fastdiff.models.qgfd_adapters import (
     MODALITIES,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff.device import autocast_dtype, check_device
+from fastdiff.diffusion.classes import sample_classes
 from fastdiff.diffusion.continuous import Diffusion
-from fastdiff.diffusion.sampling import sample, samplers_for
+from fastdiff.diffusion.sampling import samplers_for
 from fastdiff.errors import one_line
 from fastdiff.models.dit import DiT
 from fastdiff.recipes import load_recipe
@@ -81,7 +82,7 @@ class Run:
         with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
                 part = labels[start : start + batch_size]
-                images = sample(
+                images = sample_classes(
                     self.model,
                     self.diffusion,
                     part.to(device),
