@@ -7,6 +7,7 @@ levels ("uniform", "logit_normal", "beta": the distribution that t is drawn from
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.config import DISCRETE_LEVELS, DiffusionConfig, discrete_betas
+from fastdiff.diffusion.scheduler_config import read_scheduler_config, write_scheduler_config
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, C, ...], time [B] as `model_time` gives it) -> prediction
 
@@ -125,6 +127,32 @@ class Diffusion:
         if variance is None:
             return error
         return error + self._variance_loss(prediction.detach(), variance, x0, x_t, t)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes scheduler_config.json, whole or not at all, in diffusers' terms and with the exact `DiffusionConfig`.
+
+        Where diffusers has a scheduler of this process (`fastdiff.diffusion.scheduler_config` says where), its
+        `from_pretrained` reads the folder, too. Raises OSError where the file cannot be written.
+        """
+        write_scheduler_config(directory, self.config)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> "Diffusion":
+        """Reads what `save_pretrained` wrote, or the scheduler of a diffusers model.
+
+        Args:
+            directory: a folder with scheduler_config.json in it, or in `scheduler/` as a diffusers pipeline has it.
+
+        Diffusers' clipping (`clip_sample`) and spacing of steps say how samples are drawn. They are arguments of
+        `sample` or the sampler's own, so they are not read. A file of diffusers does not say how training times are
+        distributed: flow matching gets the default of `DiffusionConfig`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a scheduler's configuration, or one that fastdiff cannot follow exactly; the message names
+                file, key and value.
+        """
+        return cls(read_scheduler_config(directory))
 
     def _variance_loss(self, prediction: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         if not self.config.is_discrete:

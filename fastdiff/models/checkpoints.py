@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdiff.errors import reason_of
-from fastdiff.files import write_atomically
+from fastdiff.files import read_json, write_atomically
 from fastdiff.models.dit import PRESETS, DiT, DiTConfig
 from fastdiff.models.dit_layouts import from_diffusers, from_facebook
 from fastdiff.version import __version__
@@ -151,16 +151,6 @@ def _read_diffusers_weights(path: Path) -> dict[str, Tensor]:
             state.update(read_safetensors(path / shard))
         return state
     return _read_pickle(pickled) if pickled.is_file() and not whole.is_file() else read_safetensors(whole)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {reason_of(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: got a JSON {type(content).__name__}; expected an object")
-    return content
 
 
 def read_safetensors(path: Path, owner: str = "a DiT") -> dict[str, Tensor]:
