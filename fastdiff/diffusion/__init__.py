@@ -1,6 +1,9 @@
 """Noise: what is added in training, what the network is asked to predict, and how samples are drawn."""
 
-from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
+from fastdiff.diffusion.classes import sample_classes
+from fastdiff.diffusion.config import DiffusionConfig
+from fastdiff.diffusion.continuous import Diffusion
+from fastdiff.diffusion.guidance import Guided
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig, MaskedTokens, maskable_tokens
 from fastdiff.diffusion.sampling import SAMPLERS, sample, samplers_for
 
@@ -8,10 +11,12 @@ __all__ = [
     "SAMPLERS",
     "Diffusion",
     "DiffusionConfig",
+    "Guided",
     "MaskedDiffusion",
     "MaskedDiffusionConfig",
     "MaskedTokens",
     "maskable_tokens",
     "sample",
+    "sample_classes",
     "samplers_for",
 ]

@@ -7,91 +7,17 @@ levels ("uniform", "logit_normal", "beta": the distribution that t is drawn from
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow")
-DISCRETE_LEVELS = ("linear", "cosine", "scaled_linear")
-CONTINUOUS_LEVELS = ("uniform", "logit_normal", "beta")
-_BETA_RANGES = {"linear": (1e-4, 2e-2), "scaled_linear": (8.5e-4, 1.2e-2)}
+from fastdiff.diffusion.config import DISCRETE_LEVELS, DiffusionConfig, discrete_betas
+from fastdiff.diffusion.scheduler_config import read_scheduler_config, write_scheduler_config
 
-
-@dataclass
-class DiffusionConfig:
-    """Noise levels and target of a diffusion.
-
-    Attributes:
-        prediction_type: What the network predicts: "epsilon" (the noise), "sample" (the image), "v_prediction"
-            (α·noise - σ·image) or "flow" (noise - image; continuous levels only).
-        noise_levels: Discrete: "linear", "cosine" or "scaled_linear" β. Continuous: t drawn from "uniform" on [0, 1],
-            "logit_normal" or "beta" (the Beta distribution).
-        num_train_timesteps: Number of discrete levels; with continuous ones the default of time_scale.
-        beta_start: First β of "linear" (default 0.0001) or "scaled_linear" (0.00085).
-        beta_end: Last β of "linear" (default 0.02) or "scaled_linear" (0.012).
-        beta_a: First parameter of the Beta distribution of "beta".
-        beta_b: Second parameter; Beta(1, 2.5) favours low noise.
-        logit_normal_mean: Mean of logit(t) for "logit_normal".
-        logit_normal_std: Standard deviation of logit(t).
-        time_scale: Continuous t is multiplied by it before the network sees it; null is num_train_timesteps.
-    """
-
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow"] = "flow"
-    noise_levels: Literal["linear", "cosine", "scaled_linear", "uniform", "logit_normal", "beta"] = "logit_normal"
-    num_train_timesteps: int = 1000
-    beta_start: float | None = None
-    beta_end: float | None = None
-    beta_a: float = 1.0
-    beta_b: float = 2.5
-    logit_normal_mean: float = 0.0
-    logit_normal_std: float = 1.0
-    time_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        known = {"prediction_type": PREDICTION_TYPES, "noise_levels": DISCRETE_LEVELS + CONTINUOUS_LEVELS}
-        for name, names in known.items():
-            value = getattr(self, name)
-            if value not in names:
-                raise ValueError(f"DiffusionConfig.{name}: got {value!r}; expected one of {', '.join(names)}")
-        if self.prediction_type == "flow" and self.is_discrete:
-            raise ValueError(
-                f"DiffusionConfig.noise_levels: got {self.noise_levels!r} with prediction_type 'flow'; "
-                f"expected one of {', '.join(CONTINUOUS_LEVELS)}"
-            )
-        for name in ("num_train_timesteps", "beta_a", "beta_b", "logit_normal_std"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"DiffusionConfig.{name}: got {getattr(self, name)}; expected a positive number")
-        if self.noise_levels in _BETA_RANGES and not 0 < self.beta_range[0] <= self.beta_range[1] < 1:
-            raise ValueError(
-                f"DiffusionConfig.beta_start, beta_end: got {self.beta_range}; expected 0 < beta_start <= beta_end < 1"
-            )
-
-    @property
-    def is_discrete(self) -> bool:
-        return self.noise_levels in DISCRETE_LEVELS
-
-    @property
-    def beta_range(self) -> tuple[float, float]:
-        start, end = _BETA_RANGES[self.noise_levels]
-        return (
-            start if self.beta_start is None else self.beta_start,
-            end if self.beta_end is None else self.beta_end,
-        )
-
-
-def discrete_betas(config: DiffusionConfig) -> Tensor:  # [T], float64
-    """The β of each discrete level: Ho et al. (2020), Rombach et al. (2022), Nichol & Dhariwal (2021) for "cosine"."""
-    steps = config.num_train_timesteps
-    if config.noise_levels == "cosine":
-        angles = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * (math.pi / 2)
-        alphas_cumprod = angles.cos().square()
-        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
-    start, end = config.beta_range
-    if config.noise_levels == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float64)
-    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, C, ...], time [B] as `model_time` gives it) -> prediction
 
 
 class Diffusion:
@@ -135,6 +61,10 @@ class Diffusion:
             return time.round().long()
         return time / self.model_time(torch.ones((), device=time.device))
 
+    def noise_share(self, t: Tensor) -> Tensor:  # [B] -> [B], float32
+        """How far t lies on the way from the image (0) to pure noise (1): t itself, or (t + 1) / T of a level."""
+        return (t + 1) / self.config.num_train_timesteps if self.config.is_discrete else t.float()
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α(t) and σ(t), float32, of t's shape."""
         if not self.config.is_discrete:
@@ -174,29 +104,55 @@ class Diffusion:
 
     def loss(
         self,
-        model: torch.nn.Module,
-        x0: Tensor,  # [B, C, H, W]
-        class_labels: Tensor | None,  # [B] int64
+        predict: Predict,
+        x0: Tensor,  # [B, C, ...]
         t: Tensor,  # [B]
-        noise: Tensor,  # [B, C, H, W]
-        **conditioning: Any,
+        noise: Tensor,  # [B, C, ...]
     ) -> Tensor:  # [B], float32
-        """Mean squared error of each sample, in float32; `conditioning` is handed to the model.
+        """Mean squared error of each sample, in float32.
+
+        `predict(x_t, time)` gives the prediction, [B, C, ...]. The caller binds what it is conditioned on, as in
+        `functools.partial(model, class_labels=labels)`.
 
         A model that returns 2·C channels predicts a variance in the second half (`learn_sigma`). It is trained as in
-        Nichol & Dhariwal (2021): KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) in bits a dimension, weighted by
+        Nichol & Dhariwal (2021): KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) in bits per dimension, weighted by
         T / 1000 and with the mean detached, is added to the error. At t = 0, where they take the likelihood of 8-bit
         pixels, the KL with the variance of t = 1 stands in: latents have no bins.
 
         Raises ValueError where shapes do not fit or a variance comes with continuous noise, which has none to learn.
         """
         x_t = self.add_noise(x0, noise, t)
-        prediction = model(x_t, self.model_time(t), class_labels, **conditioning).float()
-        prediction, variance = split_variance(prediction, x0.shape[1])
+        prediction, variance = split_variance(predict(x_t, self.model_time(t)).float(), x0.shape[1])
         error = (prediction - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
         if variance is None:
             return error
         return error + self._variance_loss(prediction.detach(), variance, x0, x_t, t)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes scheduler_config.json, whole or not at all, in diffusers' terms and with the exact `DiffusionConfig`.
+
+        Where diffusers has a scheduler of this process (`fastdiff.diffusion.scheduler_config` says where), its
+        `from_pretrained` reads the folder, too. Raises OSError where the file cannot be written.
+        """
+        write_scheduler_config(directory, self.config)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> "Diffusion":
+        """Reads what `save_pretrained` wrote, or the scheduler of a diffusers model.
+
+        Args:
+            directory: a folder with scheduler_config.json in it, or in `scheduler/` as a diffusers pipeline has it.
+
+        Diffusers' clipping (`clip_sample`) and spacing of steps say how samples are drawn. They are arguments of
+        `sample` or the sampler's own, so they are not read. A file of diffusers does not say how training times are
+        distributed: flow matching gets the default of `DiffusionConfig`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a scheduler's configuration, or one that fastdiff cannot follow exactly; the message names
+                file, key and value.
+        """
+        return cls(read_scheduler_config(directory))
 
     def _variance_loss(self, prediction: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         if not self.config.is_discrete:
@@ -204,7 +160,8 @@ class Diffusion:
                 f"model: it predicts a variance (learn_sigma), which noise_levels {self.config.noise_levels!r} cannot "
                 f"train; expected one of {', '.join(DISCRETE_LEVELS)}"
             )
-        log_beta, log_posterior, coefficient = (row.view(-1, 1, 1, 1) for row in self._table(t.device)[2:, t.long()])
+        shape = (-1,) + (1,) * (x0.ndim - 1)
+        log_beta, log_posterior, coefficient = (row.view(shape) for row in self._table(t.device)[2:, t.long()])
         fraction = (variance + 1) / 2
         log_variance = fraction * log_beta + (1 - fraction) * log_posterior
         mean_error = coefficient * (x0 - self.predicted_x0(prediction, x_t, t))
@@ -214,7 +171,7 @@ class Diffusion:
 
     def _broadcast(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         if t.shape != x.shape[:1]:
-            raise ValueError(f"t: got shape {list(t.shape)}; expected [{x.shape[0]}], one time a sample")
+            raise ValueError(f"t: got shape {list(t.shape)}; expected [{x.shape[0]}], one time per sample")
         alpha, sigma = self.alpha_sigma(t)
         shape = (-1,) + (1,) * (x.ndim - 1)
         return alpha.view(shape), sigma.view(shape)

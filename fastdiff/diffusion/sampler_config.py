@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdiff.diffusion.continuous import DiffusionConfig
+from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampling import samplers_for
 
 

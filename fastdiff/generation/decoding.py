@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdiff.device import evaluating
+from fastdiff.diffusion.guidance import guide
 from fastdiff.generation.canvas import Canvas, padding_last
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts, condition_names
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
@@ -335,5 +336,4 @@ class _Decoder:
         if predicting.unconditional is None:
             return lm_head_sample(predicting.states, weight, bias, **options)
         both = functional.linear(torch.cat([predicting.states, predicting.unconditional]), weight, bias)
-        conditional, unconditional = both.chunk(2)
-        return sample_tokens(unconditional + config.guidance_scale * (conditional - unconditional), **options)
+        return sample_tokens(guide(*both.chunk(2), config.guidance_scale), **options)

@@ -2,14 +2,13 @@
 
 import importlib
 import inspect
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.errors import reason_of
+from fastdiff.files import read_json
 from fastdiff.recipes import read_recipe_file
 from fastdiff.tasks.hub import hub_file
 from fastdiff.training.run_folder import locate
@@ -117,12 +116,7 @@ def kind_of(path: str | Path) -> str:
 
 
 def _kind_of_config(file: Path) -> str:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a JSON file: {reason_of(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: got a JSON {type(content).__name__}; expected an object")
+    content = read_json(file)
     marks = {content.get("_class_name"), content.get("model_type")}
     for name in KINDS:
         if marks & set(kind_named(name).saved_as):

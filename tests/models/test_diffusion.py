@@ -1,5 +1,6 @@
 """Noise levels, targets and losses of `fastdiff.diffusion.Diffusion`."""
 
+import functools
 import math
 
 import pytest
@@ -120,8 +121,8 @@ class Constant(nn.Module):
         super().__init__()
         self.output = nn.Parameter(output)
 
-    def forward(self, sample, timestep, class_labels, **conditioning):
-        self.asked = (sample, timestep, class_labels, conditioning)
+    def forward(self, sample, timestep, **condition):
+        self.asked = (sample, timestep, condition)
         return self.output
 
 
@@ -129,27 +130,41 @@ class Constant(nn.Module):
 def test_loss_is_the_error_of_each_sample(combination):
     process = diffusion(*combination)
     x0, noise = torch.randn(2, 4, 2, 3, 3)
-    t, labels = process.sample_times(4), torch.arange(4)
+    t, condition = process.sample_times(4), dict(class_labels=torch.arange(4), token_conditioning="handed on")
     target = process.target(x0, noise, t)
     offsets = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(4, 1, 1, 1)
     model = Constant(target + offsets)
-    loss = process.loss(model, x0, labels, t, noise, token_conditioning="handed on")
+    loss = process.loss(functools.partial(model, **condition), x0, t, noise)
     torch.testing.assert_close(loss, offsets.flatten().square(), rtol=1e-4, atol=1e-6)
-    sample, time, given_labels, conditioning = model.asked
+    sample, time, handed_on = model.asked
     assert torch.equal(sample, process.add_noise(x0, noise, t)) and torch.equal(time, process.model_time(t))
-    assert given_labels is labels and conditioning == {"token_conditioning": "handed on"}
+    assert handed_on == condition
+
+
+def test_loss_takes_samples_of_any_shape():
+    process = diffusion("epsilon", "cosine")
+    x0, noise = torch.randn(2, 3, 5, 7)  # [B, L, D]
+    t = torch.tensor([3, 400, 999])
+    loss = process.loss(lambda x_t, time: torch.zeros_like(x_t), x0, t, noise)
+    torch.testing.assert_close(loss, noise.square().mean((1, 2)))
+
+
+def test_how_noisy_a_time_is():
+    levels, continuous = diffusion("epsilon", "linear", num_train_timesteps=50), diffusion("flow", "uniform")
+    assert levels.noise_share(torch.tensor([0, 24, 49])).tolist() == pytest.approx([0.02, 0.5, 1.0])
+    assert continuous.noise_share(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 0.25, 1.0]
 
 
 def test_loss_is_taken_in_float32():
     process = diffusion("flow", "uniform")
     x0, noise, t = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([0.2, 0.7])
-    assert process.loss(Constant(noise.bfloat16()), x0, None, t, noise).dtype == torch.float32
+    assert process.loss(Constant(noise.bfloat16()), x0, t, noise).dtype == torch.float32
 
 
 def variance_loss(process, x0, noise, t, prediction, variance):
     both = Constant(torch.cat([prediction, variance], dim=1))
-    error = process.loss(Constant(prediction), x0, None, t, noise)
-    return both, process.loss(both, x0, None, t, noise) - error
+    error = process.loss(Constant(prediction), x0, t, noise)
+    return both, process.loss(both, x0, t, noise) - error
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -188,9 +203,9 @@ def test_learnt_variance_needs_discrete_levels():
     process = diffusion("flow", "uniform")
     x0 = torch.randn(2, 1, 2, 2)
     with pytest.raises(ValueError, match="learn_sigma.*expected one of linear, cosine, scaled_linear"):
-        process.loss(Constant(torch.zeros(2, 2, 2, 2)), x0, None, torch.tensor([0.1, 0.2]), x0)
+        process.loss(Constant(torch.zeros(2, 2, 2, 2)), x0, torch.tensor([0.1, 0.2]), x0)
     with pytest.raises(ValueError, match="3 output channels; expected 1 or 2"):
-        process.loss(Constant(torch.zeros(2, 3, 2, 2)), x0, None, torch.tensor([0.1, 0.2]), x0)
+        process.loss(Constant(torch.zeros(2, 3, 2, 2)), x0, torch.tensor([0.1, 0.2]), x0)
 
 
 @pytest.mark.parametrize(

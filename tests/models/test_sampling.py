@@ -1,10 +1,12 @@
-"""Samplers, guidance and seeds of `fastdiff.diffusion.sample`."""
+"""Samplers and seeds of `fastdiff.diffusion.sample`, and class labels as its condition (`sample_classes`)."""
+
+import functools
 
 import pytest
 import torch
 from torch import nn
 
-from fastdiff.diffusion import SAMPLERS, Diffusion, DiffusionConfig, sample, samplers_for
+from fastdiff.diffusion import SAMPLERS, Diffusion, DiffusionConfig, sample, sample_classes, samplers_for
 from fastdiff.models import DiT
 
 # diffusers' DPM-Solver++ reads a tensor in a way that NumPy 2 warns of
@@ -48,7 +50,7 @@ def test_every_sampler_finds_the_image_of_a_perfect_network(config):
         for steps in (2, 7, 25):
             for learn_sigma in (False, True) if config.is_discrete else (False,):
                 model = Known(diffusion, learn_sigma)
-                found = sample(model, diffusion, labels, sampler=sampler, num_inference_steps=steps)
+                found = sample_classes(model, diffusion, labels, sampler=sampler, num_inference_steps=steps)
                 assert len(model.calls) == steps and found.dtype == torch.float32
                 error = (found - model.images[labels]).abs().max()
                 assert error < 1e-4, (sampler, steps, learn_sigma, float(error))  # seen: 2e-5
@@ -59,7 +61,7 @@ def test_every_sampler_is_offered_somewhere_and_the_rest_is_refused():
     for config in PROCESSES:
         for sampler in (*set(SAMPLERS) - set(samplers_for(config)), "heun"):
             with pytest.raises(ValueError) as caught:
-                sample(Known(Diffusion(config)), Diffusion(config), [0], sampler=sampler)
+                sample_classes(Known(Diffusion(config)), Diffusion(config), [0], sampler=sampler)
             text = str(caught.value)
             assert text.startswith(f"sampler: got '{sampler}'") and "\n" not in text
             assert text.endswith("expected one of " + ", ".join(samplers_for(config)))
@@ -80,7 +82,9 @@ def noise_of(seed, shape=(2, 4, 4)):
 def test_ddim_is_its_closed_form(steps):
     diffusion = Diffusion(DiffusionConfig(prediction_type="epsilon", noise_levels="linear"))
     model, x = Blurred(), noise_of(5)[None].double()
-    found = sample(model, diffusion, [1], seed=5, sampler="ddim", num_inference_steps=steps, sample_size=(2, 4, 4))
+    found = sample_classes(
+        model, diffusion, [1], seed=5, sampler="ddim", num_inference_steps=steps, sample_size=(2, 4, 4)
+    )
     cumulative = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)
     stride = 1000 // steps
     for t in range(999, -1, -stride):
@@ -97,7 +101,7 @@ def test_euler_and_renoising_are_their_closed_forms():
     x = noise_of(5)[None]
     for t in torch.linspace(1, 0.1, 10):
         x = x - 0.1 * model(x, 1000 * t[None], torch.tensor([2]))
-    found = sample(model, FLOW, [2], seed=5, sampler="euler", num_inference_steps=10, sample_size=(2, 4, 4))
+    found = sample_classes(model, FLOW, [2], seed=5, sampler="euler", num_inference_steps=10, sample_size=(2, 4, 4))
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
 
     diffusion = Diffusion(DiffusionConfig(prediction_type="sample", noise_levels="beta"))
@@ -110,7 +114,7 @@ def test_euler_and_renoising_are_their_closed_forms():
             fresh = torch.randn(1, 2, 4, 4, generator=generator)
             x = (1 - levels[index + 1]) * x0 + levels[index + 1] * fresh
     options = dict(seed=5, sampler="renoise", num_inference_steps=6, sample_size=(2, 4, 4))
-    torch.testing.assert_close(sample(model, diffusion, [2], **options), x0, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample_classes(model, diffusion, [2], **options), x0, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +124,38 @@ def test_a_seed_gives_the_same_sample_wherever_it_stands(config, sampler):
     diffusion, model = Diffusion(config), Blurred()
     options = dict(sampler=sampler, num_inference_steps=5, sample_size=(2, 4, 4))
     labels = [0, 1, 2, 1]
-    batch = sample(model, diffusion, labels, seed=11, **options)
-    assert torch.equal(batch, sample(model, diffusion, labels, seed=11, **options))
-    assert torch.equal(batch, sample(model, diffusion, labels, seed=[11, 12, 13, 14], **options))
-    reordered = sample(model, diffusion, [1, 2, 0], seed=[14, 13, 11], **options)
+    batch = sample_classes(model, diffusion, labels, seed=11, **options)
+    assert torch.equal(batch, sample_classes(model, diffusion, labels, seed=11, **options))
+    assert torch.equal(batch, sample_classes(model, diffusion, labels, seed=[11, 12, 13, 14], **options))
+    reordered = sample_classes(model, diffusion, [1, 2, 0], seed=[14, 13, 11], **options)
     assert torch.equal(reordered, batch[[3, 2, 0]])
-    assert torch.equal(sample(model, diffusion, [2], seed=13, **options)[0], batch[2])
-    assert not torch.equal(batch, sample(model, diffusion, labels, seed=12, **options))
-    assert sample(model, diffusion, [], **options).shape == (0, 2, 4, 4)
+    assert torch.equal(sample_classes(model, diffusion, [2], seed=13, **options)[0], batch[2])
+    assert not torch.equal(batch, sample_classes(model, diffusion, labels, seed=12, **options))
+    assert sample_classes(model, diffusion, [], **options).shape == (0, 2, 4, 4)
+
+
+def test_any_condition_may_be_bound():
+    """Labels, text or images: `sample` knows none of them."""
+    words = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+
+    def of_text(x, time):  # a network that is told words, [B, M, ...], and predicts their mean
+        assert x.shape == (2, 4, 4) and time.shape == (2,) and not torch.is_grad_enabled()
+        return words.mean(1).bfloat16()
+
+    diffusion = Diffusion(DiffusionConfig(prediction_type="sample", noise_levels="cosine"))
+    found = sample(of_text, diffusion, (2, 4, 4), device="cpu", num_inference_steps=3)
+    assert found.dtype == torch.float32 and torch.equal(found, words.mean(1).bfloat16().float())
+
+    model, labels = Known(FLOW).eval(), torch.tensor([1, 0])
+    options = dict(num_inference_steps=4, sampler="renoise", seed=[7, 3])
+    found = sample(functools.partial(model, labels=labels), FLOW, (2, 2, 4, 4), device="cpu", **options)
+    assert torch.equal(found, sample_classes(model, FLOW, labels, **options))
+
+
+@pytest.mark.parametrize("shape", [(3,), (-1, 2, 4), (1, 0, 4), torch.tensor([207, 360])], ids=str)
+def test_a_shape_must_be_one(shape):
+    with pytest.raises(ValueError, match=r"shape: got \[.*\]; expected \[B, C, \.\.\.\].*sample_classes"):
+        sample(lambda x, time: x, FLOW, shape, device="cpu")
 
 
 def test_guidance_moves_along_the_difference():
@@ -135,36 +163,38 @@ def test_guidance_moves_along_the_difference():
     labels = torch.tensor([0, 1])
     null = model.images[3]
     for scale in (0.0, 1.0, 2.5):
-        found = sample(model, FLOW, labels, guidance_scale=scale, num_inference_steps=3)
+        found = sample_classes(model, FLOW, labels, guidance_scale=scale, num_inference_steps=3)
         torch.testing.assert_close(found, null + scale * (model.images[labels] - null), rtol=0, atol=1e-4)
-    first = sample(model, FLOW, labels, guidance_scale=2.5, guidance_channels=1, num_inference_steps=3)
+    first = sample_classes(model, FLOW, labels, guidance_scale=2.5, guidance_channels=1, num_inference_steps=3)
     torch.testing.assert_close(first[:, 0], (null + 2.5 * (model.images[labels] - null))[:, 0], rtol=0, atol=1e-4)
     torch.testing.assert_close(first[:, 1], model.images[labels][:, 1], rtol=0, atol=1e-4)
 
 
 def test_guidance_runs_both_halves_inside_its_interval_only():
     model = Known(FLOW)
-    sample(model, FLOW, [0, 1, 2], guidance_scale=2, guidance_interval=(0.35, 0.85), num_inference_steps=10)
+    sample_classes(model, FLOW, [0, 1, 2], guidance_scale=2, guidance_interval=(0.35, 0.85), num_inference_steps=10)
     halves = [(round(call["time"]), call["batch"]) for call in model.calls]
     assert halves == [(t, 6 if 350 <= t <= 850 else 3) for t in range(1000, 0, -100)]
     model.calls.clear()
-    sample(model, FLOW, [0, 1, 2], guidance_scale=1, num_inference_steps=4)
+    sample_classes(model, FLOW, [0, 1, 2], guidance_scale=1, num_inference_steps=4)
     assert [call["batch"] for call in model.calls] == [3] * 4
 
 
 def test_further_conditioning_and_its_null():
     model = Known(FLOW)
     given = dict(token_conditioning=torch.ones(2, 5))
-    sample(model, FLOW, [0, 1], guidance_scale=2, num_inference_steps=1, conditioning=given)
+    sample_classes(model, FLOW, [0, 1], guidance_scale=2, num_inference_steps=1, conditioning=given)
     assert model.calls[-1]["token_conditioning"].sum(1).tolist() == [5, 5, 0, 0]
     null = dict(token_conditioning=torch.full((2, 5), 2.0))
-    sample(model, FLOW, [0, 1], guidance_scale=2, num_inference_steps=1, conditioning=given, null_conditioning=null)
+    sample_classes(
+        model, FLOW, [0, 1], guidance_scale=2, num_inference_steps=1, conditioning=given, null_conditioning=null
+    )
     assert model.calls[-1]["token_conditioning"].sum(1).tolist() == [5, 5, 10, 10]
 
 
 def test_callback_clipping_and_the_models_mode():
     model, seen = Known(FLOW).train(), []
-    found = sample(
+    found = sample_classes(
         model, FLOW, [0], num_inference_steps=4, clip_sample=0.5, progress=True,
         callback=lambda step, time, x, x0: seen.append((step, round(time, 3), x.shape, float(x0.abs().max()))),
     )  # fmt: skip
@@ -173,7 +203,7 @@ def test_callback_clipping_and_the_models_mode():
     torch.testing.assert_close(found, model.images[:1].clamp(-0.5, 0.5), rtol=0, atol=1e-6)
     assert model.training and not any(call["training"] for call in model.calls)
     with pytest.raises(RuntimeError, match="from the callback"):
-        sample(model, FLOW, [0], callback=lambda *_: (_ for _ in ()).throw(RuntimeError("from the callback")))
+        sample_classes(model, FLOW, [0], callback=lambda *_: (_ for _ in ()).throw(RuntimeError("from the callback")))
     assert model.training
 
 
@@ -183,13 +213,13 @@ def test_a_dit_samples_every_size_and_under_autocast():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     options = dict(num_inference_steps=2, guidance_scale=1.5)
-    found = sample(model, FLOW, [0, 10], **options)
-    assert found.shape == (2, 1, 28, 28) and torch.equal(found, sample(model, FLOW, [0, 10], **options))
-    assert sample(model, FLOW, [], **options).shape == (0, 1, 28, 28)
-    assert sample(model, FLOW, [1], sample_size=(8, 12), **options).shape == (1, 1, 8, 12)
-    rounded = sample(model, FLOW, [0, 10], autocast_dtype=torch.bfloat16, **options)
+    found = sample_classes(model, FLOW, [0, 10], **options)
+    assert found.shape == (2, 1, 28, 28) and torch.equal(found, sample_classes(model, FLOW, [0, 10], **options))
+    assert sample_classes(model, FLOW, [], **options).shape == (0, 1, 28, 28)
+    assert sample_classes(model, FLOW, [1], sample_size=(8, 12), **options).shape == (1, 1, 8, 12)
+    rounded = sample_classes(model, FLOW, [0, 10], autocast_dtype=torch.bfloat16, **options)
     assert rounded.dtype == torch.float32 and 0 < (rounded - found).norm() / found.norm() < 0.05
-    halved = sample(model.to(torch.bfloat16), FLOW, [0, 10], **options)
+    halved = sample_classes(model.to(torch.bfloat16), FLOW, [0, 10], **options)
     assert halved.dtype == torch.float32 and 0 < (halved - found).norm() / found.norm() < 0.05
 
 
@@ -210,22 +240,22 @@ def test_a_dit_samples_every_size_and_under_autocast():
 def test_bad_arguments_are_one_line_before_any_work(options, match):
     model = Known(FLOW)
     with pytest.raises(ValueError, match=match) as caught:
-        sample(model, FLOW, **{"class_labels": [0], **options})
+        sample_classes(model, FLOW, **{"class_labels": [0], **options})
     assert "\n" not in str(caught.value) and not model.calls
     discrete = Diffusion(DiffusionConfig(prediction_type="sample", noise_levels="linear"))
     with pytest.raises(ValueError, match=r"num_inference_steps: got 1001; expected 1\.\.1000"):
-        sample(model, discrete, [0], num_inference_steps=1001)
+        sample_classes(model, discrete, [0], num_inference_steps=1001)
     with pytest.raises(ValueError, match="guidance_scale: got 2"):
-        sample(Blurred(), FLOW, [0], guidance_scale=2, sample_size=(2, 4, 4))
+        sample_classes(Blurred(), FLOW, [0], guidance_scale=2, sample_size=(2, 4, 4))
     with pytest.raises(ValueError, match="sample_size: got None"):
-        sample(Blurred(), FLOW, [0])
+        sample_classes(Blurred(), FLOW, [0])
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([1.7]), [1.0], torch.tensor([True])])
 def test_labels_must_be_integers(labels):
     model = Known(FLOW)
     with pytest.raises(TypeError, match="class_labels: got dtype .*; expected int64"):
-        sample(model, FLOW, labels)
+        sample_classes(model, FLOW, labels)
     assert not model.calls
-    few = sample(model, FLOW, torch.tensor([1], dtype=torch.int32), num_inference_steps=2)
-    assert torch.equal(few, sample(model, FLOW, [1], num_inference_steps=2))
+    few = sample_classes(model, FLOW, torch.tensor([1], dtype=torch.int32), num_inference_steps=2)
+    assert torch.equal(few, sample_classes(model, FLOW, [1], num_inference_steps=2))

@@ -53,7 +53,9 @@ def test_help_lists_what_fits_the_run_and_nothing_else(run, capsys):
         assert own in text and other not in text and "--weights" in text
     with pytest.raises(SystemExit):
         sample.main(["--help"])
-    assert "a bell curve over numbers" in " ".join(capsys.readouterr().out.split())  # which kinds there are, where no run is named
+    assert "a bell curve over numbers" in " ".join(
+        capsys.readouterr().out.split()
+    )  # which kinds there are, where no run is named
 
 
 def test_what_a_kind_cannot_do_is_one_line(run, capsys):

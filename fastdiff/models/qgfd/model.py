@@ -1,15 +1,17 @@
 """QGFD diffusion models of any modality: one denoiser over the latent tokens of one adapter, or of several."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.device import autocast, evaluating
-from fastdiff.diffusion.continuous import Diffusion, DiffusionConfig
-from fastdiff.diffusion.sampling import check_interval, denoise
+from fastdiff.device import evaluating
+from fastdiff.diffusion.config import DiffusionConfig
+from fastdiff.diffusion.continuous import Diffusion
+from fastdiff.diffusion.guidance import Guided, check_guidance, join_halves
+from fastdiff.diffusion.sampling import sample
 from fastdiff.models.pretrained import Pretrained
 from fastdiff.models.qgfd.adapters import (
     ADAPTERS,
@@ -235,8 +237,9 @@ class QGFDModel(Pretrained):
             count: number of samples; may be left out where `conditions` tell.
             conditions: what to condition on, as in a batch: {"labels"}, {"condition_ids", "condition_mask"}.
             length: of the samples, in the modality's unit (`Adapter.sample_shape`).
-            num_inference_steps, guidance_scale, guidance_interval, sampler, seed, clip_sample, autocast_dtype,
-                progress: as in `fastdiff.diffusion.sample`; latents have unit scale.
+            num_inference_steps, sampler, seed, clip_sample, progress: as in `fastdiff.diffusion.sample`; latents have
+                unit scale.
+            guidance_scale, guidance_interval, autocast_dtype: as in `fastdiff.diffusion.Guided`.
             diffusion: None is the configuration's.
 
         Raises ValueError for an argument that does not fit.
@@ -244,23 +247,37 @@ class QGFDModel(Pretrained):
         adapter, conditions = self.adapter(modality), {} if conditions is None else conditions
         diffusion = self.diffusion if diffusion is None else diffusion
         count = self._check_sampling(adapter, count, conditions, guidance_scale)
-        check_interval(guidance_interval)
+        check_guidance(guidance_scale, guidance_interval)
         device = next(self.backbone.parameters()).device
         shape = adapter.sample_shape(count, length, device)
-        options = {"num_inference_steps": num_inference_steps, "sampler": sampler, "seed": seed}
-        options |= {"clip_sample": clip_sample, "progress": progress}
+        size = (count, shape.length, self.config.backbone.latent_dim)
         with torch.no_grad(), evaluating(self):
             conditions = {name: value.to(device) for name, value in conditions.items()}
             condition = self._condition(adapter, conditions or {"count": torch.empty(count, device=device)})
             null = None
             if guidance_scale != 1:
                 null = self._with_modality(adapter, adapter.null_condition(count, device), count)
-            predict = _Predictor(
-                self.backbone, adapter, diffusion, shape, condition, null, guidance_scale, guidance_interval,
-                autocast_dtype,
+            guided = Guided(
+                _denoiser(self.backbone, shape.position_ids),
+                _as_guided(condition, shape.mask),
+                None if null is None else _as_guided(null, shape.mask),
+                diffusion,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                join=_join,
+                autocast_dtype=autocast_dtype,
+            )
+
+            def predict(x: Tensor, time: Tensor) -> Tensor:
+                evidence = adapter.evidence(x, *diffusion.alpha_sigma(diffusion.level(time)))
+                if evidence is None:
+                    return guided(x, time)
+                return adapter.clean(guided(adapter.expected(evidence), time), evidence)
+
+            tokens = sample(
+                predict, diffusion, size, device=device, num_inference_steps=num_inference_steps, sampler=sampler,
+                seed=seed, clip_sample=clip_sample, progress=progress,
             )  # fmt: skip
-            size = (count, shape.length, self.config.backbone.latent_dim)
-            tokens = denoise(predict, diffusion, size, device, **options)
         return Latents(tokens, shape.mask, shape.position_ids)
 
     @classmethod
@@ -296,49 +313,34 @@ class QGFDModel(Pretrained):
         return sizes.pop()
 
 
-class _Predictor:
-    """The backbone's prediction under classifier-free guidance, as `denoise` of the samplers asks for it."""
+def _denoiser(backbone: QGFDBackbone, position_ids: Tensor | None) -> Callable[..., Tensor]:
+    """The backbone over tokens of any dtype."""
 
-    def __init__(self, backbone, adapter, diffusion, shape, condition, null, scale, interval, autocast_dtype) -> None:
-        self.backbone, self.adapter, self.diffusion = backbone, adapter, diffusion
-        self.mask, self.position_ids, self.condition = shape.mask, shape.position_ids, condition
-        self.scale, self.interval, self.autocast_dtype = scale, interval, autocast_dtype
-        self.both = None if null is None else _stack(condition, null)
+    def predict(x: Tensor, time: Tensor, **condition: Tensor | None) -> Tensor:
+        return backbone(x.to(backbone.x_proj.weight.dtype), time, position_ids=position_ids, **condition)
 
-    def __call__(self, x: Tensor, time: Tensor, fraction: float) -> tuple[Tensor, None]:
-        evidence = self.adapter.evidence(x, *self.diffusion.alpha_sigma(self.diffusion.level(time)))
-        if evidence is None:
-            return self._guided(x, time, fraction), None
-        prediction = self._guided(self.adapter.expected(evidence), time, fraction)
-        return self.adapter.clean(prediction, evidence), None
-
-    def _guided(self, x: Tensor, time: Tensor, fraction: float) -> Tensor:
-        if self.both is None or not self.interval[0] <= fraction <= self.interval[1]:
-            return self._run(x, time, self.condition, self.mask)
-        mask = None if self.mask is None else torch.cat([self.mask, self.mask])
-        both = self._run(torch.cat([x, x]), torch.cat([time, time]), self.both, mask)
-        conditional, unconditional = both.chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)
-
-    def _run(self, x: Tensor, time: Tensor, condition: Condition, mask: Tensor | None) -> Tensor:
-        x = x.to(self.backbone.x_proj.weight.dtype)
-        with autocast(x.device, self.autocast_dtype):
-            return self.backbone(x, time, *condition, mask=mask, position_ids=self.position_ids).float()
+    return predict
 
 
-def _stack(condition: Condition, null: Condition) -> Condition:
+def _as_guided(condition: Condition, mask: Tensor | None) -> dict[str, Tensor | None]:
+    """A condition, and which latents are there, by the names of the backbone's arguments."""
+    return {"cond_tokens": condition[0], "cond_mask": condition[1], "mask": mask}
+
+
+def _join(conditional: Mapping[str, Tensor | None], null: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
     """Conditional half, then unconditional; the shorter is filled up with tokens that are masked."""
-    (tokens, mask), (null_tokens, null_mask) = condition, null
-    if null_tokens is None:  # one zero token is what the backbone takes for None
-        null_tokens, null_mask = torch.zeros_like(tokens[:, :1]), None
-    if tokens.shape == null_tokens.shape and mask is None and null_mask is None:
-        return torch.cat([tokens, null_tokens]), None
-    longest, halves = max(tokens.shape[1], null_tokens.shape[1]), []
-    for states, seen in ((tokens, mask), (null_tokens, null_mask)):
-        seen = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if seen is None else seen
-        extra = longest - states.shape[1]
-        halves.append((nn.functional.pad(states, (0, 0, 0, extra)), nn.functional.pad(seen, (0, extra))))
-    return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
+    conditional, null = dict(conditional), dict(null)
+    if null["cond_tokens"] is None:  # one zero token is what the backbone takes for None
+        null["cond_tokens"], null["cond_mask"] = torch.zeros_like(conditional["cond_tokens"][:, :1]), None
+    halves = (conditional, null)
+    lengths = [half["cond_tokens"].shape[1] for half in halves]
+    if lengths[0] != lengths[1] or any(half["cond_mask"] is not None for half in halves):
+        for half, length in zip(halves, lengths, strict=True):
+            states, seen, extra = half["cond_tokens"], half["cond_mask"], max(lengths) - length
+            seen = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if seen is None else seen
+            half["cond_tokens"] = nn.functional.pad(states, (0, 0, 0, extra))
+            half["cond_mask"] = nn.functional.pad(seen, (0, extra))
+    return join_halves(conditional, null)
 
 
 def as_config(values: Mapping) -> QGFDModelConfig:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastdiff.data import DataConfig, ImageData
-from fastdiff.diffusion.continuous import DiffusionConfig
+from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
 from fastdiff.models.dit import DiTConfig
 from fastdiff.training.config import TrainingConfig

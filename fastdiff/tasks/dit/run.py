@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.device import autocast_dtype, check_device
-from fastdiff.diffusion import Diffusion, DiffusionConfig, sample, samplers_for
+from fastdiff.diffusion import Diffusion, DiffusionConfig, sample_classes, samplers_for
 from fastdiff.models.dit import DiT
 from fastdiff.models.pretrained import CONFIG_NAME, read_config
 from fastdiff.recipes import load_recipe
@@ -115,7 +115,7 @@ class DiTRun(Run):
         with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
                 part = labels[start : start + batch_size]
-                images = sample(
+                images = sample_classes(
                     self.model,
                     self.diffusion,
                     part.to(device),

@@ -1,5 +1,6 @@
 """Training of a class-conditional DiT: its task. The recipe is in recipe.py."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from fastdiff.data import EpochStream, ImageData, load_data
 from fastdiff.data.images import flip_some
 from fastdiff.device import autocast_dtype
+from fastdiff.diffusion.classes import sample_classes
 from fastdiff.diffusion.continuous import Diffusion
-from fastdiff.diffusion.sampling import sample
 from fastdiff.models.dit import DiT
 from fastdiff.recipes import plain
 from fastdiff.tasks.dit.recipe import DiTRecipe, check_fit
@@ -73,7 +74,8 @@ class DiTTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of the images' losses."""
-        return self.diffusion.loss(model, batch["x0"], batch["labels"], batch["t"], batch["noise"]).sum()
+        predict = functools.partial(model, class_labels=batch["labels"])
+        return self.diffusion.loss(predict, batch["x0"], batch["t"], batch["noise"]).sum()
 
     def sample_ids(self, step: int) -> list[int]:
         """Indices in the training part of the data."""
@@ -94,7 +96,7 @@ class DiTTask:
         sampling, names = self.config.sampling, self.data.class_names[:20]
         labels = torch.arange(len(names)).repeat_interleave(sampling.images_per_class)
         device = next(model.parameters()).device
-        images = sample(
+        images = sample_classes(
             model,
             self.diffusion,
             labels.to(device),

@@ -13,7 +13,7 @@ from fastdiff.data import (
     TokenizerConfig,
     VideoDataConfig,
 )
-from fastdiff.diffusion.continuous import DiffusionConfig
+from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
 from fastdiff.models.qgfd.adapters import (
     MODALITIES,

@@ -10,8 +10,8 @@ import torch
 from fastdiff.data import TableSchema
 from fastdiff.device import autocast_dtype, check_device
 from fastdiff.models.pretrained import read_config
-from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.models.qgfd.backbone import QGFDSelfAttention
+from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.hub import local_folder
 from fastdiff.tasks.kinds import kind_named, kind_of
