@@ -68,7 +68,7 @@ class FastdiffLM(TemplateLM):
             many tokens a step.
         num_draws: masks for each log-likelihood.
         batch_size: rows computed at once.
-        seed: of the masks; those of a request depend on it and the request's tokens alone.
+        seed: seed of the masks; those of a request depend on it and the request's tokens alone.
         process: gives the masks and, to a model with timestep embedding, times; None is the linear schedule.
     """
 

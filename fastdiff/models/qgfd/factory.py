@@ -45,10 +45,10 @@ def create_qgfd_model(
         own normalisation happens in the adapter. The schedule is `Diffusion(config.diffusion)`.
 
     Raises:
-        ValueError: an unknown modality, a backbone of another modality or sampling rate, a tokenizer or table processor
+        ValueError: an unknown modality, an encoder of another modality or sampling rate, a tokenizer or table processor
             that is missing.
-        TypeError: `config` is no QGFDModelConfig.
-        FileNotFoundError: the backbone is not to be had.
+        TypeError: `config` is not a QGFDModelConfig.
+        FileNotFoundError: the encoder cannot be found.
     """
     several = not isinstance(modality, str)
     names = tuple(modality) if several else (modality,)

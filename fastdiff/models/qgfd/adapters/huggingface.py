@@ -32,14 +32,14 @@ def model_types(modality: str) -> tuple[str, ...]:
 def check_type(name: str, modality: str) -> Any:
     """The configuration of a pretrained encoder of a modality.
 
-    Raises FileNotFoundError where there is none to be had, ValueError where it is of another modality; one line.
+    Raises FileNotFoundError where there is none, ValueError where it is of another modality; one line.
     """
     from transformers import AutoConfig
 
     expected = model_types(modality)
     if not expected:
         raise ValueError(
-            f"backbone_name: got {name!r}; modality {modality!r} has no Hugging Face backbone: leave it out"
+            f"backbone_name: got {name!r}; modality {modality!r} has no Hugging Face encoder: leave it out"
         )
     config = _fetch(AutoConfig.from_pretrained, name, f"a model of type {', '.join(expected[:3])}, …")
     if config.model_type not in expected:
