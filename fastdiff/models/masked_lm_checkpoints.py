@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.errors import reason_of
+from fastdiff.files import read_json
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.models.masked_lm_layouts import (
     ADAPTABLE,
@@ -23,7 +24,7 @@ from fastdiff.models.masked_lm_layouts import (
     MODEL_TYPES,
     grow_vocabulary,
 )
-from fastdiff.models.pretrained import CONFIG_NAME, check_state, read_json, read_weights
+from fastdiff.models.pretrained import CONFIG_NAME, check_state, read_weights
 
 GPT2_MASK_TOKEN_ID = 10541  # DiffuGPT's: a token that text hardly ever has
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdiff.errors import reason_of
-from fastdiff.files import write_atomically
+from fastdiff.files import read_json, write_atomically
 from fastdiff.version import __version__
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
@@ -207,17 +207,6 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} in it; expected a folder written by save_pretrained")
     return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError where it is damaged or holds something else; one line."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {reason_of(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: got a JSON {type(content).__name__}; expected an object")
-    return content
 
 
 def read_tensors(path: Path, owner: str = "a model") -> dict[str, Any]:
