@@ -165,7 +165,7 @@ class DiT(Pretrained):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, **options: Any) -> "DiT":
-        """Loads a model, in eval mode; the format is told from the files.
+        """Loads a model, in eval mode; its files say which format it has.
 
         Args:
             path: a folder written by `save_pretrained`; a folder of diffusers' DiTTransformer2DModel (or a pipeline

@@ -246,7 +246,7 @@ class MaskedDiffusionLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any) -> "MaskedDiffusionLM":
-        """Loads a model, in eval mode; the format is told from config.json.
+        """Loads a model, in eval mode; config.json says which format it has.
 
         Args:
             path: a folder or hub id: written by `save_pretrained`, or of GPT-2, DiffuGPT, DiffuLLaMA, Llama, Qwen2,

@@ -183,7 +183,7 @@ def test_bad_names_are_one_line(checkpoints, tmp_path):
     other_rate = config_for("audio", sampling_rate=4000)
     one_line(
         ValueError,
-        "got 4000; the encoder .* hears 8000 Hz",
+        "got 4000; the encoder .* expects 8000 Hz audio",
         lambda: create_qgfd_model("audio", str(checkpoints["audio"]), other_rate),
     )
     words = tmp_path / "t5_without_words"

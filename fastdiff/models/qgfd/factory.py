@@ -113,7 +113,7 @@ def _prepare_pretrained(modality: str, config: Any, processor: Any) -> Any:
         if config.sampling_rate not in (rate, type(config)().sampling_rate):
             raise ValueError(
                 f"AudioAdapterConfig.sampling_rate: got {config.sampling_rate}; the encoder {config.backbone_name} "
-                f"hears {rate} Hz: leave it out, and count num_samples at that rate"
+                f"expects {rate} Hz audio: leave it out, and count num_samples at that rate"
             )
         config.sampling_rate, config.normalise = rate, bool(processor.do_normalize)
     elif getattr(processor, "do_normalize", True):

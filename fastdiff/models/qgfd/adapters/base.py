@@ -101,7 +101,7 @@ class Adapter(nn.Module):
     """
 
     modality: ClassVar[str]
-    fields: ClassVar[tuple[str, ...]]  # of a batch, one of which at least holds the data
+    fields: ClassVar[tuple[str, ...]]  # fields of a batch: at least one of them holds the data
 
     def __init__(self, config: AdapterConfig, qgfd: QGFDConfig) -> None:
         super().__init__()

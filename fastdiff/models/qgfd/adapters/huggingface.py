@@ -121,7 +121,7 @@ def _fetch(load: Any, name: str, expected: str, **options: Any) -> Any:
         )
     try:
         return load(str(path) if path.is_dir() else name, trust_remote_code=False, **options)
-    except Exception as error:  # of many kinds: no such id, no network, nothing fitting in the folder
+    except Exception as error:  # many kinds: no such id, no network, nothing that fits in the folder
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
             f"backbone_name: {name!r} cannot be loaded ({reason}); expected a hub id or a folder with {expected}"

@@ -27,7 +27,7 @@ class TabularAdapterConfig(AdapterConfig):
 
     Attributes:
         num_numbers: Columns of numbers.
-        category_sizes: Of each column of categories, how many there are.
+        category_sizes: Number of categories of each such column.
     """
 
     num_numbers: int = 0

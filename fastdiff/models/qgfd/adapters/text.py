@@ -27,7 +27,7 @@ from fastdiff.models.qgfd.adapters.base import (
 from fastdiff.models.qgfd.adapters.huggingface import encoder_of
 from fastdiff.models.qgfd.backbone import QGFDConfig
 
-_LEAST_NOISE = 0.1  # that nearest embeddings are told apart in
+_LEAST_NOISE = 0.1  # least noise that the nearest embedding is chosen under
 _CERTAIN = 30.0  # logit of a token that is given
 _LEAST_VARIANCE = 1e-4  # noise on latents: with less variance there is no doubt
 
