@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
         f"lm-eval tasks need the package {error.name}; pip install 'fastdiff-kernels[lm-eval]'"
     ) from None
 
-_BOOTSTRAP = 1000  # resamplings for the standard error of metrics that are no means
+_BOOTSTRAP = 1000  # resamplings for the standard error of metrics that are not means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FastdiffLM(TemplateLM):
     """A masked diffusion language model as the harness sees it.
 
     - `loglikelihood`: minus the bound of the continuation given the context, from `num_draws` masks (one where the
-      continuation is one token: there is one mask). `is_greedy`: whether decoding at temperature 0, a token a step,
+      continuation is one token: there is one mask). `is_greedy`: whether decoding at temperature 0, one token per step,
       the most confident first, gives the continuation.
     - `loglikelihood_rolling`: the same of a whole text, in windows of the model's positions, each token once; a window
       sees the token before it, the last one as much as fits.
@@ -65,10 +65,10 @@ class FastdiffLM(TemplateLM):
         model: a `fastdiff.models.MaskedDiffusionLM`.
         tokenizer: its tokenizer.
         config: how to generate; a task's `max_gen_toks` replaces max_new_tokens, rounded up to whole blocks, with as
-            many tokens a step.
+            many tokens per step.
         num_draws: masks for each log-likelihood.
         batch_size: rows computed at once.
-        seed: of the masks; those of a request depend on it and the request's tokens alone.
+        seed: seed of the masks; those of a request depend on it and the request's tokens alone.
         process: gives the masks and, to a model with timestep embedding, times; None is the linear schedule.
     """
 

@@ -1,8 +1,9 @@
 """QGFD attention in transformers' models: `model.set_attn_implementation("qgfd")`.
 
 Importing this module registers the name. Settings come from the model's config, a plain dict that is saved with it:
-`config.qgfd = {"steps": 1, "alpha": 0.5, …}` (`fastdiff.nn.QGFDSettings`); without it they are system 001's. It is the
-config of the attention module that counts; a model of several parts has several, and `use_qgfd` writes to them all.
+`config.qgfd = {"steps": 1, "alpha": 0.5, …}` (`fastdiff.nn.QGFDSettings`); without it they are those of the
+repository rajboopathiking/TorchDire. The config of the attention module counts; a model of several parts has several
+configs, and `use_qgfd` writes to them all.
 
 Self-attention is diffused, cross-attention is plain. Masks of padding and causal ones never become L x L tensors.
 """
@@ -28,8 +29,8 @@ from fastdiff.nn.qgfd import DiffusedValues, QGFDSettings, attended_of_float, di
 
 NAME = "qgfd"
 
-# What models hand to attention functions that has no say in attention, or (a window) is in the mask already.
-_NO_SAY = frozenset(
+# Arguments that models pass but that do not affect attention, or (a window) that are in the mask already.
+_IGNORED_ARGUMENTS = frozenset(
     "position_ids cache_position use_cache return_dict output_hidden_states output_router_logits num_items_in_batch"
     " sliding_window deterministic position_embeddings layer_idx".split()
 )
@@ -75,7 +76,7 @@ def qgfd_mask(
     allow_is_bidirectional_skip: bool = False,
     **others: Any,
 ) -> Tensor | None:
-    """The mask that `qgfd_attention_forward` reads, in the place of transformers' `sdpa_mask`.
+    """The mask that `qgfd_attention_forward` reads, instead of transformers' `sdpa_mask`.
 
     - None: no padding; whether it is causal is the module's to say, as with SDPA.
     - bool [B, L_k]: causal, with these keys.
@@ -128,9 +129,9 @@ def qgfd_attention_forward(
     """transformers' attention function of the name "qgfd".
 
     Raises:
-        ValueError: unknown settings; an argument of the model that changes attention and that QGFD attention has not
-            (position_bias, softcap, s_aux, head_mask, …: whatever is not known to have no say); a cache where settings
-            have none; cross-attention that cannot be told apart (`mark_cross_attention`).
+        ValueError: unknown settings; an argument of the model that may change attention and that QGFD attention does
+            not have (position_bias, softcap, s_aux, head_mask, …); a cache where the settings allow none;
+            cross-attention that cannot be told from self-attention (`mark_cross_attention`).
     """
     settings = QGFDSettings.from_dict(getattr(getattr(module, "config", None), NAME, None), f"config.{NAME}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -161,13 +162,17 @@ def _for_sdpa(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> 
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:
-    given = [name for name, value in others.items() if value is not None and value is not False and name not in _NO_SAY]
+    given = [
+        name
+        for name, value in others.items()
+        if value is not None and value is not False and name not in _IGNORED_ARGUMENTS
+    ]
     if "output_attentions" in given:
         raise ValueError('output_attentions is True; "qgfd" never makes the weights: use attn_implementation="eager"')
     if given:
         raise ValueError(
-            f'the model gives its attention {", ".join(given)}, which "qgfd" has not; expected a model without (use'
-            ' model.set_attn_implementation("eager") for this one)'
+            f'the model gives its attention {", ".join(given)}, which "qgfd" does not have; expected a model without'
+            ' (use model.set_attn_implementation("eager") for this one)'
         )
 
 

@@ -165,13 +165,13 @@ class DiT(Pretrained):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, **options: Any) -> "DiT":
-        """Loads a model, in eval mode; the format is told from the files.
+        """Loads a model, in eval mode; its files say which format it has.
 
         Args:
             path: a folder written by `save_pretrained`; a folder of diffusers' DiTTransformer2DModel (or a pipeline
                 folder with one in `transformer/`); a facebookresearch/DiT file (.pt, or .safetensors with the same
                 names), its EMA weights if it holds both.
-            dtype: of the parameters.
+            dtype: dtype of the parameters.
             options: fields of `DiTConfig` that no weight depends on, such as `attention`; for a
                 facebookresearch file also `num_heads` where the width is not that of a preset. For a folder written
                 by `save_pretrained` also `weights`, the name of the file with them, as in a run's checkpoint.

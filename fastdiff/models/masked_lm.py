@@ -81,7 +81,7 @@ class TransformerStack(nn.Module):
 
 
 class Denoiser(TransformerStack):
-    """The stack with token embeddings and, where the model is told the time, its embedding."""
+    """The stack with token embeddings and, where the model takes the time, its embedding."""
 
     def __init__(self, config: MaskedDiffusionLMConfig) -> None:
         super().__init__(config, config.num_hidden_layers, config.cross_attention_dim)
@@ -246,7 +246,7 @@ class MaskedDiffusionLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any) -> "MaskedDiffusionLM":
-        """Loads a model, in eval mode; the format is told from config.json.
+        """Loads a model, in eval mode; config.json says which format it has.
 
         Args:
             path: a folder or hub id: written by `save_pretrained`, or of GPT-2, DiffuGPT, DiffuLLaMA, Llama, Qwen2,
@@ -272,7 +272,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> "MaskedDiffusionLM":
-        """GPT-2 made a masked diffusion model (Gong et al. 2025; system 004): bidirectional, logits shifted by one.
+        """GPT-2 made a masked diffusion model (DiffuGPT, Gong et al. 2025): bidirectional, logits shifted by one.
 
         Args:
             source: a transformers GPT2LMHeadModel, or a folder or hub id of one.
@@ -376,4 +376,4 @@ def _check_cache(input_ids: Tensor, cache: KeyValueCache | None, columns: Tensor
     if columns is not None and columns.shape not in ((length,), (batch, length)):
         raise ValueError(f"cache_columns: got shape {list(columns.shape)}; expected [{length}] or [{batch}, {length}]")
     if rows is not None and rows.shape != (batch,):
-        raise ValueError(f"cache_rows: got shape {list(rows.shape)}; expected [{batch}], one a sequence")
+        raise ValueError(f"cache_rows: got shape {list(rows.shape)}; expected [{batch}], one per sequence")

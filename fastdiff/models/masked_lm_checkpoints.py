@@ -26,7 +26,7 @@ from fastdiff.models.masked_lm_layouts import (
 )
 from fastdiff.models.pretrained import CONFIG_NAME, check_state, read_weights
 
-GPT2_MASK_TOKEN_ID = 10541  # of system 004 and DiffuGPT: a token that text hardly ever has
+GPT2_MASK_TOKEN_ID = 10541  # DiffuGPT's: a token that text hardly ever has
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _FIELDS = {field.name for field in dataclasses.fields(MaskedDiffusionLMConfig)}

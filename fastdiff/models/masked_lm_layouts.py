@@ -151,7 +151,7 @@ def _llama_style(config, state, fields, rope_theta):
 
 def _untangle_head(state: dict[str, Tensor], tied: bool, fields: dict[str, Any]) -> dict[str, Tensor]:
     """Sets vocab_size and tie_word_embeddings from the weights; a tied head is dropped from them."""
-    if EMBEDDING not in state and HEAD in state and tied:  # of two tied tensors a file may hold either
+    if EMBEDDING not in state and HEAD in state and tied:  # a file may hold either of two tied tensors
         state[EMBEDDING] = state[HEAD]
     if HEAD not in state or (tied and torch.equal(state[HEAD], state[EMBEDDING])):
         state.pop(HEAD, None)

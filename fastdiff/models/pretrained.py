@@ -79,7 +79,7 @@ class Pretrained(nn.Module):
 
         Args:
             path: the folder.
-            dtype: of the parameters.
+            dtype: dtype of the parameters.
             weights: name of the file with the weights, such as ema.safetensors in a checkpoint of a run.
             overrides: fields of the configuration that no weight depends on (`free_fields`).
 
@@ -166,7 +166,7 @@ def check_state(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], 
     """Raises ValueError where names or shapes of weights read from `path` are not those of a model's state dict.
 
     Args:
-        state: what was read.
+        state: the tensors that were read.
         model_state: the state dict of the model that should get it.
         path: named in the message.
         owner: the model, in the message's words.

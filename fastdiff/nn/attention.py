@@ -14,9 +14,15 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "matmul")
 _CPU_MATMUL_MAX_TOKENS = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
 
 
-def prefers_matmul(query: Tensor) -> bool:
-    """Whether plain products are the faster attention for a `[..., L, d]` query, by the table above."""
-    return query.device.type == "cpu" and query.shape[-2] <= _CPU_MATMUL_MAX_TOKENS.get(query.dtype, 0)
+def prefers_matmul(query: Tensor, keys: int | None = None) -> bool:
+    """Whether plain products are the faster attention for a `[..., L, d]` query, by the table above.
+
+    The table was measured with as many keys as queries: with more than twice as many `keys` (None is L) it says nothing
+    for plain products.
+    """
+    queries = query.shape[-2]
+    fits = query.device.type == "cpu" and queries <= _CPU_MATMUL_MAX_TOKENS.get(query.dtype, 0)
+    return fits and (keys is None or keys <= 2 * queries)
 
 
 class SelfAttention(nn.Module):

@@ -39,7 +39,7 @@ def attend(
     """Softmax attention. flash-attn takes float16 and bfloat16 on CUDA, without a mask or with one over keys."""
     grouped = query.shape[1] != key.shape[1]
     if implementation != FLASH or not _fits(query, mask):
-        if prefers_matmul(query) and key.shape[-2] <= 2 * query.shape[-2]:  # as the table was measured: about square
+        if prefers_matmul(query, key.shape[-2]):
             if grouped:
                 key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
             return matmul_attention(query, key, value, mask, dropout)

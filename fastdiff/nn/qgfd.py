@@ -10,35 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.ops._qgfd_hops import unit_keys
-from fastdiff.ops._qgfd_options import Options, Recurrence, Transition, check_options
+from fastdiff.ops._qgfd_options import QGFDOptions
 from fastdiff.ops.qgfd_attention import qgfd_attention, qgfd_attention_dense, qgfd_values
 
 DropoutKind = Literal["mixed", "hop"]
 
 
-@dataclass(frozen=True)
-class QGFDSettings:
-    """How attention is diffused (`fastdiff.ops.qgfd_attention`); the defaults are system 001's.
+@dataclass(frozen=True, kw_only=True)
+class QGFDSettings(QGFDOptions):
+    """How a module diffuses attention: `fastdiff.ops.QGFDOptions`, and what it drops.
 
     `dropout_kind` says what attention's dropout drops in training: "mixed", weights of the diffused matrix, which only
     the dense path can do (L x L matrices), or "hop", weights of each hop's matrix, through torch's attention (with
     transition "attention" at temperature 1 alone). Raises ValueError for a value that does not fit.
     """
 
-    steps: int = 1
-    alpha: float = 0.5
-    transition: Transition = "attention"
-    recurrence: Recurrence = "power"
-    temperature: float = 1.0
-    sink_isolation: bool = False
     dropout_kind: DropoutKind = "mixed"
 
     def __post_init__(self) -> None:
-        check_options(self.options, 0.0)
+        QGFDOptions.__post_init__(self)
         if self.dropout_kind not in get_args(DropoutKind):
-            raise ValueError(f"dropout_kind is {self.dropout_kind!r}; expected 'mixed' or 'hop'")
+            raise ValueError(f"dropout_kind: got {self.dropout_kind!r}; expected 'mixed' or 'hop'")
         if self.dropout_kind == "hop" and (self.transition != "attention" or self.temperature != 1):
-            raise ValueError("dropout_kind is 'hop' with transition 'key' or a temperature; expected 'mixed'")
+            raise ValueError("dropout_kind: got 'hop' with transition 'key' or a temperature; expected 'mixed'")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None, name: str) -> "QGFDSettings":
@@ -51,22 +45,7 @@ class QGFDSettings:
         try:
             return cls(**(values or {}))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-
-    @property
-    def options(self) -> Options:
-        numbers = self.steps, self.alpha, self.transition, self.recurrence, self.temperature, self.sink_isolation
-        return Options(*numbers, scale=None, hop_dropout_p=0.0)
-
-    @property
-    def of_values(self) -> dict[str, Any]:
-        """The keyword arguments of `fastdiff.ops.qgfd_values`."""
-        return self.options.of_values()
-
-    @property
-    def plain(self) -> bool:
-        """Nothing is diffused."""
-        return self.options.plain
+            raise ValueError(f"{name}.{error}") from None
 
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(QGFDSettings))
@@ -97,7 +76,7 @@ def diffused_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=True
         )
-    shared |= settings.of_values | {"transition": settings.transition, "is_causal": is_causal}
+    shared |= settings.of_attention | {"is_causal": is_causal}
     mixed = settings.dropout_kind == "mixed"
     if attn_mask is not None and dropout_p > 0 and not mixed:
         raise ValueError("dropout_kind is 'hop' with an arbitrary mask in training; expected 'mixed', or no dropout")
@@ -151,7 +130,7 @@ class DiffusedValues:
             return self.hops[-1]
         for step in range(1, settings.steps + 1):
             new = _next_rows(key, below, old, settings, key_mask)
-            if step in settings.options.mixed:
+            if step in settings.mixed:
                 new = torch.lerp(value[:, :, old:], new, settings.alpha)
             below = torch.cat([self.hops[step - 1], new], 2) if old else new
             hops.append(below)
@@ -177,19 +156,20 @@ def _next_rows(key: Tensor, below: Tensor, old: int, settings: QGFDSettings, key
 
 
 class QGFDAttention(nn.Module):
-    """Multi-head QGFD attention in the place of `torch.nn.MultiheadAttention`, whose state_dict it loads and gives.
+    """Multi-head QGFD attention instead of `torch.nn.MultiheadAttention`, whose state_dict it loads and gives.
 
     The chain runs over one sequence. With transition "attention" a call with L_q != L_k, which is cross-attention, is
-    plain attention (as in system 001); cross-attention whose lengths may be equal is built with steps=0. Transition
-    "key" diffuses over the keys, whatever the queries.
+    plain attention (as in TorchDire); cross-attention whose lengths may be equal is built with steps=0.
+    Transition "key" diffuses over the keys, whatever the queries.
 
-    `alpha` and the other settings are plain attributes, to be changed by a schedule, say (system 001's later version
-    warmed alpha up from 0.02 to 0.10).
+    `alpha` and the other settings are plain attributes: a schedule may change them (a later version of
+    TorchDire warmed alpha up from 0.02 to 0.10).
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim: as in MultiheadAttention; embed_dim a multiple of num_heads.
         batch_first: inputs and outputs are [B, L, D]; False: [L, B, D].
-        steps, alpha, transition, recurrence, temperature, sink_isolation, dropout_kind: `QGFDSettings`.
+        settings: the fields of `QGFDSettings`: steps, alpha, transition, recurrence, temperature, sink_isolation,
+            dropout_kind.
 
     Raises ValueError for an argument that does not fit. add_bias_kv and add_zero_attn of MultiheadAttention are not
     there: they add keys that no chain starts from.
@@ -208,15 +188,9 @@ class QGFDAttention(nn.Module):
         kdim: int | None = None,
         vdim: int | None = None,
         batch_first: bool = True,
-        steps: int = 1,
-        alpha: float = 0.5,
-        transition: Transition = "attention",
-        recurrence: Recurrence = "power",
-        temperature: float = 1.0,
-        sink_isolation: bool = False,
-        dropout_kind: DropoutKind = "mixed",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
@@ -226,9 +200,9 @@ class QGFDAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.dropout, self.batch_first = dropout, batch_first
-        self.steps, self.alpha, self.transition, self.recurrence = steps, alpha, transition, recurrence
-        self.temperature, self.sink_isolation, self.dropout_kind = temperature, sink_isolation, dropout_kind
-        self.settings  # noqa: B018  raises for what does not fit
+        checked = QGFDSettings(**settings)
+        for name in SETTINGS:  # plain attributes, which a schedule may change
+            setattr(self, name, getattr(checked, name))
 
         kind = {"device": device, "dtype": dtype}
         packed = self.kdim == self.vdim == embed_dim
@@ -269,7 +243,7 @@ class QGFDAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """Attention's output, [B, L_q, embed_dim], and None in the place of the weights, which are never made.
+        """Attention's output, [B, L_q, embed_dim], and None instead of the weights, which are never made.
 
         Masks have torch's polarity: in key_padding_mask and attn_mask, True = ignore; floats are 0 or -inf. With
         is_causal attn_mask is taken to be the causal mask, and not looked at; it need not be given. A causal one is

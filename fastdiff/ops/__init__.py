@@ -1,5 +1,6 @@
 """fastdiff's operators: each one public function with a reference, CPU, CUDA and Triton backend."""
 
+from fastdiff.ops._qgfd_options import QGFDOptions
 from fastdiff.ops.adaln import adaln, gated_residual_adaln
 from fastdiff.ops.eos_log_prob import eos_log_prob, eos_log_prob_from_logits
 from fastdiff.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
@@ -8,6 +9,7 @@ from fastdiff.ops.token_sampling import TokenSample, lm_head_sample, sample_toke
 from fastdiff.ops.unmask import unmask_
 
 __all__ = [
+    "QGFDOptions",
     "TokenSample",
     "adaln",
     "eos_log_prob",

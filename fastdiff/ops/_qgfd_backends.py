@@ -10,7 +10,7 @@ row_begin and row_end int32 [B or 1, L_q], all contiguous (kernels/qgfd/README.m
         passes: y_1, y_2, …; S = hops - 1, and hops where the last hop is mixed
     qgfd_backward(grad_out [B, H, L_q, d], query, key, value, out [B, L_q, H, d], lse, passes, key_mask, row_begin,
         row_end, scale, hops, first_mixed, last_mixed, alpha)
-        -> grad_query [B, L_q, H, d], grad_key, grad_value [B, L_k, H, d], one a query head
+        -> grad_query [B, L_q, H, d], grad_key, grad_value [B, L_k, H, d], one per query head
 """
 
 import torch

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,18 +14,47 @@ Transition = Literal["attention", "key"]
 Recurrence = Literal["power", "restart"]
 # int32 [B or 1, L_q] each: a query sees the keys from the first to the second, which is not among them
 Interval = tuple[Tensor | None, Tensor | None]
+# What a score may be scaled by: beyond these bounds float32 has no inverse
+_INVERTIBLE: tuple[Callable[[float], bool], str] = (lambda v: 1e-30 <= v <= 1e30, "a number > 0, from 1e-30 to 1e30")
 
 
-@dataclass(frozen=True)
-class Options:
-    steps: int
-    alpha: float
-    transition: Transition
-    recurrence: Recurrence
-    temperature: float
-    sink_isolation: bool
-    scale: float | None
-    hop_dropout_p: float
+@dataclass(frozen=True, kw_only=True)
+class QGFDOptions:
+    """How attention is diffused: the options that `qgfd_attention`, modules and models share.
+
+    The defaults are TorchDire's (docs/qgfd.md). Raises ValueError for a value that does not fit, and TypeError
+    for a flag that is not a bool.
+
+    Attributes:
+        steps: Hops of the diffusion of attention; 0 is plain attention.
+        alpha: Weight of the diffused part, in [0, 1].
+        transition: "attention" or "key": where the Markov chain comes from.
+        recurrence: "power" or "restart".
+        temperature: The chain's scores are divided by it.
+        sink_isolation: With "key": the first token passes nothing on.
+    """
+
+    steps: int = 1
+    alpha: float = 0.5
+    transition: Transition = "attention"
+    recurrence: Recurrence = "power"
+    temperature: float = 1.0
+    sink_isolation: bool = False
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        if isinstance(steps, bool) or not isinstance(steps, int | Integral) or steps < 0:
+            given = f"a {type(steps).__name__}" if isinstance(steps, Tensor) else repr(steps)
+            raise ValueError(f"steps: got {given}; expected an int >= 0 (0: plain attention)")
+        _number("alpha", self.alpha, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        for name, choices in (("transition", get_args(Transition)), ("recurrence", get_args(Recurrence))):
+            if getattr(self, name) not in choices:
+                expected = " or ".join(map(repr, choices))
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected {expected}")
+        _number("temperature", self.temperature, *_INVERTIBLE)
+        _flag("sink_isolation", self.sink_isolation)
+        if self.sink_isolation and self.transition != "key":
+            raise ValueError("sink_isolation: got True with transition 'attention'; expected transition='key'")
 
     @property
     def plain(self) -> bool:
@@ -37,12 +66,16 @@ class Options:
         """The hops after which the values are mixed in."""
         return range(1 if self.recurrence == "restart" else self.steps, self.steps + 1)
 
-    def of_values(self) -> dict:
+    @property
+    def of_values(self) -> dict[str, Any]:
+        """The keyword arguments of `qgfd_values`: all options but the transition, which is "key"."""
         names = ("steps", "alpha", "recurrence", "temperature", "sink_isolation")
         return {name: getattr(self, name) for name in names}
 
-    def of_reference(self) -> dict:
-        return self.of_values() | {"transition": self.transition, "scale": self.scale}
+    @property
+    def of_attention(self) -> dict[str, Any]:
+        """The keyword arguments of `qgfd_attention`."""
+        return self.of_values | {"transition": self.transition}
 
 
 @dataclass(frozen=True)
@@ -112,7 +145,16 @@ def isolate_sinks(intervals: Interval, masks: Masks, batch: int, length: int, de
 
 
 def check_operands(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, masks: Masks, enable_gqa: bool, dropout_p: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: QGFDOptions,
+    masks: Masks,
+    *,
+    enable_gqa: bool = False,
+    scale: float | None = None,
+    hop_dropout_p: float = 0.0,
+    dropout_p: float = 0.0,
 ) -> None:
     """Raises for whatever does not fit."""
     for name, t in (("query", query), ("key", key), ("value", value)):
@@ -133,7 +175,10 @@ def check_operands(
     if kv_heads != heads and not (enable_gqa and kv_heads > 0 and heads % kv_heads == 0):
         how = "a divisor of it" if enable_gqa else "as many, or enable_gqa=True"
         raise ValueError(f"key has {kv_heads} heads, query {heads}; expected {how}")
-    check_options(options, dropout_p)
+    if scale is not None:
+        _number("scale", scale, *_INVERTIBLE)
+    for name, probability in (("hop_dropout_p", hop_dropout_p), ("dropout_p", dropout_p)):
+        _number(name, probability, lambda v: 0 <= v < 1, "a number in [0, 1)")
     diffuses = not options.plain
     if queries != keys and diffuses and options.transition == "attention":
         raise ValueError(
@@ -143,10 +188,10 @@ def check_operands(
     _check_masks(masks, batch, queries, keys, query.device)
     if masks.attn_mask is not None:
         _check_attn_mask(masks.attn_mask, (batch, heads, queries, keys), query.device, diffuses)
-    if options.hop_dropout_p > 0:
+    if hop_dropout_p > 0:
         if not masks.sdpa_knows or diffuses and (options.transition != "attention" or options.temperature != 1):
             raise ValueError(
-                f"hop_dropout_p is {options.hop_dropout_p}; expected 0 with transition 'key', a temperature, cu_seqlens"
+                f"hop_dropout_p: got {hop_dropout_p}; expected 0 with transition 'key', a temperature, cu_seqlens"
                 " or prefix_length: torch's attention, which does it, has none of them"
             )
 
@@ -154,38 +199,16 @@ def check_operands(
 def _number(name: str, value: float, fits: Callable[[float], bool], expected: str) -> None:
     if isinstance(value, Tensor):
         raise ValueError(
-            f"{name} is a {type(value).__name__}; expected {expected}: it is a plain number, without gradient"
+            f"{name}: got a {type(value).__name__}; expected {expected}: it is a plain number, without gradient"
         )
     if isinstance(value, bool) or not isinstance(value, int | float | Real) or not fits(value):
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+        raise ValueError(f"{name}: got {value!r}; expected {expected}")
 
 
 def _flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         given = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{name} is {given}; expected True or False")
-
-
-def check_options(options: Options, dropout_p: float) -> None:
-    """Raises ValueError, or TypeError for a flag that is not a bool, where a setting does not fit."""
-    steps = options.steps
-    if isinstance(steps, bool) or not isinstance(steps, int | Integral) or steps < 0:
-        given = type(steps).__name__ if isinstance(steps, Tensor) else repr(steps)
-        raise ValueError(f"steps is {given}; expected an int >= 0 (0: plain attention)")
-    _number("alpha", options.alpha, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-    for name in ("transition", "recurrence"):
-        choices = get_args(Transition if name == "transition" else Recurrence)
-        if getattr(options, name) not in choices:
-            raise ValueError(f"{name} is {getattr(options, name)!r}; expected {' or '.join(map(repr, choices))}")
-    for name in ("temperature", "scale"):
-        value = getattr(options, name)
-        if name == "temperature" or value is not None:  # beyond these bounds float32 has no inverse
-            _number(name, value, lambda v: 1e-30 <= v <= 1e30, "a number > 0, from 1e-30 to 1e30")
-    for name, value in (("hop_dropout_p", options.hop_dropout_p), ("dropout_p", dropout_p)):
-        _number(name, value, lambda v: 0 <= v < 1, "a number in [0, 1)")
-    _flag("sink_isolation", options.sink_isolation)
-    if options.sink_isolation and options.transition != "key":
-        raise ValueError("sink_isolation is True with transition 'attention'; expected transition='key'")
+        raise TypeError(f"{name}: got {given}; expected True or False")
 
 
 def _check_masks(masks: Masks, batch: int, queries: int, keys: int, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """QGFD attention: attention whose weights are diffused along a Markov chain, without an L x L matrix in memory.
 
-Mathematics, rounding and what was measured: kernels/qgfd/README.md. The method is system 001's (TorchDire's QGFD
-attention); that its mixture is linear in the values, so that k + 1 products of width d replace powers of L x L
-matrices, is what makes it cost what attention costs.
+Mathematics, rounding and what was measured: kernels/qgfd/README.md. The method is Query Graph Flow Diffusion, of the
+repository rajboopathiking/TorchDire. Its mixture is linear in the values, so that k + 1 products of width d replace
+powers of L x L matrices: that is why it costs what attention costs.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from fastdiff.ops._qgfd_backends import OPERATOR, refuses_head_size
 from fastdiff.ops._qgfd_hops import hops, unit_keys
 from fastdiff.ops._qgfd_options import (
     Masks,
-    Options,
+    QGFDOptions,
     Recurrence,
     Transition,
     check_operands,
@@ -67,7 +67,7 @@ def qgfd_attention(
         sink_isolation: with transition "key": the first key that may be attended to passes nothing on (its row of P is
             its unit row).
         enable_gqa: key and value have fewer heads than query, each for a group of neighbouring heads.
-        scale: of the scores; > 0, d ** -0.5 by default.
+        scale: the scores are multiplied by it; > 0, d ** -0.5 by default.
         hop_dropout_p: each hop drops weights of its matrix independently with this probability, which makes it
             steps + 1 calls of scaled_dot_product_attention; with transition "attention" and temperature 1 alone.
             Dropout of the mixed matrix does not factor: `qgfd_attention_dense` has it.
@@ -83,18 +83,26 @@ def qgfd_attention(
             torch.compile.
         BackendError: the backend that was asked for cannot run.
     """
-    options = Options(steps, alpha, transition, recurrence, temperature, sink_isolation, scale, hop_dropout_p)
+    options = QGFDOptions(
+        steps=steps,
+        alpha=alpha,
+        transition=transition,
+        recurrence=recurrence,
+        temperature=temperature,
+        sink_isolation=sink_isolation,
+    )
     masks = Masks(key_mask, is_causal, cu_seqlens, prefix_length)
-    check_operands(query, key, value, options, masks, enable_gqa)
+    limits = {"enable_gqa": enable_gqa, "scale": scale, "hop_dropout_p": hop_dropout_p}
+    check_operands(query, key, value, options, masks, **limits)
     query, key, value = autocast(query, key, value)
     if options.plain and masks.sdpa_knows:
-        return _sdpa(query, key, value, masks, options.scale, hop_dropout_p)
+        return _sdpa(query, key, value, masks, scale, hop_dropout_p)
     if hop_dropout_p > 0:
-        return _with_hop_dropout(query, key, value, options, masks)
+        return _with_hop_dropout(query, key, value, options, masks, scale, hop_dropout_p)
     backend = _choose(query)
     if backend == "reference":
         with torch.autocast(query.device.type, enabled=False):
-            return reference.qgfd_attention(query, key, value, **options.of_reference(), **masks.as_dict())
+            return reference.qgfd_attention(query, key, value, scale=scale, **options.of_attention, **masks.as_dict())
     intervals = row_intervals(masks, query.shape[2], key.shape[2], query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if options.plain:
@@ -128,16 +136,23 @@ def qgfd_values(
     w does not depend on the queries, and under a causal mask a row of it depends on the rows before alone: it can be
     kept beside a KV cache. Arguments and errors as in `qgfd_attention`.
     """
-    options = Options(steps, alpha, "key", recurrence, temperature, sink_isolation, None, 0.0)
+    options = QGFDOptions(
+        steps=steps,
+        alpha=alpha,
+        transition="key",
+        recurrence=recurrence,
+        temperature=temperature,
+        sink_isolation=sink_isolation,
+    )
     masks = Masks(key_mask, is_causal, cu_seqlens, prefix_length)
-    check_operands(key, key, value, options, masks, enable_gqa=False)
+    check_operands(key, key, value, options, masks)
     key, value = autocast(key, value)
     if options.plain:
         return value
     backend = _choose(key)
     if backend == "reference":
         with torch.autocast(key.device.type, enabled=False):
-            return reference.qgfd_values(key, value, **options.of_values(), **masks.as_dict())
+            return reference.qgfd_values(key, value, **options.of_values, **masks.as_dict())
     return _diffuse_over_keys(backend, key, value, options, masks)
 
 
@@ -165,21 +180,28 @@ def qgfd_attention_dense(
 
     Args:
         attn_mask: any mask, a sliding window say. Such masks are not closed under powers: a second hop reaches keys
-            that the mask hides from the query (system 001 does not mask again, and neither does this), of which the
-            first call with one warns. Only where L_q = L_k.
+            that the mask hides from the query (TorchDire does not mask again, and neither does this); the
+            first call with one warns of it. Only where L_q = L_k.
         dropout_p: each weight of the mixed matrix W is dropped with this probability.
 
     The other arguments and errors are those of `qgfd_attention`.
     """
-    options = Options(steps, alpha, transition, recurrence, temperature, sink_isolation, scale, 0.0)
+    options = QGFDOptions(
+        steps=steps,
+        alpha=alpha,
+        transition=transition,
+        recurrence=recurrence,
+        temperature=temperature,
+        sink_isolation=sink_isolation,
+    )
     masks = Masks(key_mask, is_causal, cu_seqlens, prefix_length, attn_mask)
-    check_operands(query, key, value, options, masks, enable_gqa, dropout_p)
+    check_operands(query, key, value, options, masks, enable_gqa=enable_gqa, scale=scale, dropout_p=dropout_p)
     if attn_mask is not None and not options.plain:
         _warn_of_leaks()
     query, key, value = autocast(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
         return reference.qgfd_attention(
-            query, key, value, **options.of_reference(), **masks.as_dict(), dropout_p=dropout_p
+            query, key, value, scale=scale, **options.of_attention, **masks.as_dict(), dropout_p=dropout_p
         )
 
 
@@ -203,7 +225,7 @@ def _choose(query: Tensor) -> str:
     return choose_backend(OPERATOR, query.device.type, (query.dtype,), lambda backend: refuses_head_size(backend, dim))
 
 
-def _diffuse_over_keys(backend: str, key: Tensor, value: Tensor, options: Options, masks: Masks) -> Tensor:
+def _diffuse_over_keys(backend: str, key: Tensor, value: Tensor, options: QGFDOptions, masks: Masks) -> Tensor:
     unit = unit_keys(key)
     length = key.shape[2]
     intervals = row_intervals(masks, length, length, key.device)
@@ -232,13 +254,21 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: float 
     )
 
 
-def _with_hop_dropout(query: Tensor, key: Tensor, value: Tensor, options: Options, masks: Masks) -> Tensor:
+def _with_hop_dropout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: QGFDOptions,
+    masks: Masks,
+    scale: float | None,
+    hop_dropout_p: float,
+) -> Tensor:
     """Each hop's weights dropped on their own, as steps + 1 calls of torch's attention."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value)) if groups > 1 else (key, value)
     w = value
     for step in range(1, options.steps + 1):
-        w = _sdpa(query, key, w, masks, options.scale, options.hop_dropout_p)
+        w = _sdpa(query, key, w, masks, scale, hop_dropout_p)
         if step in options.mixed:
             w = torch.lerp(value, w, options.alpha)
-    return _sdpa(query, key, w, masks, options.scale, options.hop_dropout_p)
+    return _sdpa(query, key, w, masks, scale, hop_dropout_p)

@@ -82,7 +82,7 @@ def test_a_padded_batch_is_its_samples_alone(name, settings):
         close(padded[row, seen], first(model, input_ids=ids[row : row + 1, seen])[0])
 
 
-def test_settings_of_system_001_without_a_config():
+def test_default_settings_without_a_config():
     named = build("bert", {"steps": 1, "alpha": 0.5})
     assert torch.equal(first(build("bert"), **inputs("bert")), first(named, **inputs("bert")))
 
@@ -243,9 +243,9 @@ def test_settings_survive_saving(tmp_path):
             {"step": 1, "alhpa": 0.1},
             r"config.qgfd has unknown keys \['step', 'alhpa'\]; expected some of steps, alpha, ",
         ),
-        ({"alpha": 1.5}, r"config.qgfd: alpha is 1.5; expected a number in \[0, 1\]"),
-        ({"steps": "two"}, "config.qgfd: steps is 'two'; expected an int >= 0"),
-        ({"transition": "keys"}, "config.qgfd: transition is 'keys'; expected 'attention' or 'key'"),
+        ({"alpha": 1.5}, r"config.qgfd.alpha: got 1.5; expected a number in \[0, 1\]"),
+        ({"steps": "two"}, "config.qgfd.steps: got 'two'; expected an int >= 0"),
+        ({"transition": "keys"}, "config.qgfd.transition: got 'keys'; expected 'attention' or 'key'"),
         ([1], r"config.qgfd is \[1\]; expected a dict"),
     ],
 )
@@ -260,7 +260,7 @@ def test_bad_settings(settings, message):
 
 def test_arguments_that_change_attention_are_refused():
     ids = inputs("t5")["input_ids"]
-    with pytest.raises(ValueError, match='gives its attention position_bias, which "qgfd" has not'):
+    with pytest.raises(ValueError, match='gives its attention position_bias, which "qgfd" does not have'):
         build("t5", {"steps": 1})(input_ids=ids, decoder_input_ids=ids)
     plain, given = build("t5"), {"input_ids": ids, "decoder_input_ids": ids}
     qgfd.use_qgfd(plain, steps=0)  # T5's encoder and decoder have copies of the config

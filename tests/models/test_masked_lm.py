@@ -261,7 +261,7 @@ def test_random_weights_have_their_scales():
     assert layer.input_layernorm.weight.eq(1).all() and layer.mlp.up_proj.bias.eq(0).all()
 
 
-def test_sizes_are_those_of_system_002():
+def test_sizes_by_name():
     config = MaskedDiffusionLMConfig.from_size("xlarge", mask_token_id=7)
     assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (768, 12, 12)
     assert config.mask_token_id == 7 and config.intermediate_size == 3072

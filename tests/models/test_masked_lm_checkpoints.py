@@ -107,7 +107,7 @@ def test_gpt2_gets_a_pad_token_that_is_the_mean_and_tied(tmp_path):
     torch.testing.assert_close(ours(again, tokens()), ours(model, tokens()), rtol=0, atol=0)
 
 
-def test_gpt2_takes_system_004s_mask_token():
+def test_gpt2_takes_diffugpts_mask_token():
     theirs = gpt2(vocab_size=10600, n_layer=1)
     assert MaskedDiffusionLM.from_gpt2(theirs).config.mask_token_id == 10541
     with pytest.raises(ValueError, match="neither configuration nor tokenizer has a mask token: pass mask_token_id="):

@@ -29,7 +29,7 @@ def heads(x, count=2):
 
 
 def plain_attention(attention, x, context, mask, steps, alpha):
-    """System 001's matrices: A = softmax, W = alpha * A * P^k + (1 - alpha) * A with P = A."""
+    """TorchDire's matrices: A = softmax, W = alpha * A * P^k + (1 - alpha) * A with P = A."""
     query, key, value = heads(attention.q_proj(x)), heads(attention.k_proj(context)), heads(attention.v_proj(context))
     scores = query @ key.mT / math.sqrt(query.shape[-1])
     weights = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)

@@ -167,7 +167,7 @@ def test_bad_names_are_one_line(checkpoints, tmp_path):
     ):
         match = f"is a model of type '{kind}'; modality '{modality}' takes one of .*{known}"
         one_line(ValueError, match, lambda m=modality, o=other: create_qgfd_model(m, str(checkpoints[o])))
-    one_line(ValueError, "'tabular' has no Hugging Face backbone", lambda: create_qgfd_model("tabular", "t5-small"))
+    one_line(ValueError, "'tabular' has no Hugging Face encoder", lambda: create_qgfd_model("tabular", "t5-small"))
     one_line(
         ValueError,
         "processor: got None for text without a backbone; pass a tokenizer",
@@ -183,7 +183,7 @@ def test_bad_names_are_one_line(checkpoints, tmp_path):
     other_rate = config_for("audio", sampling_rate=4000)
     one_line(
         ValueError,
-        "got 4000; the encoder .* hears 8000 Hz",
+        "got 4000; the encoder .* expects 8000 Hz audio",
         lambda: create_qgfd_model("audio", str(checkpoints["audio"]), other_rate),
     )
     words = tmp_path / "t5_without_words"

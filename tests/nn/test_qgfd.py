@@ -202,7 +202,7 @@ def test_alpha_is_an_attribute():
     assert torch.equal(attention(x, x, x)[0], module(alpha=0.1)(x, x, x)[0])
     assert not torch.equal(attention(x, x, x)[0], before)
     attention.alpha = 1.5
-    with pytest.raises(ValueError, match=r"alpha is 1.5; expected a number in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"alpha: got 1.5; expected a number in \[0, 1\]"):
         attention(x, x, x)
 
 
@@ -231,12 +231,12 @@ def test_half_precision_and_autocast(half):
     [
         ({"num_heads": 5}, "num_heads: got 5 for embed_dim = 24; expected a divisor"),
         ({"dropout": 1.0}, "dropout: got 1.0"),
-        ({"steps": -1}, "steps is -1; expected an int >= 0"),
-        ({"alpha": 2}, "alpha is 2; expected"),
-        ({"transition": "keys"}, "transition is 'keys'; expected 'attention' or 'key'"),
-        ({"sink_isolation": True}, "sink_isolation is True with transition 'attention'"),
-        ({"dropout_kind": "both"}, "dropout_kind is 'both'; expected 'mixed' or 'hop'"),
-        ({"dropout_kind": "hop", "transition": "key"}, "dropout_kind is 'hop' with transition 'key'"),
+        ({"steps": -1}, "steps: got -1; expected an int >= 0"),
+        ({"alpha": 2}, "alpha: got 2; expected"),
+        ({"transition": "keys"}, "transition: got 'keys'; expected 'attention' or 'key'"),
+        ({"sink_isolation": True}, "sink_isolation: got True with transition 'attention'"),
+        ({"dropout_kind": "both"}, "dropout_kind: got 'both'; expected 'mixed' or 'hop'"),
+        ({"dropout_kind": "hop", "transition": "key"}, "dropout_kind: got 'hop' with transition 'key'"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -331,5 +331,5 @@ def test_other_sequences_want_a_reset():
 
 
 def test_no_values_to_keep_with_transition_attention():
-    with pytest.raises(ValueError, match="transition is 'attention', whose values depend on the queries"):
+    with pytest.raises(ValueError, match="transition: got 'attention', whose values depend on the queries"):
         DiffusedValues().update(*keys_and_values(), QGFDSettings())

@@ -1,4 +1,6 @@
-"""The denoiser of system 001, QGFD (TorchDire): a transformer over latent tokens whose self-attention is diffused.
+"""The denoiser of Query Graph Flow Diffusion (QGFD): a transformer over latent tokens with diffused self-attention.
+
+The method is that of the repository rajboopathiking/TorchDire.
 
 Pre-LN blocks without bias in query, key and value. Self-attention is `fastdiff.ops.qgfd_attention`; cross-attention,
 to the tokens of a condition, is plain. Tokens of any modality fit: `fastdiff.models.qgfd.adapters` makes them.
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 from fastdiff.models.pretrained import Pretrained, check_overrides, naming_config, read_config, read_tensors
 from fastdiff.nn import AdaLayerNorm, Mlp, TimestepEmbedding, sincos_positions
 from fastdiff.nn.transformer import Attention, axial_rotary_table, rotate
-from fastdiff.ops import qgfd_attention, qgfd_attention_dense
+from fastdiff.ops import QGFDOptions, qgfd_attention, qgfd_attention_dense
 
 
-@dataclass
-class QGFDConfig:
-    """Shape and attention of a `QGFDBackbone`; the defaults are system 001's.
+@dataclass(frozen=True)
+class QGFDConfig(QGFDOptions):
+    """Shape and attention of a `QGFDBackbone`; the defaults are TorchDire's (docs/qgfd.md).
+
+    Beside the fields of `fastdiff.ops.QGFDOptions`:
 
     Attributes:
         latent_dim: Width of the latent tokens, in and out.
@@ -35,12 +39,6 @@ class QGFDConfig:
             norms).
         rope_theta: Base of rotary positions (Su et al. 2021) of the decoder's queries and keys, beside the sinusoids
             that are added to the tokens; null for none. Needs heads of an even width. 100 suits tens of tokens.
-        steps: Hops of the diffusion of attention; 0 is plain attention.
-        alpha: Weight of the diffused part, in [0, 1].
-        transition: "attention" or "key": where the Markov chain comes from.
-        recurrence: "power" or "restart".
-        temperature: The chain's scores are divided by it.
-        sink_isolation: With "key": the first token passes nothing on.
     """
 
     latent_dim: int = 256
@@ -53,12 +51,6 @@ class QGFDConfig:
     cond_dim: int | None = None
     time_conditioning: Literal["add", "adaln"] = "add"
     rope_theta: float | None = None
-    steps: int = 1
-    alpha: float = 0.5
-    transition: Literal["attention", "key"] = "attention"
-    recurrence: Literal["power", "restart"] = "power"
-    temperature: float = 1.0
-    sink_isolation: bool = False
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "hidden_size", "num_layers", "num_heads", "intermediate_size", "cond_dim"):
@@ -81,24 +73,14 @@ class QGFDConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"QGFDConfig.{name}: got {getattr(self, name)}; expected 0 or more and below 1")
-        if not isinstance(self.steps, int) or self.steps < 0:
+        if self.time_conditioning not in ("add", "adaln"):
             raise ValueError(
-                f"QGFDConfig.steps: got {self.steps}; expected a whole number, 0 (plain attention) or more"
+                f"QGFDConfig.time_conditioning: got {self.time_conditioning!r}; expected one of add, adaln"
             )
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"QGFDConfig.alpha: got {self.alpha}; expected 0 to 1")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"QGFDConfig.temperature: got {self.temperature}; expected a positive number")
-        choices = {
-            "time_conditioning": ("add", "adaln"),
-            "transition": ("attention", "key"),
-            "recurrence": ("power", "restart"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"QGFDConfig.{name}: got {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        if self.sink_isolation and self.transition != "key":
-            raise ValueError("QGFDConfig.sink_isolation: got true with transition 'attention'; expected 'key'")
+        try:
+            QGFDOptions.__post_init__(self)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"QGFDConfig.{error}") from None
 
     @property
     def cond_width(self) -> int:
@@ -108,8 +90,7 @@ class QGFDConfig:
     @property
     def qgfd(self) -> dict[str, Any]:
         """The keyword arguments of `fastdiff.ops.qgfd_attention`."""
-        names = ("steps", "alpha", "transition", "recurrence", "temperature", "sink_isolation")
-        return {name: getattr(self, name) for name in names}
+        return self.of_attention
 
 
 class QGFDSelfAttention(Attention):
@@ -237,7 +218,7 @@ class QGFDBackbone(Pretrained):
         self.x_proj = nn.Linear(config.latent_dim, dim)
         # Without bias: a zero token, which stands for no condition, stays zero.
         self.cond_proj = nn.Linear(config.cond_width, dim, bias=False)
-        # System 001's sinusoids: [sin, cos], frequencies with a denominator of half - 1
+        # TorchDire's sinusoids: [sin, cos], frequencies with a denominator of half - 1
         self.time_embedding = TimestepEmbedding(dim, frequency_dim=dim, frequency_shift=1, sine_first=True)
         self.blocks = nn.ModuleList(QGFDDecoderBlock(config) for _ in range(config.num_layers))
         adaptive = config.time_conditioning == "adaln"
@@ -263,9 +244,9 @@ class QGFDBackbone(Pretrained):
         Args:
             x_t: noisy latents, float32, bfloat16 or float16.
             t: the time as `fastdiff.diffusion.Diffusion.model_time` gives it: the level, or 1000 times t in [0, 1].
-            cond_tokens: what to condition on; None is one zero token, as in system 001.
-            cond_mask: which of them are there; None is all.
-            mask: which latents are there. The others change nothing.
+            cond_tokens: what to condition on; None is one zero token, as in TorchDire.
+            cond_mask: which tokens of the condition are real; None is all.
+            mask: which latents are real. The others change nothing.
             position_ids: coordinates of each token along one axis or several (2 for images, 3 for video), for
                 positions; axes share the width of tokens (and of rotary heads). None counts along one.
 
@@ -316,7 +297,7 @@ class QGFDBackbone(Pretrained):
             raise TypeError(f"x_t: got {x_t.dtype} for a model in {weights}; cast it, or use torch.autocast")
         batch, length = x_t.shape[:2]
         if t.shape != (batch,):
-            raise ValueError(f"t: got shape {list(t.shape)}; expected [{batch}], a time a sample")
+            raise ValueError(f"t: got shape {list(t.shape)}; expected [{batch}], one time per sample")
         if cond_tokens is None and cond_mask is not None:
             raise ValueError("cond_mask: got one without cond_tokens; pass both or neither")
         if cond_tokens is not None and (

@@ -45,10 +45,10 @@ def create_qgfd_model(
         own normalisation happens in the adapter. The schedule is `Diffusion(config.diffusion)`.
 
     Raises:
-        ValueError: an unknown modality, a backbone of another modality or sampling rate, a tokenizer or table processor
+        ValueError: an unknown modality, an encoder of another modality or sampling rate, a tokenizer or table processor
             that is missing.
-        TypeError: `config` is no QGFDModelConfig.
-        FileNotFoundError: the backbone is not to be had.
+        TypeError: `config` is not a QGFDModelConfig.
+        FileNotFoundError: the encoder cannot be found.
     """
     several = not isinstance(modality, str)
     names = tuple(modality) if several else (modality,)
@@ -113,7 +113,7 @@ def _prepare_pretrained(modality: str, config: Any, processor: Any) -> Any:
         if config.sampling_rate not in (rate, type(config)().sampling_rate):
             raise ValueError(
                 f"AudioAdapterConfig.sampling_rate: got {config.sampling_rate}; the encoder {config.backbone_name} "
-                f"hears {rate} Hz: leave it out, and count num_samples at that rate"
+                f"expects {rate} Hz audio: leave it out, and count num_samples at that rate"
             )
         config.sampling_rate, config.normalise = rate, bool(processor.do_normalize)
     elif getattr(processor, "do_normalize", True):

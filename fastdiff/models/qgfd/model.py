@@ -28,7 +28,7 @@ from fastdiff.models.qgfd.adapters.base import Batch, Condition, batch_size, joi
 from fastdiff.models.qgfd.backbone import QGFDBackbone, QGFDConfig
 
 
-def _system_001() -> DiffusionConfig:
+def _torchdire_diffusion() -> DiffusionConfig:
     return DiffusionConfig(prediction_type="epsilon", noise_levels="linear")
 
 
@@ -38,7 +38,7 @@ class QGFDModelConfig:
 
     Attributes:
         backbone: the denoiser.
-        diffusion: noise levels and target; system 001's by default: 1000 levels, linear, predicted noise.
+        diffusion: noise levels and target; TorchDire's by default: 1000 levels, linear, predicted noise.
         text: adapter of text.
         image: adapter of images.
         audio: adapter of sound.
@@ -49,7 +49,7 @@ class QGFDModelConfig:
     """
 
     backbone: QGFDConfig = field(default_factory=QGFDConfig)
-    diffusion: DiffusionConfig = field(default_factory=_system_001)
+    diffusion: DiffusionConfig = field(default_factory=_torchdire_diffusion)
     text: TextAdapterConfig | None = None
     image: ImageAdapterConfig | None = None
     audio: AudioAdapterConfig | None = None
@@ -125,7 +125,7 @@ class QGFDModel(Pretrained):
         Args:
             batch: what the modality's adapter encodes; or, for a mixed step, the batches of several modalities by name,
                 each with its own "t" and "noise" where they are not to be drawn. Their losses follow each other.
-            modality: whose batch it is; None where the model has one adapter.
+            modality: the batch's modality; None where the model has one adapter.
             t: times as `Diffusion.sample_times` draws them; None draws from torch's generator.
             noise: standard normal, of `latent_shape`; None draws it. The decoder is trained on latents with a little
                 of it, so that it forgives what a sampler leaves.
@@ -236,7 +236,7 @@ class QGFDModel(Pretrained):
             modality: None where the model has one adapter.
             count: number of samples; may be left out where `conditions` tell.
             conditions: what to condition on, as in a batch: {"labels"}, {"condition_ids", "condition_mask"}.
-            length: of the samples, in the modality's unit (`Adapter.sample_shape`).
+            length: length of the samples, in the modality's unit (`Adapter.sample_shape`).
             num_inference_steps, sampler, seed, clip_sample, progress: as in `fastdiff.diffusion.sample`; latents have
                 unit scale.
             guidance_scale, guidance_interval, autocast_dtype: as in `fastdiff.diffusion.Guided`.

@@ -33,7 +33,7 @@ class AudioAdapterConfig(AdapterConfig):
     Attributes:
         sampling_rate: Audio samples a second, in Hz; that of a Hugging Face encoder where there is one.
         num_samples: Audio samples of a sample where no length is asked for.
-        strides: Of the adapter's own convolutions; their product is the audio samples of a frame.
+        strides: Strides of the adapter's own convolutions; their product is the audio samples of a frame.
         spectral_windows: Lengths of the windows, in audio samples, of the spectra that are compared in training.
         normalise: Give a Hugging Face encoder waveforms of mean 0 and variance 1, as its feature extractor would.
     """

@@ -28,7 +28,7 @@ class AdapterConfig:
         num_heads: Their attention heads.
         encoder_layers: Blocks of its own encoder.
         decoder_layers: Blocks of the decoder.
-        diffuse_attention: Its own blocks diffuse their attention as the backbone's do; false is plain attention.
+        diffuse_attention: Its own blocks diffuse their attention as the denoiser's do; false is plain attention.
         num_classes: Classes to condition on; label num_classes is the null label. Null for none.
         condition_dropout: Probability with which training drops a sample's condition, for classifier-free guidance.
         reconstruction_noise: Standard deviation of the noise that the decoder is trained to forgive; latents have
@@ -101,7 +101,7 @@ class Adapter(nn.Module):
     """
 
     modality: ClassVar[str]
-    fields: ClassVar[tuple[str, ...]]  # of a batch, one of which at least holds the data
+    fields: ClassVar[tuple[str, ...]]  # fields of a batch: at least one of them holds the data
 
     def __init__(self, config: AdapterConfig, qgfd: QGFDConfig) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Adapter(nn.Module):
             intermediate_size=4 * config.hidden_size, time_conditioning="add", rope_theta=None,
             steps=qgfd.steps if config.diffuse_attention else 0,
         )  # fmt: skip
-        self.backbone: nn.Module | None = None
+        self.backbone: nn.Module | None = None  # the Hugging Face encoder; checkpoints have this name
         self.drops_conditions = True  # in training; a trainer that drops them itself turns it off
         self.label_embedding = None
         if config.num_classes is not None:
@@ -140,8 +140,8 @@ class Adapter(nn.Module):
     ) -> LatentShape:
         """What the latents of `count` samples look like.
 
-        `length` is in the modality's unit (tokens, audio samples, video frames): a number, or for text and audio one a
-        sample; None is the configuration's. Raises ValueError where the modality has no such choice.
+        `length` is in the modality's unit (tokens, audio samples, video frames): a number, or for text and audio one
+        per sample; None is the configuration's. Raises ValueError where the modality has no such choice.
         """
         raise NotImplementedError
 
@@ -165,7 +165,7 @@ class Adapter(nn.Module):
         return self.label_embedding(labels)[:, None], None
 
     def train(self, mode: bool = True) -> "Adapter":
-        """A frozen backbone stays in eval mode: its dropout would only add noise to what it gives."""
+        """A frozen Hugging Face encoder stays in eval mode: its dropout would only add noise to its states."""
         super().train(mode)
         if self.backbone is not None and self.config.freeze_backbone:
             self.backbone.eval()

@@ -32,14 +32,14 @@ def model_types(modality: str) -> tuple[str, ...]:
 def check_type(name: str, modality: str) -> Any:
     """The configuration of a pretrained encoder of a modality.
 
-    Raises FileNotFoundError where there is none to be had, ValueError where it is of another modality; one line.
+    Raises FileNotFoundError where there is none, ValueError where it is of another modality; one line.
     """
     from transformers import AutoConfig
 
     expected = model_types(modality)
     if not expected:
         raise ValueError(
-            f"backbone_name: got {name!r}; modality {modality!r} has no Hugging Face backbone: leave it out"
+            f"backbone_name: got {name!r}; modality {modality!r} has no Hugging Face encoder: leave it out"
         )
     config = _fetch(AutoConfig.from_pretrained, name, f"a model of type {', '.join(expected[:3])}, …")
     if config.model_type not in expected:
@@ -121,7 +121,7 @@ def _fetch(load: Any, name: str, expected: str, **options: Any) -> Any:
         )
     try:
         return load(str(path) if path.is_dir() else name, trust_remote_code=False, **options)
-    except Exception as error:  # of many kinds: no such id, no network, nothing fitting in the folder
+    except Exception as error:  # many kinds: no such id, no network, nothing that fits in the folder
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
             f"backbone_name: {name!r} cannot be loaded ({reason}); expected a hub id or a folder with {expected}"

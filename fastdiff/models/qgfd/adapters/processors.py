@@ -73,14 +73,14 @@ class AudioProcessor:
     """Waveforms to {"input_values" [B, S] in [-1, 1], "attention_mask" [B, S] where lengths differ}.
 
     Waveforms are arrays [S] or [S, channels] of floats in [-1, 1] or of int16; channels are averaged. Audio of another
-    rate is resampled, of which the first call with such warns.
+    rate is resampled; the first call with such audio warns.
     """
 
     def __init__(self, sampling_rate: int) -> None:
         self.sampling_rate, self._warned = sampling_rate, False
 
     def __call__(self, waves: Sequence[Any], sampling_rate: int | None = None) -> dict[str, Tensor]:
-        """`sampling_rate`: of the waveforms, in Hz; None is the processor's. Raises ValueError for other arrays."""
+        """`sampling_rate` is the waveforms', in Hz; None is the processor's. Raises ValueError for other arrays."""
         _check_several(waves, "waves")
         rate = self.sampling_rate if sampling_rate is None else sampling_rate
         if rate < 1:

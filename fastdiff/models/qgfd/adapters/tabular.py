@@ -1,4 +1,4 @@
-"""Tables: a token a column, numbers and categories."""
+"""Tables: one token per column, numbers and categories."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from fastdiff.models.qgfd.backbone import QGFDConfig
 
 @dataclass
 class TabularAdapterConfig(AdapterConfig):
-    """Settings of `TabularAdapter`, beside those of `AdapterConfig`; it has no Hugging Face backbone.
+    """Settings of `TabularAdapter`, beside those of `AdapterConfig`; it has no Hugging Face encoder.
 
     Attributes:
         num_numbers: Columns of numbers.
-        category_sizes: Of each column of categories, how many there are.
+        category_sizes: Number of categories of each such column.
     """
 
     num_numbers: int = 0

@@ -1,4 +1,4 @@
-"""Text: token embeddings of one's own, or the states of a Hugging Face text encoder (T5's in system 001)."""
+"""Text: token embeddings of one's own, or the states of a Hugging Face text encoder (T5's in TorchDire)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ from fastdiff.models.qgfd.adapters.base import (
 from fastdiff.models.qgfd.adapters.huggingface import encoder_of
 from fastdiff.models.qgfd.backbone import QGFDConfig
 
-_LEAST_NOISE = 0.1  # that nearest embeddings are told apart in
-_CERTAIN = 30.0  # logit of a token that is told
-_LEAST_VARIANCE = 1e-4  # of noise on latents: with less there is no doubt
+_LEAST_NOISE = 0.1  # least noise that the nearest embedding is chosen under
+_CERTAIN = 30.0  # logit of a token that is given
+_LEAST_VARIANCE = 1e-4  # noise on latents: with less variance there is no doubt
 
 
 @dataclass
