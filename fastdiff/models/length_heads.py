@@ -20,7 +20,7 @@ def save_length_head(head: nn.Module, folder: str | Path, /, **about: Any) -> No
     """Writes an `EndClassifier` or `LengthRegressor`, each file whole or not at all.
 
     Args:
-        about: plain values for config.json: `model_hash` of the frozen model (`fastdiff.generation.calibration`), which
+        about: plain values for config.json: `model_hash` of the frozen model (`fastdiff.generation.length`), which
             `fastdiff.training.runs.load_length_head` compares, and what else users may want to know.
 
     Raises OSError where the folder cannot be written.

@@ -297,7 +297,7 @@ def load_length_head(
         FileNotFoundError: nothing there, or no checkpoint yet.
         ValueError: no length head, a damaged file, or a head that was trained on another model.
     """
-    from fastdiff.generation.calibration import model_hash
+    from fastdiff.generation.length.calibration import model_hash
     from fastdiff.models.length_heads import read_length_head
 
     if not Path(path).is_dir():

@@ -16,9 +16,15 @@ from fastdiff.evaluation.length_command import LengthOptions, held_out_halves
 from fastdiff.evaluation.length_comparison import read_rules
 from fastdiff.evaluation.length_report import describe_threshold
 from fastdiff.generation import MaskedDiffusionGenerationConfig
-from fastdiff.generation.calibration import prompt_inputs
-from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration, model_hash
-from fastdiff.generation.length_rules import TIE_MARGIN
+from fastdiff.generation.length import (
+    LENGTH_RULES,
+    LengthPredictor,
+    calibrate,
+    load_calibration,
+    model_hash,
+    prompt_inputs,
+)
+from fastdiff.generation.length.rules import TIE_MARGIN
 from fastdiff.models.length_heads import save_length_head
 from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
 from fastdiff.training.runs import load_language_model, load_length_head, load_length_predictor

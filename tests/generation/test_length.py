@@ -5,8 +5,7 @@ import torch
 from generation.plain import padded, prompts, randomise, tiny
 from torch import nn
 
-from fastdiff.generation import length_rules as rules
-from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, Probe, mean_embedding, prompt_inputs
+from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, Probe, mean_embedding, prompt_inputs, rules
 
 MASK, PAD, EOS, WINDOW = 3, 0, 2, 10
 HEADS = ("classifier", "regression")
