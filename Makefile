@@ -1,28 +1,51 @@
-# The commands that people type. Each does all of its own set-up in .venv; PYTHON and TORCH choose other versions.
-PYTHON ?= python3
-TORCH ?= torch==2.13.0
+# The commands that people type. Each does all of its own set-up in .venv, with these settings:
+#   PYTHON, TORCH         the Python that .venv is made of, and the torch to install and to build against
+#   FASTDIFF_CUDA         1 builds the CUDA module as well (needs nvcc, no GPU), 0 does not; empty: see setup.py
+#   FASTDIFF_CUDA_ARCHS   its architectures, such as 87;90; empty: those of CMakeLists.txt
+# .venv/.built remembers them: one that is not given stays as it was, one that changes builds again.
 VENV ?= .venv
+$(eval $(file <$(VENV)/.built))
+PYTHON ?= $(or $(BUILT_PYTHON),python3)
+TORCH ?= $(or $(BUILT_TORCH),torch==2.13.0)
+FASTDIFF_CUDA ?= $(BUILT_CUDA)
+FASTDIFF_CUDA_ARCHS ?= $(BUILT_CUDA_ARCHS)
+export FASTDIFF_CUDA FASTDIFF_CUDA_ARCHS
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find kernels csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \)) \
            CMakeLists.txt setup.py pyproject.toml constraints.txt
-# FASTDIFF_CUDA: 1 builds the CUDA module as well (needs nvcc, no GPU)
-export FASTDIFF_CUDA
 
-.PHONY: demo test lint bench kernels race gpu abi dist venv clean
+define SETTINGS
+BUILT_PYTHON := $(PYTHON)
+BUILT_TORCH := $(TORCH)
+BUILT_CUDA := $(FASTDIFF_CUDA)
+BUILT_CUDA_ARCHS := $(FASTDIFF_CUDA_ARCHS)
+BUILT_VENV := $(abspath $(VENV))
+BUILT_FOLDER := $(CURDIR)
+endef
+
+.PHONY: demo test lint bench kernels race gpu abi dist venv clean FORCE
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
 
+# Another Python is another environment; so is one that was copied or moved, since its scripts hold its old path.
+ifneq ($(PYTHON) $(abspath $(VENV)),$(or $(BUILT_PYTHON),$(PYTHON)) $(or $(BUILT_VENV),$(abspath $(VENV))))
+$(VENV)/bin/pip: FORCE
+endif
 $(VENV)/bin/pip:
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q --upgrade pip
+	$(PYTHON) -m venv $(if $(BUILT_VENV),--clear) $(VENV)
+	$(RUN) -m pip install -q --upgrade pip
 
 # torch comes first and alone: it is built against, and must be the CPU (or CUDA) wheel that is wanted.
+ifneq ($(SETTINGS),$(file <$(VENV)/.built))
+$(VENV)/.built: FORCE
+endif
+$(VENV)/.built: export SETTINGS := $(SETTINGS)
 $(VENV)/.built: $(VENV)/bin/pip $(SOURCES)
-	$(VENV)/bin/pip install -q -c constraints.txt "$(TORCH)" numpy
-	$(VENV)/bin/pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	@touch $@
+	$(RUN) -m pip install -q -c constraints.txt "$(TORCH)" numpy
+	$(RUN) -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@printf '%s\n' "$$SETTINGS" > $@
 
 demo: venv                       ## train a DiT on handwritten digits for 5 minutes: runs/demo/
 	$(RUN) -m fastdiff.demo
@@ -51,7 +74,7 @@ abi: venv                        ## one binary for torch 2.13 and 2.14: this bui
 	$(RUN) tools/abi.py
 
 dist: venv                       ## source distribution and wheel in dist/
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m build --no-isolation
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m build --no-isolation
 
 clean:
 	rm -rf build dist $(VENV)/.built fastdiff/*.so

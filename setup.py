@@ -6,6 +6,7 @@ FASTDIFF_CUDA_ARCHS=87;90  architectures with machine code (default: CMakeLists.
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,30 +51,52 @@ def wants_cuda(torch_has_cuda: bool) -> bool:
     return asked == "1" or (asked == "" and torch_has_cuda and nvcc is not None)
 
 
+def tool(*names: str) -> str | None:
+    """The first of some programs that is on PATH, or beside this Python: there where its environment is not entered."""
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
+    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+
+
+def needed_tool(*names: str) -> str:
+    found = tool(*names)
+    if found is None:
+        sys.exit(
+            f"fastdiff's build needs {names[0]}, and none is on PATH or beside {sys.executable}: pip install {names[0]}"
+        )
+    return found
+
+
+def launchers() -> list[str]:
+    """ccache in front of the compilers where it is installed. An empty value takes it out of a cache that has it."""
+    ccache = tool("ccache") or ""
+    if ccache:  # paths within the checkout count relative to it, so that another clone finds the same objects
+        os.environ.setdefault("CCACHE_BASEDIR", str(ROOT))
+    return [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
+
+
+def outdated(cache: Path, facts: dict[str, str]) -> bool:
+    """Whether CMakeCache.txt speaks of something else: of another folder after a copy or a move, of another torch."""
+    if not cache.is_file():
+        return False
+    entries = dict(re.findall(r"^([\w-]+):\w+=(.*)$", cache.read_text(), re.MULTILINE))
+    return any(entries.get(name) != value for name, value in facts.items())
+
+
+def run(*command: str) -> None:
+    if status := subprocess.run(command).returncode:
+        sys.exit(f"fastdiff's build: cmake ended with status {status}; what went wrong stands above")
+
+
 class CMakeBuild(build_ext):
     """Builds all modules in one CMake project and copies them to where setuptools wants them."""
 
     def run(self) -> None:
-        import pybind11
-
         torch_dir, torch_version, torch_has_cuda = installed_torch()
         cuda = wants_cuda(torch_has_cuda)
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sys.platform}"
-        build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # pip's build environments come and go
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DFASTDIFF_TORCH_DIR={torch_dir}",
-            f"-DFASTDIFF_TORCH_VERSION={torch_version}",
-            f"-DFASTDIFF_CUDA={'ON' if cuda else 'OFF'}",
-        ]  # fmt: skip
-        archs = os.environ.get("FASTDIFF_CUDA_ARCHS")
-        if archs:
-            configure.append(f"-DFASTDIFF_CUDA_ARCHS={archs.replace(',', ';')}")
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        self.configure(build, torch_dir, torch_version, cuda)
+        os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+        run(needed_tool("cmake"), "--build", str(build))
         for extension in self.extensions:
             name = extension.name.rpartition(".")[2]
             target = Path(self.get_ext_fullpath(extension.name)).with_name(Path(self.get_ext_filename(name)).name)
@@ -84,6 +107,39 @@ class CMakeBuild(build_ext):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(build / "modules" / target.name, target)
+
+    @staticmethod
+    def configure(build: Path, torch_dir: Path, torch_version: str, cuda: bool) -> None:
+        import pybind11
+
+        cmake, builder = needed_tool("cmake"), needed_tool("ninja", "make")
+        generator = "Ninja" if Path(builder).stem == "ninja" else "Unix Makefiles"
+        facts = {
+            "CMAKE_HOME_DIRECTORY": str(ROOT),
+            "CMAKE_GENERATOR": generator,
+            "FASTDIFF_TORCH_DIR": str(torch_dir),
+            "FASTDIFF_TORCH_VERSION": torch_version,
+        }
+        fresh = ["--fresh"] if outdated(build / "CMakeCache.txt", facts) else []
+        archs = os.environ.get("FASTDIFF_CUDA_ARCHS", "").replace(",", ";")
+        for name in ("CFLAGS", "CXXFLAGS", "CUDAFLAGS"):
+            if os.environ.get(name):
+                print(f"{name} is set and is not used: the kernels of each instruction set have flags of their own")
+        build.mkdir(parents=True, exist_ok=True)
+        run(
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", generator, *fresh,
+            f"-DCMAKE_MAKE_PROGRAM={builder}",  # pip's build environments come and go
+            # Given, even if empty, since CMake would take CXXFLAGS and CUDAFLAGS of the environment otherwise: with
+            # -march=native there would be AVX in the baseline, with -ffast-math other results.
+            "-DCMAKE_CXX_FLAGS=", "-DCMAKE_CUDA_FLAGS=",
+            *launchers(),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DFASTDIFF_TORCH_DIR={torch_dir}",
+            f"-DFASTDIFF_TORCH_VERSION={torch_version}",
+            f"-DFASTDIFF_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DFASTDIFF_CUDA_ARCHS={archs}" if archs else "-UFASTDIFF_CUDA_ARCHS",
+        )  # fmt: skip
 
 
 setup(

@@ -11,7 +11,7 @@ from fastdiff.data.text import load_text_data
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.length import LengthPredictor
 from fastdiff.models import MaskedDiffusionLM
-from fastdiff.training.runs import LanguageModel, load_language_model, load_length_predictor
+from fastdiff.tasks.masked_lm.run import LanguageModel, load_language_model, load_length_predictor
 
 
 def contender(

@@ -60,7 +60,7 @@ def test_gpt2_small(benchmark, report):
 @pytest.mark.skipif(RUN is None, reason="FASTDIFF_NUMBERS_RUN names no run of recipe mdlm_numbers")
 @pytest.mark.parametrize("batch", [1, 16])
 def test_numbers(batch, benchmark, report):
-    from fastdiff.training.runs import load_language_model
+    from fastdiff.tasks.masked_lm.run import load_language_model
 
     loaded = load_language_model(RUN, device=measure.DEVICE)
     model, generation = loaded.model, loaded.recipe.sampling.generation

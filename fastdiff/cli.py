@@ -1,19 +1,29 @@
-"""What the commands share: options, and errors as one line."""
+"""What the commands share: options made from dataclasses, and errors as one line."""
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentError
+from docstring_parser import parse
+from jsonargparse import SUPPRESS, ActionYesNo, ArgumentError
 
 from fastdiff.errors import TrainingError, one_line
 from fastdiff.recipes import ArgumentParser
 
+# Types of the fields whose default, None, does not tell. A field that is in neither is read as JSON, or else as text.
+_TYPES: dict[str, Any] = {
+    "num_inference_steps": int, "block_length": int, "top_k": int, "top_p": float, "threshold": float,
+    "factor": float, "entropy_budget": float, "seed": int, "cache_refresh_interval": int,
+}  # fmt: skip
+_LISTS: dict[str, Any] = {"suppress_tokens": int, "stop_strings": str}
 # What a user can cause; anything else keeps its traceback, since it is a fault of ours.
 _USER_ERRORS = (
     ValueError,
@@ -48,6 +58,9 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             return main(argv)
         try:
             return main(argv)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
         except (TrainingError, BackendError) as error:
             fail(error, 1)
         except ArgumentError as error:
@@ -62,26 +75,145 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     return wrapper
 
 
-def run_parser(command_name: str, description: str) -> ArgumentParser:
-    """A parser for a command on a run: the run and how to sample from it; None is what the run's recipe says."""
+def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
+    """`fastdiff <action> RUN [options]`: does a kind's action on a run; the options are those that fit the run."""
+    from fastdiff.tasks.kinds import KINDS, action_of, kind_named
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    usage = f"fastdiff {action} RUN [options]"
+    path = find_path(arguments)
+    if path is None:
+        parser = ArgumentParser(prog=f"fastdiff {action}", usage=usage, exit_on_error=False, allow_abbrev=False)
+        able = {name: kind_named(name) for name in KINDS if getattr(kind_named(name), action) is not None}
+        kinds = "; ".join(f"{kind.about} ({name})" for name, kind in able.items())
+        parser.description = f"{about} RUN is a run's folder (its newest checkpoint), one of its checkpoints, a saved "
+        parser.description += f"model, or a hub id: {kinds}."
+        parser.epilog = f"The options depend on the run: fastdiff {action} RUN --help lists them."
+        parser.parse_args(arguments)  # --help ends here
+        raise ValueError(f"no run given; expected: {usage}")
+    kind, act = action_of(path, action)
+    options = kind.options_of(action)
     parser = ArgumentParser(
-        prog=f"python -m fastdiff.{command_name}", description=description, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("run", type=str, help="a run's folder (the newest checkpoint), or one of its checkpoints")
-    parser.add_argument("--guidance-scale", type=float | None, help="classifier-free guidance; 1 is none")
-    parser.add_argument("--num-inference-steps", type=int | None, help="denoising steps")
-    parser.add_argument("--sampler", type=str | None, help="euler, ddpm, ddim, dpm-solver++ or renoise")
-    parser.add_argument("--seed", type=int | None, help="of the first sample; sample i has seed + i")
-    parser.add_argument("--weights", type=Literal["ema", "model"], default="ema", help="averaged or plain weights")
-    parser.add_argument("--device", type=str | None, help="for example cpu or cuda")
-    return parser
+        prog=f"fastdiff {action}", usage=usage, description=one_line(parse(options.__doc__ or "").description),
+        exit_on_error=False, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("run", type=str, help="a run's folder, one of its checkpoints, a saved model, or a hub id")
+    add_options(parser, options)
+    given = vars(parser.parse_args(arguments))
+    made = options_from(options, given)
+    quiet_libraries()
+    act(given["run"], made)
 
 
-def sampling_options(arguments: Any, defaults: Any) -> Any:
-    """The run's SamplingConfig with what the command line says otherwise."""
-    names = ("guidance_scale", "num_inference_steps", "sampler", "seed")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return dataclasses.replace(defaults, **given)
+def find_path(arguments: Sequence[str]) -> str | None:
+    """The run among a command's arguments, whose options are not known yet; None where there is none.
+
+    It is the first argument that is not an option and cannot be an option's value, or else one that exists.
+    """
+    values = [(before, word) for before, word in zip(["", *arguments], arguments, strict=False) if word[:1] != "-"]
+    sure = [word for before, word in values if before[:1] != "-" or "=" in before]
+    return next(iter(sure), None) or next((word for _, word in values if Path(word).exists()), None)
+
+
+def add_options(parser: ArgumentParser, options: type) -> None:
+    """Adds an option for each field of a dataclass; what is not given is not in the parser's result.
+
+    The docstring's Attributes are the help. A field of type `GenerationOptions` stands for all options of decoding that
+    the class does not have itself. `metadata` of a field are further arguments of `add_argument`.
+    """
+    from fastdiff.generation.config import GenerationOptions
+
+    meanings, hints = _meanings(options), get_type_hints(options)
+    decoding = None
+    for field in dataclasses.fields(options):
+        if hints[field.name] is GenerationOptions:
+            decoding = field
+            continue
+        kind, default = _without_none(hints[field.name]), field.default
+        told = default is not None and default is not False and default is not dataclasses.MISSING
+        text = meanings.get(field.name, "") + (f" (default: {default})" if told else "")
+        common: dict[str, Any] = {"default": SUPPRESS, "help": text, **field.metadata}
+        option = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            common["action"] = ActionYesNo(no_prefix="no-") if default else "store_true"
+        elif get_origin(kind) is list:
+            common |= {"type": get_args(kind)[0]} | ({} if "action" in common else {"nargs": "+"})
+        elif get_origin(kind) is Literal:
+            common["choices"] = get_args(kind)
+        else:
+            common["type"] = kind
+        parser.add_argument(option, **common)
+    if decoding is not None:
+        _add_generation_options(parser, decoding.metadata.get("defaults", {}))
+
+
+def options_from(options: type, given: dict[str, Any]) -> Any:
+    """The dataclass made of what a parser of `add_options` found. Its own checks run here."""
+    from fastdiff.generation.config import GenerationOptions, MaskedDiffusionGenerationConfig
+
+    hints, own = get_type_hints(options), {field.name for field in dataclasses.fields(options)}
+    values = {name: value for name, value in given.items() if name in own}
+    for name in own:
+        if hints[name] is GenerationOptions:
+            decoding = set(MaskedDiffusionGenerationConfig.option_defaults()) - own
+            values[name] = GenerationOptions({key: value for key, value in given.items() if key in decoding})
+    return options(**values)
+
+
+def _without_none(kind: Any) -> Any:
+    """`int` of `int | None`."""
+    if get_origin(kind) in (types.UnionType, Union):
+        return next(each for each in get_args(kind) if each is not types.NoneType)
+    return kind
+
+
+def _add_generation_options(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
+    """Adds an option for each field that the parser does not have yet; what is not given is not in its result.
+
+    `defaults` are told in the help where they are others than the configuration's.
+    """
+    from fastdiff.generation.config import LENGTHS, MaskedDiffusionGenerationConfig
+    from fastdiff.ops.unmask import ORDERS, RULES
+
+    choices = {"unmasking_rule": RULES, "unmasking_order": ORDERS, "length": LENGTHS}
+    meanings = _meanings(MaskedDiffusionGenerationConfig)
+    taken = {action.dest for action in parser._actions}
+    for name, default in MaskedDiffusionGenerationConfig.option_defaults().items():
+        if name in taken:
+            continue
+        option, told = "--" + name.replace("_", "-"), defaults.get(name, default)
+        told = f"default: {told}" if told is not None else "default: none"
+        common = dict(default=SUPPRESS, help=f"{meanings.get(name, '')} ({told})".strip())
+        if isinstance(default, bool):
+            parser.add_argument(option, action=ActionYesNo(no_prefix="no-"), **common)
+        elif name in choices:
+            parser.add_argument(option, choices=choices[name], **common)
+        elif name in _LISTS:
+            parser.add_argument(option, type=_LISTS[name], nargs="+", **common)
+        else:
+            parser.add_argument(option, type=_TYPES.get(name) or _type_of(default), **common)
+
+
+def _type_of(default: Any) -> Any:
+    return _json_or_text if default is None else type(default)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _meanings(options: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of each field."""
+    meanings: dict[str, str] = {}
+    for each in options.__mro__:
+        for entry in parse(each.__dict__.get("__doc__") or "").params:
+            for name in entry.arg_name.split(","):
+                text = one_line((entry.description or "").replace("`", ""))
+                meanings.setdefault(name.strip(), text.replace("%", "%%"))
+    return meanings
 
 
 def quiet_libraries() -> None:

@@ -33,13 +33,13 @@ def measure_rates(recipe: Any, data: Any, *, rounds: int, steps: int) -> dict[st
     The backends take turns, so that both meet the same state of the machine; the first round warms up.
     """
     from fastdiff.backends import use_backend
+    from fastdiff.tasks.dit.task import DiTTask
     from fastdiff.training import Trainer
-    from fastdiff.training.diffusion import DiffusionTask
 
     seconds: dict[str, list[float]] = {name: [] for name in _BACKENDS}
     with tempfile.TemporaryDirectory() as folder:
         training = dataclasses.replace(recipe.training, output_dir=folder, overwrite=True, resume=False)
-        trainer = Trainer(DiffusionTask(dataclasses.replace(recipe, training=training), data), training)
+        trainer = Trainer(DiTTask(dataclasses.replace(recipe, training=training), data), training)
         for index in range(rounds + 1):
             for name in _BACKENDS:
                 with use_backend(name):
@@ -76,11 +76,10 @@ def machine() -> dict[str, Any]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
+    from fastdiff.tasks.dit.recipe import DiTRecipe
+    from fastdiff.tasks.dit.task import DiTTask
 
-    parser = ArgumentParser(
-        prog="python -m fastdiff.demo", description=__doc__, exit_on_error=False, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog="fastdiff demo", description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=280.0, help="of training, at most")
     parser.add_argument("--output-dir", type=str, default="runs/demo", help="the run's folder; a run in it is replaced")
     parser.add_argument("--recipe", type=str, default=str(_RECIPE), help="what to train")
@@ -105,10 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--training.device",
             "cpu",
         ],
-        "demo",
-        "",
     )
-    data = DiffusionTask(recipe).data
+    data = DiTTask(recipe).data
     print(f"{len(data.train)} real images of {data.name}; measuring training steps …", flush=True)
     rates = measure_rates(recipe, data, rounds=7, steps=6)
     planned = max(_FEWEST_STEPS, int(arguments.seconds * rates["auto"] / recipe.training.batch_size))
@@ -152,11 +149,11 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
     A short measurement does not tell what a long run does, so the number of steps is set anew at a quarter of the way,
     by the rate of that quarter. Nothing done until then depends on it: the learning rate falls over the second half.
     """
-    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.tasks.dit.task import DiTTask
     from fastdiff.training.trainer import Trainer
 
     def trainer_for(settings: Any) -> Trainer:
-        return Trainer(DiffusionTask(dataclasses.replace(recipe, training=settings), data), settings)
+        return Trainer(DiTTask(dataclasses.replace(recipe, training=settings), data), settings)
 
     start, quarter = time.perf_counter(), training.max_steps // 4
     trainer = trainer_for(training)
@@ -174,7 +171,7 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
 def _finish(folder: Path, data: Any, speed: dict[str, Any], about: dict[str, Any], start: float) -> None:
     """Scores samples, writes report.json and prints the table."""
     from fastdiff.evaluation import evaluate_samples, load_or_train_classifier
-    from fastdiff.training.runs import load_run
+    from fastdiff.tasks.dit.run import load_run
 
     run = load_run(folder, device="cpu")
     classifier = load_or_train_classifier(data)

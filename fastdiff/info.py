@@ -1,12 +1,15 @@
 """`python -m fastdiff.info`: what this installation is, what it can run here, and why it cannot run the rest."""
 
 import platform
+from collections.abc import Sequence
 
 import torch
 
 import fastdiff
 from fastdiff import backends
+from fastdiff.cli import command
 from fastdiff.ops import _native
+from fastdiff.recipes import ArgumentParser
 
 
 def report() -> str:
@@ -49,5 +52,13 @@ def _operator(operator: str, entries: dict[str, str | None]) -> str:
     return "\n".join(text)
 
 
-if __name__ == "__main__":
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    about = "Tells what this installation is, which kernels it can run here, and why it cannot run the others."
+    ArgumentParser(prog="fastdiff info", description=about, exit_on_error=False, allow_abbrev=False).parse_args(argv)
     print(report())
+
+
+if __name__ == "__main__":
+    main()

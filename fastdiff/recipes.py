@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -14,8 +13,10 @@ from jsonargparse import ActionConfigFile, ArgumentError
 from jsonargparse import ArgumentParser as _ArgumentParser
 
 from fastdiff.errors import one_line
+from fastdiff.shipped import find_recipe
 
 Recipe = TypeVar("Recipe")
+_FLAGS = ("-h", "--list", "--print_config")  # options without a value
 
 
 class ArgumentParser(_ArgumentParser):
@@ -29,38 +30,70 @@ class ArgumentParser(_ArgumentParser):
         super().error(message, *args, **kwargs)
 
 
-def recipe_parser(recipe: type, command_name: str, description: str) -> ArgumentParser:
-    """A parser of `RECIPE.yaml --section.field value …`, with every field of the dataclass `recipe`."""
-    usage = f"python -m fastdiff.{command_name} RECIPE.yaml [--SECTION.FIELD VALUE ...]"
+@dataclasses.dataclass(frozen=True)
+class RecipeArguments:
+    """A command line that names a recipe: its file, and the options that stand beside it.
+
+    Attributes:
+        recipe: a YAML file; None where none is named.
+        options: `--section.field value` and others, in their order.
+    """
+
+    recipe: Path | None
+    options: list[str]
+
+    @classmethod
+    def find(cls, arguments: Sequence[str]) -> "RecipeArguments":
+        """Finds the recipe anywhere in a command line: `RECIPE`, `--recipe RECIPE` or `--recipe=RECIPE`.
+
+        Raises:
+            FileNotFoundError: neither a file nor a recipe that comes with fastdiff.
+            ValueError: two recipes.
+        """
+        named, options, words = [], [], list(arguments)
+        while words:
+            word = words.pop(0)
+            if word == "--recipe" and words:
+                named.append(words.pop(0))
+            elif word.startswith("--recipe="):
+                named.append(word.partition("=")[2])
+            elif not word.startswith("-"):
+                named.append(word)
+            else:
+                options.append(word)
+                takes_value = "=" not in word and word not in _FLAGS and not word.startswith("--help")
+                if takes_value and words and not words[0].startswith("--"):
+                    options.append(words.pop(0))
+        if len(named) > 1:
+            raise ValueError(f"recipe: got {' and '.join(named)}; expected one")
+        return cls(find_recipe(named[0]) if named else None, options)
+
+
+def recipe_parser(recipe: type, description: str) -> ArgumentParser:
+    """A parser of `--section.field value …`, with every field of the dataclass `recipe`."""
+    usage = "fastdiff train RECIPE [--SECTION.FIELD VALUE ...]"
     parser = ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--recipe", action=ActionConfigFile, help="a YAML file; the same as naming it first")
+    parser.add_argument("--recipe", action=ActionConfigFile, help="a YAML file; the same as naming it alone")
     parser.add_class_arguments(recipe, None)
     return parser
 
 
-def parse_recipe(recipe: type[Recipe], argv: Sequence[str] | None, command_name: str, description: str) -> Recipe:
+def parse_recipe(recipe: type[Recipe], arguments: RecipeArguments | Sequence[str], description: str = "") -> Recipe:
     """The recipe that a command line names, with its overrides.
 
     Raises:
         ArgumentError: an unknown key, a wrong type, or YAML that cannot be read.
-        ValueError: a value out of range.
+        ValueError: a value out of range, or no recipe.
         FileNotFoundError: no such recipe.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--recipe")
-    parser = recipe_parser(recipe, command_name, description)
-    if not arguments:
+    if not isinstance(arguments, RecipeArguments):
+        arguments = RecipeArguments.find(arguments)
+    parser = recipe_parser(recipe, description)
+    if arguments.recipe is None:
         raise ValueError(f"no recipe given; expected: {parser.usage}")
-    if arguments[0] == "--recipe" and len(arguments) > 1:
-        if not Path(arguments[1]).is_file():
-            raise FileNotFoundError(
-                f"recipe {arguments[1]!r} is not a file; expected the path of a YAML recipe (a run goes on "
-                "with its own and --training.resume true)"
-            )
-        check_recipe_file(recipe, Path(arguments[1]))
-    values = parser.parse_args(arguments)
-    return build(recipe, values)
+    check_recipe_file(recipe, arguments.recipe)
+    # first, whatever its place was: options replace what it says
+    return build(recipe, parser.parse_args(["--recipe", str(arguments.recipe), *arguments.options]))
 
 
 def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
@@ -74,7 +107,7 @@ def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
         raise FileNotFoundError(f"{path} is missing; expected the folder of a run of fastdiff.train")
     check_recipe_file(recipe, path)
     try:
-        return build(recipe, recipe_parser(recipe, "train", "").parse_args(["--recipe", str(path)]))
+        return build(recipe, recipe_parser(recipe, "").parse_args(["--recipe", str(path)]))
     except ArgumentError as error:
         raise ValueError(f"{path} is not a recipe of this version: {one_line(error)}") from None
 

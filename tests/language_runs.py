@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from fastdiff import train
 from fastdiff.data.text_config import TextDataConfig
 from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig
+from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe, TextSamplingConfig
 from fastdiff.training.checkpoint import write_checkpoint
 from fastdiff.training.config import TrainingConfig
-from fastdiff.training.masked_lm_recipe import MaskedLMRecipe, TextSamplingConfig
 
 SPECIAL = ("pad", "bos", "eos", "mask", "unk")
 TEXT = ["To be, or not to be, that is the question: é, ü, 你好, 🙂."] * 3

@@ -95,10 +95,10 @@ def folder_of(arguments: argparse.Namespace, run: Path, hops: int, seed: int) ->
 
 def measure(arguments: argparse.Namespace, run: Path, hops: int, seed: int) -> dict:
     """Held-out losses of one model, of the averaged weights, in float32; with noise on what the denoiser sees."""
-    from fastdiff.evaluation.qgfd_losses import held_out_losses
-    from fastdiff.training.qgfd_runs import load_qgfd_run
+    from fastdiff.tasks.qgfd.losses import held_out_losses
+    from fastdiff.tasks.qgfd.run import load_run
 
-    loaded = load_qgfd_run(folder_of(arguments, run, hops, seed), device="cpu")
+    loaded = load_run(folder_of(arguments, run, hops, seed), device="cpu")
     (modality,) = loaded.recipe.modalities
     held_out = loaded.source(modality).data.held_out
     losses = {}

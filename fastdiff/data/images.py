@@ -113,3 +113,8 @@ def to_signed_unit(pixels: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Float images in [-1, 1] (others are clipped) as uint8, rounded to nearest."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def flip_some(images: Tensor, draws: Tensor) -> Tensor:  # [B, C, H, W], uniform on [0, 1) [B] -> [B, C, H, W]
+    """Each image mirrored with probability 1/2."""
+    return torch.where((draws < 0.5)[:, None, None, None], images.flip(-1), images)

@@ -1,6 +1,7 @@
 """How a masked diffusion language model decodes: lengths, steps, blocks, sampling, and the rule of unmasking."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationConfig
@@ -18,6 +19,10 @@ LENGTHS = ("fixed", "auto")
 _OTHERS = (  # what transformers itself passes or stores
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "_commit_hash",
 )  # fmt: skip
+
+
+class GenerationOptions(dict[str, Any]):
+    """Decoding options that somebody gave, by field of `MaskedDiffusionGenerationConfig`; the others are left out."""
 
 
 class MaskedDiffusionGenerationConfig(GenerationConfig):
@@ -193,6 +198,27 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             )
         if self.unmasking_rule == "ancestral" and steps is None and not length:
             raise ValueError("num_inference_steps: got None; the rule ancestral needs it where max_new_tokens is 0")
+
+
+def merged_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults` (a recipe's `sampling.generation`), replaced by what was given.
+
+    The number of a rule that the command line leaves is dropped with it: `--unmasking-rule count` on a recipe with a
+    threshold.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    options = {**defaults, **given}
+    if given.get("max_new_tokens") == 0:  # fills the prompt's masks: a recipe's blocks of new tokens mean nothing then
+        for name in {"block_length", "num_inference_steps", "length"} - given.keys():
+            options.pop(name, None)
+    rule = given.get("unmasking_rule")
+    if rule is not None:
+        numbers = {"threshold", "factor", "entropy_budget"} - {rule}
+        if rule not in ("count", "ancestral"):
+            numbers.add("num_inference_steps")
+        for name in numbers & defaults.keys() - given.keys():
+            options.pop(name, None)
+    return options
 
 
 def _integer(name: str, value: Any, least: int, optional: bool = False) -> None:

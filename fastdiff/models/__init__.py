@@ -1,9 +1,11 @@
-"""Models: one family a file. Those that need transformers are imported when they are first asked for."""
+"""Models: one family per file or folder. Those that need transformers are imported when they are first asked for."""
 
 import importlib
 from typing import Any
 
-from fastdiff.models.dit import PRESETS, DiT, DiTConfig, preset_config
+from fastdiff.models.dit import DiT
+from fastdiff.models.dit_config import PRESETS, DiTConfig, preset_config
+from fastdiff.models.pretrained import Pretrained, read_config
 
 __all__ = [
     "PRESETS",
@@ -11,6 +13,7 @@ __all__ = [
     "DiTConfig",
     "MaskedDiffusionLM",
     "MaskedDiffusionLMConfig",
+    "Pretrained",
     "QGFDBackbone",
     "QGFDConfig",
     "QGFDDecoderBlock",
@@ -19,29 +22,23 @@ __all__ = [
     "QGFDModelConfig",
     "create_qgfd_model",
     "preset_config",
+    "read_config",
 ]
 
-
 _LAZY = {
-    "QGFDBackbone": "qgfd",
-    "QGFDConfig": "qgfd",
-    "QGFDDecoderBlock": "qgfd",
-    "QGFDEncoderBlock": "qgfd",
-    "QGFDModel": "qgfd_model",
-    "QGFDModelConfig": "qgfd_model",
-    "create_qgfd_model": "qgfd_factory",
+    "MaskedDiffusionLM": "masked_lm",
+    "MaskedDiffusionLMConfig": "masked_lm_config",
+    "QGFDBackbone": "qgfd.backbone",
+    "QGFDConfig": "qgfd.backbone",
+    "QGFDDecoderBlock": "qgfd.backbone",
+    "QGFDEncoderBlock": "qgfd.backbone",
+    "QGFDModel": "qgfd.model",
+    "QGFDModelConfig": "qgfd.model",
+    "create_qgfd_model": "qgfd.factory",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"fastdiff.models.{_LAZY[name]}"), name)
-    if name == "MaskedDiffusionLM":
-        from fastdiff.models.masked_lm import MaskedDiffusionLM
-
-        return MaskedDiffusionLM
-    if name == "MaskedDiffusionLMConfig":
-        from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
-
-        return MaskedDiffusionLMConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

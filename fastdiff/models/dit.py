@@ -5,16 +5,17 @@ branch that a block leaves is not added at its end but handed on with its gate, 
 the next site's `gated_residual_adaln`: all sites but the first are one fused operator.
 """
 
-import dataclasses
-import math
 import os
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASS, model_folder, read_foreign
+from fastdiff.models.dit_config import DiTConfig, preset_config
+from fastdiff.models.pretrained import Pretrained, check_state
 from fastdiff.nn import (
     GatedResidualAdaLayerNorm,
     LabelEmbedding,
@@ -24,118 +25,6 @@ from fastdiff.nn import (
     TimestepEmbedding,
     sincos_2d,
 )
-
-
-@dataclass
-class DiTConfig:
-    """Shape and options of a DiT.
-
-    Attributes:
-        input_size: Height and width of the images or latents trained on, in pixels; one number for a square. The
-            model takes any multiples of patch_size.
-        patch_size: Side of a square patch, in pixels; a patch is a token.
-        in_channels: Channels of the images or latents.
-        hidden_size: Width of the residual stream.
-        depth: Number of blocks.
-        num_heads: Attention heads; divides hidden_size.
-        mlp_ratio: Width of the MLP over hidden_size.
-        num_classes: Number of class labels; label num_classes is the null label.
-        learn_sigma: Predict a variance beside the mean, in as many channels again.
-        norm: "layer" (LayerNorm) or "rms" (RMSNorm).
-        norm_eps: Added to the variance in the norms.
-        mlp_norm_eps: The same for the norm before the MLP; null takes norm_eps.
-        norm_elementwise_affine: Give the blocks' norms a learnt weight and bias before the modulation.
-        qkv_bias: Bias in the projection to query, key and value.
-        mlp_activation: "gelu" (exact), "gelu_tanh" (as published) or "silu". In bfloat16 on a CPU gelu_tanh costs 2.6
-            times gelu.
-        class_dropout_prob: Probability with which training replaces a label by the null label.
-        frequency_embedding_size: Number of sinusoids of the timestep.
-        frequency_shift: Subtracted from half that number in the sinusoids' exponent (diffusers' models have 1).
-        embedders_per_block: Each block has its own timestep and label embedding (diffusers' models do).
-        attention: "auto" (the fastest for device, dtype and length), "sdpa" or "matmul".
-        gradient_checkpointing: Recompute each block in the backward pass to save memory.
-    """
-
-    input_size: int | tuple[int, int] = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    learn_sigma: bool = False
-    norm: Literal["layer", "rms"] = "layer"
-    norm_eps: float = 1e-6
-    mlp_norm_eps: float | None = None
-    norm_elementwise_affine: bool = False
-    qkv_bias: bool = True
-    mlp_activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu_tanh"
-    class_dropout_prob: float = 0.1
-    frequency_embedding_size: int = 256
-    frequency_shift: float = 0.0
-    embedders_per_block: bool = False
-    attention: Literal["auto", "sdpa", "matmul"] = "auto"
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.input_size, list):
-            self.input_size = tuple(self.input_size)
-        for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DiTConfig.{name}: got {getattr(self, name)}; expected at least 1")
-        for name in ("norm_eps", "mlp_norm_eps"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"DiTConfig.{name}: got {value}; expected a finite number of 0 or more")
-        if not 0 < self.mlp_ratio < math.inf or int(self.hidden_size * self.mlp_ratio) < 1:
-            raise ValueError(f"DiTConfig.mlp_ratio: got {self.mlp_ratio}; expected a positive number")
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"DiTConfig.class_dropout_prob: got {self.class_dropout_prob}; expected 0 to 1")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"DiTConfig.num_heads: got {self.num_heads}; expected a divisor of hidden_size = {self.hidden_size}"
-            )
-        if self.hidden_size % 4:
-            raise ValueError(f"DiTConfig.hidden_size: got {self.hidden_size}; expected a multiple of 4")
-        if any(side < 1 or side % self.patch_size for side in self.image_size):
-            raise ValueError(
-                f"DiTConfig.input_size: got {self.input_size}; expected multiples of patch_size = {self.patch_size}"
-            )
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images trained on."""
-        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else tuple(self.input_size)
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-
-_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
-PRESETS: dict[str, dict[str, Any]] = {
-    f"DiT-{size}/{patch}": dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
-    for size, (width, depth, heads) in _SIZES.items()
-    for patch in (2, 4, 8)
-}
-PRESETS["DiT-tiny"] = dict(
-    input_size=28, patch_size=4, in_channels=1, hidden_size=128, depth=6, num_heads=2, num_classes=10,
-    mlp_activation="gelu",
-)  # fmt: skip
-
-
-def preset_config(name: str, **overrides: Any) -> DiTConfig:
-    """The configuration of a preset ("DiT-S/2", …, "DiT-tiny") with fields replaced.
-
-    Raises ValueError for an unknown name and TypeError for an unknown field.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"name: got {name!r}; expected one of {', '.join(PRESETS)}")
-    unknown = set(overrides) - {field.name for field in dataclasses.fields(DiTConfig)}
-    if unknown:
-        raise TypeError(f"DiTConfig has no field {', '.join(sorted(unknown))}; see fastdiff.models.DiTConfig")
-    return DiTConfig(**{**PRESETS[name], **overrides})
 
 
 class DiTBlock(nn.Module):
@@ -185,12 +74,17 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(residual, branch, gate, shift, scale)[1])
 
 
-class DiT(nn.Module):
+class DiT(Pretrained):
     """A class-conditional diffusion transformer.
 
     Parameter names are those of facebookresearch/DiT. The timestep is taken as it is given: 0 … 999 for discrete
     levels, 1000·t for continuous ones (`fastdiff.diffusion.Diffusion.model_time`).
     """
+
+    config_class = DiTConfig
+    title = "a DiT"
+    free_fields = ("attention", "class_dropout_prob", "gradient_checkpointing", "input_size")
+    also_reads = (DIFFUSERS_CLASS,)
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -226,7 +120,7 @@ class DiT(nn.Module):
         token_conditioning: Tensor | None = None,  # [B, N, D]
         label_generator: torch.Generator | None = None,
     ) -> Tensor:  # [B, C, H, W], or [B, 2 * C, H, W] with learn_sigma
-        """What the network predicts (noise, image, velocity: `fastdiff.diffusion` says which).
+        """Returns the network's prediction: noise, image or velocity, depending on `prediction_type`.
 
         Args:
             sample: noisy images, float32, bfloat16 or float16.
@@ -269,14 +163,8 @@ class DiT(nn.Module):
         conditioning = _add_conditioning(shared, layer_conditioning, token_conditioning, -1)
         return self._unpatchify(self.final_layer(residual, branch, gate, conditioning), sample)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes model.safetensors and config.json, each whole or not at all. Raises OSError where it cannot."""
-        from fastdiff.models.checkpoints import save_dit  # it imports this module
-
-        save_dit(self, directory)
-
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> "DiT":
+    def from_pretrained(cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, **options: Any) -> "DiT":
         """Loads a model, in eval mode; the format is told from the files.
 
         Args:
@@ -284,16 +172,31 @@ class DiT(nn.Module):
                 folder with one in `transformer/`); a facebookresearch/DiT file (.pt, or .safetensors with the same
                 names), its EMA weights if it holds both.
             dtype: of the parameters.
-            overrides: fields of `DiTConfig` that no weight depends on, such as `attention`; for a
-                facebookresearch file also `num_heads` where the width is not that of a preset.
+            options: fields of `DiTConfig` that no weight depends on, such as `attention`; for a
+                facebookresearch file also `num_heads` where the width is not that of a preset. For a folder written
+                by `save_pretrained` also `weights`, the name of the file with them, as in a run's checkpoint.
 
         Raises:
             FileNotFoundError: nothing there, or no checkpoint in the folder.
             ValueError: the file is cut short, damaged or of another model; the message names it.
+            TypeError: a field that cannot be changed.
         """
-        from fastdiff.models.checkpoints import load_dit
+        return super().from_pretrained(path, dtype=dtype, **options)
 
-        return load_dit(path, dtype, overrides)
+    @classmethod
+    def _read(cls, path: Path, weights: str, overrides: dict[str, Any]) -> tuple[DiTConfig, dict[str, Tensor]]:
+        path = model_folder(path)
+        foreign = read_foreign(path, overrides, cls.free_fields)
+        return super()._read(path, weights, overrides) if foreign is None else foreign
+
+    @classmethod
+    def _filled(cls, config: DiTConfig, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> "DiT":
+        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+            model = cls(config)
+        check_state(state, model.state_dict(), path, "its configuration")
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+        model.reset_positions(dtype)
+        return model.eval()
 
     def reset_positions(self, dtype: torch.dtype = torch.float32) -> None:
         """Makes the positions of the grid trained on again, on the parameters' device; they are not saved."""

@@ -1,57 +1,139 @@
-"""Folders of length heads: model.safetensors, and config.json with the head's kind and what model it belongs to."""
+"""Small heads that predict from a frozen language model how long its answer will be; their folders."""
 
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fastdiff.files import write_atomically
-from fastdiff.models.checkpoints import CONFIG_NAME, WEIGHTS_NAME, check_state, read_json
-from fastdiff.models.masked_lm_checkpoints import read_tensors
-from fastdiff.nn.length_heads import LENGTH_HEADS
+from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, Pretrained, read_config
 from fastdiff.version import __version__
 
 _MODEL_TYPE = "fastdiff_length_head"  # transformers' key, so that a loader of language models can name what it refuses
 
 
-def save_length_head(head: nn.Module, folder: str | Path, /, **about: Any) -> None:
-    """Writes an `EndClassifier` or `LengthRegressor`, each file whole or not at all.
+@dataclass
+class LengthHeadConfig:
+    """Kind and size of a length head.
+
+    Attributes:
+        head: "classifier" (`EndClassifier`) or "regression" (`LengthRegressor`).
+        hidden_size: Width of the language model's states.
+    """
+
+    head: str
+    hidden_size: int
+
+    def __post_init__(self) -> None:
+        if self.head not in LENGTH_HEADS:
+            raise ValueError(f"head: got {self.head!r}; expected {' or '.join(LENGTH_HEADS)}")
+        if not isinstance(self.hidden_size, int) or self.hidden_size < 1:
+            raise ValueError(f"hidden_size: got {self.hidden_size!r}; expected a whole number of 1 or more")
+
+
+class LengthHead(Pretrained):
+    """What the heads share. `LengthHead.from_pretrained` loads either kind.
+
+    config.json may hold further plain values, such as the `model_hash` of the frozen model
+    (`fastdiff.generation.length`).
+    """
+
+    config_class = LengthHeadConfig
+    title = "a length head"
+    extra_keys = None
+    kind: str
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.config = LengthHeadConfig(self.kind, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @classmethod
+    def from_config(cls, config: LengthHeadConfig) -> "LengthHead":
+        kind = LENGTH_HEADS[config.head]
+        if not issubclass(kind, cls):
+            raise ValueError(f"head: got {config.head!r}; expected {cls.kind!r}")
+        return kind(config.hidden_size)
+
+    @classmethod
+    def header(cls) -> dict[str, Any]:
+        return {"model_type": _MODEL_TYPE, "fastdiff_version": __version__}
+
+    @classmethod
+    def _values_of(cls, config: dict[str, Any], path: Path) -> dict[str, Any]:
+        if config.get("model_type") != _MODEL_TYPE:
+            raise ValueError(
+                f"{path / CONFIG_NAME}: not the configuration of a length head; expected a run of "
+                "recipes/eos_head_*.yaml"
+            )
+        return {name: config.get(name) for name in ("head", "hidden_size")}
+
+
+class EndClassifier(LengthHead):
+    """Has the answer ended at this token of a fully masked window? LayerNorm and a linear layer.
+
+    The linear layer starts at zero, so that an untrained head says 0.5 everywhere.
+
+    Args:
+        hidden_size: D, the width of the language model's states.
+    """
+
+    kind = "classifier"
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.out = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, states: Tensor) -> Tensor:  # float [..., D] -> float32 [...]
+        """Logits of P(length ≤ offset), one for each state that predicts the window's token at that offset."""
+        return self.out(self.norm(states.to(self.out.weight.dtype))).squeeze(-1).float()
+
+
+class LengthRegressor(LengthHead):
+    """Expected length of an answer from the mean embedding of its prompt's tokens; LayerNorm and two layers.
+
+    It predicts log(1 + length): errors count by their share of the length. The order of the prompt's tokens is lost.
+
+    Args:
+        hidden_size: D, the width of the language model's embeddings.
+    """
+
+    kind = "regression"
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.hidden = nn.Linear(hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, 1)
+
+    def forward(self, prompt_mean: Tensor, logarithm: bool = False) -> Tensor:  # float [B, D] -> float32 [B]
+        """Tokens before the EoS, at least 0; with `logarithm` log(1 + tokens) as predicted, which training compares."""
+        x = self.hidden(self.norm(prompt_mean.to(self.out.weight.dtype)))
+        log_length = self.out(nn.functional.gelu(x)).squeeze(-1).float()
+        return log_length if logarithm else torch.expm1(log_length).clamp(min=0)
+
+
+LENGTH_HEADS: Mapping[str, type[LengthHead]] = {head.kind: head for head in (EndClassifier, LengthRegressor)}
+
+
+def save_length_head(head: LengthHead, folder: str | Path, /, **about: Any) -> None:
+    """`head.save_pretrained(folder, extra=about)`.
 
     Args:
         about: plain values for config.json: `model_hash` of the frozen model (`fastdiff.generation.length`), which
-            `fastdiff.training.runs.load_length_head` compares, and what else users may want to know.
-
-    Raises OSError where the folder cannot be written.
+            `fastdiff.tasks.length_head.run.load_length_head` compares, and what else users may want to know.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    config = {"model_type": _MODEL_TYPE, "fastdiff_version": __version__, "head": head.kind}
-    config |= {"hidden_size": head.hidden_size, **about}
-    write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    head.save_pretrained(folder, extra=about)
 
 
-def read_length_head(folder: str | Path, weights: str = WEIGHTS_NAME) -> tuple[nn.Module, dict[str, Any]]:
-    """The head in a folder, in eval mode on the CPU, and its config.json.
-
-    Args:
-        weights: name of the file, such as ema.safetensors in a checkpoint.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: not a length head's, or damaged; the message names the file.
-    """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} in it; expected a run of recipes/eos_head_*.yaml")
-    config = read_json(path)
-    kind, size = config.get("head"), config.get("hidden_size")
-    if config.get("model_type") != _MODEL_TYPE or kind not in LENGTH_HEADS or not isinstance(size, int):
-        raise ValueError(f"{path}: not the configuration of a length head; expected a run of recipes/eos_head_*.yaml")
-    head, state = LENGTH_HEADS[kind](size), read_tensors(Path(folder) / weights)
-    check_state(state, head.state_dict(), Path(folder) / weights, f"a length head of kind {kind!r}")
-    head.load_state_dict(state)
-    return head.requires_grad_(False).eval(), config
+def read_length_head(folder: str | Path, weights: str = WEIGHTS_NAME) -> tuple[LengthHead, dict[str, Any]]:
+    """The head in a folder, frozen and in eval mode, and its config.json. Errors as `LengthHead.from_pretrained`."""
+    head = LengthHead.from_pretrained(folder, weights=weights)
+    return head.requires_grad_(False), read_config(folder)

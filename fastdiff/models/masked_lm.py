@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput
 
+from fastdiff.models.masked_lm_checkpoints import load_gpt2, load_masked_lm
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.nn import AdaLayerNorm, KeyValueCache, TimestepEmbedding, TransformerBlock
 from fastdiff.nn.flash import resolve_implementation
@@ -260,8 +261,6 @@ class MaskedDiffusionLM(PreTrainedModel):
             FileNotFoundError: nothing there, or no weights.
             ValueError: a format that is not known (the message lists those that are), or a damaged file.
         """
-        from fastdiff.models.masked_lm_checkpoints import load_masked_lm  # it imports this module
-
         return load_masked_lm(cls, path, args, kwargs, super().from_pretrained)
 
     @classmethod
@@ -285,8 +284,6 @@ class MaskedDiffusionLM(PreTrainedModel):
         Anneal its attention from causal to bidirectional with `fastdiff.nn.annealed_attention_mask`.
         Raises what `from_pretrained` raises.
         """
-        from fastdiff.models.masked_lm_checkpoints import load_gpt2
-
         return load_gpt2(cls, source, mask_token_id, pad_token_id, kwargs)
 
     def _check_ids(self, input_ids: Tensor) -> None:

@@ -10,11 +10,9 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdiff.errors import reason_of
-from fastdiff.models.checkpoints import CONFIG_NAME, check_state, read_json
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.models.masked_lm_layouts import (
     ADAPTABLE,
@@ -25,6 +23,7 @@ from fastdiff.models.masked_lm_layouts import (
     MODEL_TYPES,
     grow_vocabulary,
 )
+from fastdiff.models.pretrained import CONFIG_NAME, check_state, read_json, read_weights
 
 GPT2_MASK_TOKEN_ID = 10541  # of system 004 and DiffuGPT: a token that text hardly ever has
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -39,7 +38,7 @@ def load_masked_lm(cls: type, path: Any, args: tuple, kwargs: dict[str, Any], na
     config = read_model_config(path, kwargs)
     if _model_type(config) != cls.config_class.model_type:
         folder = _folder(path, kwargs)
-        return _load_foreign(cls, folder, config, _read_weights(folder), {**kwargs})
+        return _load_foreign(cls, folder, config, read_weights(folder, _WEIGHTS, "a language model"), {**kwargs})
     return _load_native(path, args, kwargs, native)
 
 
@@ -52,7 +51,7 @@ def load_gpt2(cls: type, source: Any, mask_token_id: int | None, pad_token_id: i
         folder, config = None, source.config.to_dict()
     else:
         folder = _folder(source, kwargs)
-        config, state = read_model_config(folder, kwargs), _read_weights(folder)
+        config, state = read_model_config(folder, kwargs), read_weights(folder, _WEIGHTS, "a language model")
     if _model_type(config) != "gpt2":
         raise ValueError(f"from_gpt2: got a model of type {_model_type(config)!r}; expected gpt2: use from_pretrained")
     return _load_foreign(cls, folder, config, state, kwargs)
@@ -202,33 +201,5 @@ def _from_hub(path: Any, kwargs: dict[str, Any], download: Callable[[dict], str]
         return download({name: kwargs[name] for name in _HUB if name in kwargs})
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{path}: no such folder, and not to be had from the Hugging Face hub: {reason_of(error)}"
+            f"{path}: not a local folder, and could not be downloaded from the Hugging Face Hub: {reason_of(error)}"
         ) from error
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return read_tensors(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            state: dict[str, Tensor] = {}
-            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-                state.update(read_tensors(folder / shard))
-            return state
-    raise FileNotFoundError(f"{folder}: no weights in it; expected {' or '.join(_WEIGHTS)}, or their shards")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .bin file, on the CPU.
-
-    Raises FileNotFoundError where there is none, ValueError for a damaged one.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the index beside it names it")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and pickle raise what they like on damaged files
-        raise ValueError(f"{path}: cut short, damaged or not a file of tensors: {reason_of(error)}") from error

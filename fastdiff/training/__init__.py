@@ -1,8 +1,16 @@
-"""Training: one trainer for every task, exact resume, atomic checkpoints; the diffusion task and its recipe."""
+"""The engine: one trainer for every kind of task, exact resume, atomic checkpoints."""
 
-from fastdiff.errors import TrainingError
-from fastdiff.training.config import TrainingConfig
-from fastdiff.training.task import Task
-from fastdiff.training.trainer import Outcome, Trainer
+from fastdiff.lazy import exports
 
 __all__ = ["Outcome", "Task", "Trainer", "TrainingConfig", "TrainingError"]
+
+__getattr__ = exports(
+    __name__,
+    {
+        "Outcome": "fastdiff.training.trainer",
+        "Task": "fastdiff.training.task",
+        "Trainer": "fastdiff.training.trainer",
+        "TrainingConfig": "fastdiff.training.config",
+        "TrainingError": "fastdiff.errors",
+    },
+)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastdiff.files import write_folder_atomically
-from fastdiff.models.checkpoints import check_state, untied_state
+from fastdiff.models.pretrained import check_state, untied_state
 
 STATE_FILE = "trainer_state.json"
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as its own error

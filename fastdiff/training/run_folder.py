@@ -100,7 +100,7 @@ class RunFolder:
 
     def _check_same(self, recipe: dict[str, Any]) -> None:
         if not self.config.exists():
-            raise FileNotFoundError(f"{self.config} is missing; a run can be resumed with it alone")
+            raise FileNotFoundError(f"{self.config} is missing; a run cannot be resumed without it")
         old, new = _flatten(yaml.safe_load(self.config.read_text())), _flatten(recipe)
         for key in sorted(old.keys() | new.keys()):
             free = key.startswith("sampling.") or key.removeprefix("training.") in _FREE
@@ -109,6 +109,24 @@ class RunFolder:
                     f"{key} is {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
                     f"{old.get(key)!r}; resume with the same value or pass another training.output_dir"
                 )
+
+
+def locate(path: str | Path) -> tuple[RunFolder, Path | None]:
+    """The run's folder that a path means, and the checkpoint where it names one."""
+    path = Path(path)
+    is_checkpoint = path.parent.name == "checkpoints" and path.name.startswith("step_")
+    return RunFolder(path.parent.parent if is_checkpoint else path), path if is_checkpoint else None
+
+
+def locate_checkpoint(path: str | Path) -> tuple[RunFolder, Path]:
+    """A run's folder and its newest checkpoint, or the one that the path names. Raises FileNotFoundError for none."""
+    folder, checkpoint = locate(path)
+    checkpoint = folder.latest() if checkpoint is None else checkpoint
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{folder.checkpoints} has no checkpoint yet; train longer, or set training.checkpoint_every lower"
+        )
+    return folder, checkpoint
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,12 +11,12 @@ from language_runs import make_runs
 
 from fastdiff import evaluate
 from fastdiff.data.text import load_text_data
-from fastdiff.evaluation.language_command import exact_match
 from fastdiff.evaluation.likelihood import likelihood_bound
 from fastdiff.generation import MaskedDiffusionGenerationConfig
 from fastdiff.generation.text import TextGenerator
-from fastdiff.training.held_out import likelihood_arguments
-from fastdiff.training.runs import load_language_model
+from fastdiff.tasks.masked_lm.evaluate import exact_match
+from fastdiff.tasks.masked_lm.held_out import likelihood_arguments
+from fastdiff.tasks.masked_lm.run import load_language_model
 
 RECIPE = {
     "task": "masked_lm",

@@ -12,9 +12,7 @@ from torch import nn
 
 from fastdiff import evaluate
 from fastdiff.data.text import load_text_data
-from fastdiff.evaluation.length_command import LengthOptions, held_out_halves
 from fastdiff.evaluation.length_comparison import read_rules
-from fastdiff.evaluation.length_report import describe_threshold
 from fastdiff.generation import MaskedDiffusionGenerationConfig
 from fastdiff.generation.length import (
     LENGTH_RULES,
@@ -25,9 +23,11 @@ from fastdiff.generation.length import (
     prompt_inputs,
 )
 from fastdiff.generation.length.rules import TIE_MARGIN
-from fastdiff.models.length_heads import save_length_head
-from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
-from fastdiff.training.runs import load_language_model, load_length_head, load_length_predictor
+from fastdiff.models.length_heads import EndClassifier, LengthRegressor, save_length_head
+from fastdiff.tasks.length_head.run import load_length_head
+from fastdiff.tasks.masked_lm.evaluate_lengths import LengthOptions, held_out_halves
+from fastdiff.tasks.masked_lm.length_report import describe_threshold
+from fastdiff.tasks.masked_lm.run import load_language_model, load_length_predictor
 
 RECIPE = {
     "task": "masked_lm",

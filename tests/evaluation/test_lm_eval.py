@@ -187,7 +187,7 @@ def test_local_tasks_of_each_kind_through_the_command(tasks, language_run, tmp_p
 
 def test_accuracy_is_of_the_bounds(tasks, language_run, tmp_path):
     """The command's accuracy is what comparing the adapter's own numbers gives."""
-    from fastdiff.training.runs import load_language_model
+    from fastdiff.tasks.masked_lm.run import load_language_model
 
     loaded = load_language_model(language_run, device="cpu")
     harness = FastdiffLM(loaded.model, loaded.tokenizer, num_draws=8)

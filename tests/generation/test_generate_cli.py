@@ -18,7 +18,7 @@ from fastdiff import generate as command
 from fastdiff import sample
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.text import TextGenerator, until_end
-from fastdiff.training.runs import load_language_model
+from fastdiff.tasks.masked_lm.run import load_language_model
 
 MASK, EOS = 3, 2
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_loaded(language_run, tmp_path, capsys):
         return failure(capsys, path, "--prompt", "x")
 
     assert "no config.json in it; expected the folder of a language model" in fails(tmp_path)
-    assert "not to be had from the Hugging Face hub" in fails("nobody/nothing")
+    assert "could not be downloaded from the Hugging Face Hub" in fails("nobody/nothing")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     assert re.search(r"a model of type 'bert'; expected one of .*GPT-2.*llada", fails(tmp_path / "bert"))

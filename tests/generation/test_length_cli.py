@@ -10,7 +10,7 @@ from language_runs import write_run
 from fastdiff.generation import MaskedDiffusionGenerationConfig
 from fastdiff.generation.length import CALIBRATION_FILE, LengthPredictor, calibrate, save_calibrations
 from fastdiff.generation.text import TextGenerator
-from fastdiff.training.runs import load_language_model, load_length_predictor
+from fastdiff.tasks.masked_lm.run import load_language_model, load_length_predictor
 
 WINDOW = 12
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from fastdiff.models import QGFDConfig, QGFDModel, QGFDModelConfig
-from fastdiff.models.qgfd_adapters import (
+from fastdiff.models.qgfd.adapters import (
     AudioAdapterConfig,
     ImageAdapterConfig,
     TabularAdapterConfig,

@@ -313,7 +313,7 @@ def test_a_foreign_checkpoint_that_does_not_fit_is_named(tmp_path, changes, mess
 def test_files_that_are_missing_or_damaged_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing: no such folder in .*; name one that is there"):
         MaskedDiffusionLM.from_pretrained(str(tmp_path / "nothing"))
-    with pytest.raises(FileNotFoundError, match="^nobody/nothing: no such folder, and not to be had") as caught:
+    with pytest.raises(FileNotFoundError, match="^nobody/nothing: not a local folder, and could not be") as caught:
         MaskedDiffusionLM.from_pretrained("nobody/nothing", local_files_only=True)
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="no config.json in it"):

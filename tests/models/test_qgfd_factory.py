@@ -16,7 +16,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, T5EncoderMode
 from fastdiff.data import TableSchema
 from fastdiff.diffusion import Diffusion
 from fastdiff.models import QGFDConfig, QGFDModel, QGFDModelConfig, create_qgfd_model
-from fastdiff.models.qgfd_adapters import (
+from fastdiff.models.qgfd.adapters import (
     AudioProcessor,
     ImageAdapterConfig,
     ImageProcessor,

@@ -7,8 +7,8 @@ from qgfd_models import SMALL, qgfd_config
 
 from fastdiff.diffusion import Diffusion, DiffusionConfig
 from fastdiff.models import QGFDModel, QGFDModelConfig
-from fastdiff.models.qgfd_adapters import TextAdapterConfig
-from fastdiff.models.qgfd_adapters.base import unit_scale
+from fastdiff.models.qgfd.adapters import TextAdapterConfig
+from fastdiff.models.qgfd.adapters.base import unit_scale
 
 VOCABULARY = 11
 

@@ -1,6 +1,7 @@
 """What a person meets when installing: messages, archives, and an import that needs no GPU, nvcc or Triton."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,40 @@ def test_an_older_torch_is_named_in_one_sentence():
     done = python("import torch; torch.__version__ = '2.12.1+cpu'; import fastdiff")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: fastdiff 0.1.0 needs torch >= 2.13 and found 2.12.1+cpu; run: pip install")
+
+
+@pytest.fixture
+def bare_checkout(tmp_path: Path) -> Path:
+    """The part of a checkout that is read before anything is installed."""
+    for name in ("fastdiff/__init__.py", "fastdiff/version.py", "fastdiff/train.py", "kernels/adaln/adaln.h"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def without_packages(folder: Path, *arguments: str) -> list[str]:
+    """What a Python without any installed package says on stderr, in lines."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [sys.executable, "-S", *arguments]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("module", ["fastdiff", "fastdiff.train"])
+def test_a_checkout_that_is_not_installed_says_what_to_do(bare_checkout, module):
+    (line,) = without_packages(bare_checkout, "-m", module)
+    for part in (str(bare_checkout), "activate", "pip install -e .", "leave this folder", "python -P"):
+        assert part in line
+    assert line.count("fastdiff was found") == 1
+    last = without_packages(bare_checkout, "-c", "import fastdiff")[-1]
+    assert last.startswith("ImportError: fastdiff was found in its source checkout")
+
+
+def test_a_python_without_torch_says_what_to_do(bare_checkout):
+    (bare_checkout / "kernels").rename(bare_checkout / "fastdiff" / "kernels")  # as in an installed package
+    (line,) = without_packages(bare_checkout, "-m", "fastdiff.train")
+    assert "fastdiff needs torch, which " in line and "pip install 'torch>=2.13'" in line
 
 
 def test_import_needs_no_triton_and_no_compiled_module():
@@ -100,7 +135,7 @@ def test_source_distribution_holds_all_that_a_build_needs(tmp_path):
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     tracked = subprocess.run(
-        ["git", "ls-files", "kernels", "csrc", "fastdiff"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "kernels", "csrc", "fastdiff", "recipes"], cwd=ROOT, capture_output=True, text=True
     )
     if tracked.returncode != 0:
         pytest.skip("NOT TESTED: no git here to say which files there are")

@@ -45,9 +45,9 @@ def tiny_yaml(tmp_path) -> Path:
 def make_recipe(tiny_yaml):
     """make_recipe("--training.max_steps", 3, …) → DiTRecipe."""
     from fastdiff.recipes import parse_recipe
-    from fastdiff.training.diffusion import DiTRecipe
+    from fastdiff.tasks.dit.recipe import DiTRecipe
 
-    return lambda *options: parse_recipe(DiTRecipe, [str(tiny_yaml), *map(str, options)], "train", "")
+    return lambda *options: parse_recipe(DiTRecipe, [str(tiny_yaml), *map(str, options)])
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +61,12 @@ def digits():
 @pytest.fixture
 def make_trainer(make_recipe, digits):
     """make_trainer(folder, "--training.max_steps", 3, …) → Trainer of the tiny recipe."""
+    from fastdiff.tasks.dit.task import DiTTask
     from fastdiff.training import Trainer
-    from fastdiff.training.diffusion import DiffusionTask
 
     def make(folder, *options):
         recipe = make_recipe("--training.output_dir", folder, *options)
-        return Trainer(DiffusionTask(recipe, digits), recipe.training)
+        return Trainer(DiTTask(recipe, digits), recipe.training)
 
     return make
 

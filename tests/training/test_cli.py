@@ -12,9 +12,10 @@ import yaml
 
 from fastdiff import evaluate, sample, train
 from fastdiff.recipes import load_recipe, parse_recipe
+from fastdiff.tasks.dit.recipe import DiTRecipe
+from fastdiff.tasks.dit.task import DiTTask
 from fastdiff.tasks.kinds import recipe_kind
-from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
-from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
+from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("dit_*.yaml"))
 
@@ -30,7 +31,7 @@ def failure(command, arguments, capsys) -> str:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(path):
-    recipe = parse_recipe(DiTRecipe, [str(path)], "train", "")
+    recipe = parse_recipe(DiTRecipe, [str(path)])
     assert recipe.training.output_dir == f"runs/{path.stem}"
     assert recipe.model.num_classes == 10
 
@@ -53,8 +54,8 @@ def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
     assert recipe.training.learning_rate == 1e-4 and recipe.training.betas == (0.8, 0.9)
     assert recipe.training.batch_size == 8  # from the file
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(DiffusionTask(recipe, digits).recipe()))
-    assert parse_recipe(DiTRecipe, [str(path)], "train", "") == recipe
+    path.write_text(yaml.safe_dump(DiTTask(recipe, digits).recipe()))
+    assert parse_recipe(DiTRecipe, [str(path)]) == recipe
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_recipe_with_a_task(tmp_path, tiny_yaml):
     path = tmp_path / "words.yaml"
     path.write_text(LANGUAGE_MODEL)
     assert recipe_kind(path) == "masked_lm" and recipe_kind(tiny_yaml) == "dit"
-    recipe = parse_recipe(MaskedLMRecipe, [str(path), "--sampling.generation.seed", "5"], "train", "")
+    recipe = parse_recipe(MaskedLMRecipe, [str(path), "--sampling.generation.seed", "5"])
     assert recipe.task == "masked_lm" and recipe.model.hidden_size == 64
     assert recipe.sampling.generation == {"max_new_tokens": 8, "temperature": 0.5, "seed": 5}
     path.write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
@@ -276,7 +277,7 @@ def test_sample_command_refuses(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", [sample, evaluate])
 def test_output_is_checked_before_work(run, tmp_path, capsys, monkeypatch, command):
-    from fastdiff.training.runs import Run
+    from fastdiff.tasks.dit.run import Run
 
     monkeypatch.setattr(Run, "draw", lambda *_, **__: pytest.fail("sampled before --output was checked"))
     assert "is a folder; expected the name of a file" in failure(command, [run, "--output", tmp_path], capsys)
@@ -320,8 +321,8 @@ def test_samples_are_drawn_in_the_precision_of_training(run, monkeypatch):
 
     import torch
 
+    from fastdiff.tasks.dit.run import load_run
     from fastdiff.training import setup
-    from fastdiff.training.runs import load_run
 
     loaded = load_run(run, device="cpu")
     images = {}

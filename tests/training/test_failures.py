@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
+from fastdiff.tasks.dit.run import load_run
 from fastdiff.training import TrainingError, checkpoint
-from fastdiff.training.runs import load_run
 
 
 def one_line(error) -> str:

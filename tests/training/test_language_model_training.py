@@ -15,10 +15,10 @@ from fastdiff.data import load_text_data
 from fastdiff.models import MaskedDiffusionLM
 from fastdiff.recipes import load_recipe, parse_recipe
 from fastdiff.tasks.kinds import recipe_kind
+from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
+from fastdiff.tasks.masked_lm.run import load_language_model
+from fastdiff.tasks.masked_lm.task import MaskedLMTask
 from fastdiff.training import Trainer
-from fastdiff.training.masked_lm import MaskedLMTask
-from fastdiff.training.masked_lm_recipe import MaskedLMRecipe
-from fastdiff.training.runs import load_language_model
 
 RECIPES = sorted(
     path for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if recipe_kind(path) == "masked_lm"
@@ -64,9 +64,7 @@ def prose(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_task(tiny_yaml):
-    return lambda *options: MaskedLMTask(
-        parse_recipe(MaskedLMRecipe, [str(tiny_yaml), *map(str, options)], "train", "")
-    )
+    return lambda *options: MaskedLMTask(parse_recipe(MaskedLMRecipe, [str(tiny_yaml), *map(str, options)]))
 
 
 @pytest.fixture
@@ -80,7 +78,7 @@ def make_trainer(make_task):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(path):
-    recipe = parse_recipe(MaskedLMRecipe, [str(path)], "train", "")
+    recipe = parse_recipe(MaskedLMRecipe, [str(path)])
     assert recipe.training.output_dir == f"runs/{path.stem}" and len(RECIPES) >= 7
 
 
@@ -184,7 +182,7 @@ def test_the_loss_is_the_one_that_the_recipe_names(make_task, normalizer, weight
 
 
 def _times(task, step):
-    from fastdiff.training.masked_lm import _TIMES
+    from fastdiff.tasks.masked_lm.task import _TIMES
     from fastdiff.training.randomness import generator
 
     return generator(task.config.training.seed, step, _TIMES)
@@ -209,7 +207,7 @@ def gpt2(tmp_path_factory, tiny_yaml):
     """A random GPT-2 with a tokenizer of its own, as transformers saves them."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    recipe = parse_recipe(MaskedLMRecipe, [str(tiny_yaml)], "train", "")
+    recipe = parse_recipe(MaskedLMRecipe, [str(tiny_yaml)])
     tokenizer = load_text_data(recipe.data, recipe.tokenizer).tokenizer
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from fastdiff import evaluate, generate, sample, train
 from fastdiff.generation.length import LengthPredictor, prompt_inputs
-from fastdiff.models.length_heads import read_length_head, save_length_head
-from fastdiff.nn.length_heads import EndClassifier, LengthRegressor
+from fastdiff.models.length_heads import EndClassifier, LengthRegressor, read_length_head, save_length_head
 from fastdiff.recipes import load_recipe, parse_recipe
+from fastdiff.tasks.length_head.recipe import LengthHeadRecipe
+from fastdiff.tasks.length_head.run import load_length_head
+from fastdiff.tasks.length_head.task import LengthHeadTask
+from fastdiff.tasks.masked_lm.run import load_language_model
 from fastdiff.training import Trainer
-from fastdiff.training.length_head import LengthHeadTask
-from fastdiff.training.length_head_recipe import LengthHeadRecipe
 from fastdiff.training.run_folder import RunFolder
-from fastdiff.training.runs import load_language_model, load_length_head
 from fastdiff.visualization import save_length_scatter
 
 HEADS = ("classifier", "regression")
@@ -92,7 +92,7 @@ def make_recipe(run, tmp_path_factory):
     """make_recipe("--head", "regression", …) → LengthHeadRecipe on the run."""
     path = tmp_path_factory.mktemp("recipe") / "head.yaml"
     path.write_text(yaml.safe_dump({"task": "length_head", "run": str(run), "training": TRAINING}))
-    return lambda *options: parse_recipe(LengthHeadRecipe, [str(path), *map(str, options)], "train", "")
+    return lambda *options: parse_recipe(LengthHeadRecipe, [str(path), *map(str, options)])
 
 
 @pytest.fixture(scope="session", params=HEADS)
@@ -353,7 +353,7 @@ def test_commands_say_what_a_head_is_for(trained, capsys):
 @pytest.mark.parametrize("head", HEADS)
 def test_recipes(head, capsys):
     path = Path(__file__).parents[2] / "recipes" / f"eos_head_{head}.yaml"
-    recipe = parse_recipe(LengthHeadRecipe, [str(path)], "train", "")
+    recipe = parse_recipe(LengthHeadRecipe, [str(path)])
     assert recipe.head == head and recipe.training.output_dir == f"runs/{path.stem}" and recipe.data is None
     with pytest.raises(SystemExit) as exit_:
         train.main([str(path), "--help"])

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastdiff.models.checkpoints import untied_state
+from fastdiff.models.pretrained import untied_state
 from fastdiff.training.checkpoint import load_optimizer, load_weights, save_optimizer, save_weights
 
 

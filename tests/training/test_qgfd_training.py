@@ -15,10 +15,10 @@ from training.qgfd_recipes import recipe_of, write_data, write_recipe
 from fastdiff import evaluate, sample, train
 from fastdiff.models import QGFDModel
 from fastdiff.recipes import parse_recipe
+from fastdiff.tasks.qgfd.recipe import QGFDRecipe
+from fastdiff.tasks.qgfd.run import load_run
+from fastdiff.tasks.qgfd.task import QGFDTask
 from fastdiff.training import Trainer
-from fastdiff.training.qgfd import QGFDTask
-from fastdiff.training.qgfd_recipe import QGFDRecipe
-from fastdiff.training.qgfd_runs import load_qgfd_run
 
 MODALITIES = ("text", "image", "audio", "video", "tabular")
 FILES = {
@@ -53,7 +53,7 @@ def train_run(data, tmp_path):
 def make_task(data, tmp_path):
     def make(*modalities, **sections):
         path = write_recipe(tmp_path / "task.yaml", recipe_of(data, *modalities, **sections))
-        return QGFDTask(parse_recipe(QGFDRecipe, [str(path)], "train", ""))
+        return QGFDTask(parse_recipe(QGFDRecipe, [str(path)]))
 
     return make
 
@@ -169,7 +169,7 @@ def test_resume_is_exact(make_task, data, tmp_path, order, same_files):
         recipe = recipe_of(data, "text", "image", "tabular", objective={"order": order, "validation_samples": 8})
         path = write_recipe(tmp_path / "resume.yaml", recipe)
         arguments = [str(path), "--training.output_dir", str(folder), "--training.checkpoint_every", "1", *options]
-        recipe = parse_recipe(QGFDRecipe, arguments, "train", "")
+        recipe = parse_recipe(QGFDRecipe, arguments)
         return Trainer(QGFDTask(recipe), recipe.training)
 
     whole = trainer(tmp_path / "whole").train(stop_at=4).checkpoint
@@ -202,7 +202,7 @@ def test_adapters_of_a_finished_run_serve_another_backbone(train_run, make_task,
         backbone={"steps": 0},
     )
     second = train_run("image", name="second", **sections)
-    old, new = (load_qgfd_run(run).model.adapters["image"].state_dict() for run in (first, second))
+    old, new = (load_run(run).model.adapters["image"].state_dict() for run in (first, second))
     taken = [name for name in old if not name.startswith("label_embedding")]
     assert all(torch.equal(old[name], new[name]) for name in taken)
     assert not torch.equal(old["label_embedding.embedding_table.weight"], new["label_embedding.embedding_table.weight"])
@@ -234,7 +234,7 @@ def test_pretrained_encoders_of_every_modality_that_has_them(train_run, checkpoi
     sections = {name: {"backbone_name": str(checkpoints[name])} for name in names}
     audio = {"sampling_rate": 8000, "num_samples": 512}
     run = train_run(*names, options=("--training.max_steps", 4), audio_data=audio, **sections)
-    model = load_qgfd_run(run).model
+    model = load_run(run).model
     assert {name: model.adapters[name].backbone.config.model_type for name in names} == {
         "text": "t5", "image": "vit", "audio": "wav2vec2", "video": "vit",
     }  # fmt: skip
@@ -374,7 +374,7 @@ def test_shipped_recipes_parse():
         f"qgfd_{name}" for name in ("audio", "image", "shared", "tabular", "text", "video")
     ]
     for path in recipes:
-        recipe = parse_recipe(QGFDRecipe, [str(path)], "train", "")
+        recipe = parse_recipe(QGFDRecipe, [str(path)])
         assert recipe.training.output_dir == f"runs/{path.stem}"
         expected = MODALITIES if path.stem == "qgfd_shared" else (path.stem.removeprefix("qgfd_"),)
         assert recipe.modalities == expected

@@ -16,12 +16,13 @@ import os, signal, sys
 from pathlib import Path
 from fastdiff.recipes import parse_recipe
 from fastdiff.training import Trainer, checkpoint
-from fastdiff.training.diffusion import DiffusionTask, DiTRecipe
+from fastdiff.tasks.dit.recipe import DiTRecipe
+from fastdiff.tasks.dit.task import DiTTask
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-class Doomed(DiffusionTask):
+class Doomed(DiTTask):
     last_step = None
     def batch(self, step, slots):
         if step == self.last_step:
@@ -29,7 +30,7 @@ class Doomed(DiffusionTask):
         return super().batch(step, slots)
 
 def train(folder, death, options):
-    recipe = parse_recipe(DiTRecipe, [*options, "--training.output_dir", str(folder)], "train", "")
+    recipe = parse_recipe(DiTRecipe, [*options, "--training.output_dir", str(folder)])
     task = Doomed(recipe)
     if death == "while-writing":  # the checkpoint of step 10, all files written, not yet renamed
         rename = os.rename

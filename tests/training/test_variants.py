@@ -118,10 +118,10 @@ def test_training_lowers_the_loss(make_trainer, tmp_path, curve):
 def test_flips_are_half_and_repeatable(make_recipe, digits):
     import torch
 
-    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.tasks.dit.task import DiTTask
 
-    plain = DiffusionTask(make_recipe("--training.batch_size", 400), digits).batch(3, range(400))
-    task = DiffusionTask(make_recipe("--training.batch_size", 400, "--data.horizontal_flip", "true"), digits)
+    plain = DiTTask(make_recipe("--training.batch_size", 400), digits).batch(3, range(400))
+    task = DiTTask(make_recipe("--training.batch_size", 400, "--data.horizontal_flip", "true"), digits)
     flipped = task.batch(3, range(400))
     same = (flipped["x0"] == plain["x0"]).flatten(1).all(1)
     mirrored = (flipped["x0"] == plain["x0"].flip(-1)).flatten(1).all(1)
@@ -130,9 +130,9 @@ def test_flips_are_half_and_repeatable(make_recipe, digits):
 
 
 def test_labels_are_dropped_at_the_configured_rate(make_recipe, digits):
-    from fastdiff.training.diffusion import DiffusionTask
+    from fastdiff.tasks.dit.task import DiTTask
 
-    task = DiffusionTask(make_recipe("--training.batch_size", 1000), digits)
+    task = DiTTask(make_recipe("--training.batch_size", 1000), digits)
     batch = task.batch(0, range(1000))
     dropped = batch["labels"] == 10
     assert 150 < dropped.sum() < 250  # class_dropout_prob is 0.2

@@ -1,0 +1,187 @@
+"""Other projects' DiT checkpoints: facebookresearch/DiT files and folders of diffusers' DiTTransformer2DModel.
+
+They are read as a configuration and weights under fastdiff's names.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import reason_of
+from fastdiff.models.dit_config import PRESETS, DiTConfig
+from fastdiff.models.pretrained import CONFIG_NAME, check_overrides, read_config, read_tensors, read_weights
+from fastdiff.nn import sincos_2d
+
+DIFFUSERS_CLASS = "DiTTransformer2DModel"
+_DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+_HEADS_BY_WIDTH = {preset["hidden_size"]: preset["num_heads"] for preset in PRESETS.values()}
+_DIFFUSERS_ACTIVATIONS = {"gelu": "gelu", "gelu-approximate": "gelu_tanh", "linear-silu": "silu"}
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a diffusers pipeline's model; other paths as they are."""
+    inside = path / "transformer"
+    return inside if not (path / CONFIG_NAME).is_file() and (inside / CONFIG_NAME).is_file() else path
+
+
+def read_foreign(
+    path: Path, overrides: dict[str, Any], free_fields: tuple[str, ...]
+) -> tuple[DiTConfig, dict[str, Tensor]] | None:
+    """Configuration and weights of another project's file or folder; None for a folder that is not diffusers'.
+
+    Raises FileNotFoundError, ValueError and TypeError as `fastdiff.models.DiT.from_pretrained` does.
+    """
+    if path.is_file():
+        check_overrides(overrides, (*free_fields, "num_heads"))
+        return _read_facebook(path, overrides)
+    config = read_config(path)
+    if config.get("_class_name") != DIFFUSERS_CLASS:
+        return None
+    check_overrides(overrides, free_fields)
+    try:
+        config, state = _from_diffusers(config, read_weights(path, _DIFFUSERS_WEIGHTS, "a DiT"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a {DIFFUSERS_CLASS} that can be loaded: {reason_of(error)}") from error
+    return dataclasses.replace(config, **overrides), state
+
+
+def _read_facebook(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict[str, Tensor]]:
+    content = read_tensors(path, "a DiT")
+    # A training checkpoint holds {"model", "ema", "opt", "args"}: samples are drawn with the averaged weights.
+    state = next((content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)), content)
+    trained_as = PRESETS.get(getattr(content.get("args"), "model", None), {})
+    try:
+        return _from_facebook(state, trained_as.get("num_heads"), overrides)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a facebookresearch/DiT checkpoint: {reason_of(error)}") from error
+
+
+def _from_facebook(
+    state: Mapping[str, Tensor], num_heads: int | None, overrides: Mapping[str, Any]
+) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """facebookresearch/DiT's state dict: the names are ours, the configuration is read off the shapes.
+
+    The number of heads leaves no trace in the weights: it is taken from `overrides`, the checkpoint's own command
+    line (`num_heads`) or the preset of that width. Raises KeyError or ValueError where something does not fit.
+    """
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    num_heads = overrides.get("num_heads") or num_heads or _HEADS_BY_WIDTH.get(hidden_size)
+    if num_heads is None:
+        raise ValueError(f"its width {hidden_size} is that of no preset: pass num_heads=")
+    positions = state.pop("pos_embed").float()[0]
+    grid = math.isqrt(len(positions))
+    if grid * grid != len(positions) or not torch.allclose(
+        positions, sincos_2d(grid, grid, hidden_size), atol=1e-2, rtol=0
+    ):
+        raise ValueError("pos_embed holds other positions than those of a square sine-cosine grid")
+    out_channels = len(state["final_layer.linear.weight"]) // patch_size**2
+    config = DiTConfig(
+        input_size=grid * patch_size,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        num_heads=num_heads,
+        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        learn_sigma=_learns_sigma(in_channels, out_channels),
+        mlp_activation="gelu_tanh",
+        frequency_embedding_size=state["t_embedder.mlp.0.weight"].shape[1],
+    )
+    fields = {**config.__dict__, **overrides, "num_heads": num_heads}
+    return DiTConfig(**fields), state
+
+
+def _from_diffusers(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """diffusers' DiTTransformer2DModel, from its config.json and state dict.
+
+    Each of its blocks has its own timestep and label embedding. Where all are equal, as in checkpoints converted
+    from facebookresearch/DiT, one is kept. Raises KeyError or ValueError for an option that our DiT does not have.
+    """
+    activation = config.get("activation_fn", "gelu-approximate")
+    if activation not in _DIFFUSERS_ACTIVATIONS:
+        raise ValueError(f"activation_fn is {activation!r}; expected one of {', '.join(_DIFFUSERS_ACTIVATIONS)}")
+    if config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
+        raise ValueError(f"norm_type is {config['norm_type']!r}; expected 'ada_norm_zero'")
+    if config.get("dropout"):
+        raise ValueError(f"dropout is {config['dropout']}; expected 0: this DiT has none")
+    depth, affine = config["num_layers"], bool(config.get("norm_elementwise_affine", False))
+    in_channels = config["in_channels"]
+    per_block = not _embedders_equal(state, depth)
+    ours = DiTConfig(
+        input_size=config["sample_size"],
+        patch_size=config["patch_size"],
+        in_channels=in_channels,
+        hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
+        depth=depth,
+        num_heads=config["num_attention_heads"],
+        num_classes=config["num_embeds_ada_norm"],
+        learn_sigma=_learns_sigma(in_channels, config.get("out_channels") or in_channels),
+        mlp_norm_eps=config.get("norm_eps", 1e-5),  # its first norm has 1e-6 whatever the configuration says
+        norm_elementwise_affine=affine,
+        qkv_bias=config.get("attention_bias", True),
+        mlp_activation=_DIFFUSERS_ACTIVATIONS[activation],
+        frequency_shift=1.0,
+        embedders_per_block=per_block,
+    )
+    return ours, _rename_diffusers(state, ours)
+
+
+def _rename_diffusers(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+
+    def move(source: str, target: str, kinds: tuple[str, ...] = ("weight", "bias")) -> None:
+        for kind in kinds:
+            renamed[f"{target}.{kind}"] = state[f"{source}.{kind}"]
+
+    move("pos_embed.proj", "x_embedder.proj")
+    move("proj_out_1", "final_layer.adaLN_modulation.1")
+    move("proj_out_2", "final_layer.linear")
+    for index in range(config.depth):
+        theirs, ours = f"transformer_blocks.{index}", f"blocks.{index}"
+        if index == 0 or config.embedders_per_block:
+            time, label = ("t_embedder", "y_embedder") if index == 0 else _block_embedder_names(index)
+            move(f"{theirs}.norm1.emb.timestep_embedder.linear_1", f"{time}.mlp.0")
+            move(f"{theirs}.norm1.emb.timestep_embedder.linear_2", f"{time}.mlp.2")
+            move(f"{theirs}.norm1.emb.class_embedder.embedding_table", f"{label}.embedding_table", ("weight",))
+        move(f"{theirs}.norm1.linear", f"{ours}.adaLN_modulation.1")
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            parts = [state[f"{theirs}.attn1.to_{letter}.{kind}"] for letter in "qkv"]
+            renamed[f"{ours}.attn.qkv.{kind}"] = torch.cat(parts)
+        move(f"{theirs}.attn1.to_out.0", f"{ours}.attn.proj")
+        move(f"{theirs}.ff.net.0.proj", f"{ours}.mlp.fc1")
+        move(f"{theirs}.ff.net.2", f"{ours}.mlp.fc2")
+        if config.norm_elementwise_affine:
+            move(f"{theirs}.norm3", f"{ours}.norm2")
+            weight = renamed[f"{ours}.norm2.weight"]
+            renamed[f"{ours}.norm1.weight"] = torch.ones_like(weight)  # diffusers' first norm has no parameters
+            renamed[f"{ours}.norm1.bias"] = torch.zeros_like(weight)
+    return renamed
+
+
+def _block_embedder_names(index: int) -> tuple[str, str]:
+    return f"block_embedders.{index - 1}.0", f"block_embedders.{index - 1}.1"
+
+
+def _embedders_equal(state: Mapping[str, Tensor], depth: int) -> bool:
+    first = "transformer_blocks.0.norm1.emb."
+    names = [name.removeprefix(first) for name in state if name.startswith(first)]
+    return all(
+        torch.equal(state[first + name], state[f"transformer_blocks.{index}.norm1.emb.{name}"])
+        for index in range(1, depth)
+        for name in names
+    )
+
+
+def _learns_sigma(in_channels: int, out_channels: int) -> bool:
+    if out_channels not in (in_channels, 2 * in_channels):
+        raise ValueError(f"it has {out_channels} output channels; expected {in_channels} or {2 * in_channels}")
+    return out_channels == 2 * in_channels

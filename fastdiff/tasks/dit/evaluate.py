@@ -1,0 +1,55 @@
+"""`fastdiff.evaluate` on a diffusion transformer."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from fastdiff.files import output_path, write_atomically
+from fastdiff.tasks.dit.run import load_run
+from fastdiff.tasks.options import SamplingOptions, at_least
+
+
+@dataclass
+class EvaluateOptions(SamplingOptions):
+    """Scores samples: class accuracy and Fréchet distance under a small classifier, which is trained once on the real
+    images and cached, and the distance to the nearest training image; beside them the same numbers of real held-out
+    images.
+
+    Attributes:
+        num_samples: number of samples, spread evenly over the classes
+        output: path of the JSON; default: evaluation.json in the run's folder
+    """
+
+    num_samples: int = 500
+    output: str | None = None
+
+    def __post_init__(self):
+        at_least("num_samples", self.num_samples, 2)
+
+
+def evaluate_images(path: str, options: EvaluateOptions) -> None:
+    """Scores samples of a run beside real held-out images; prints a table and writes JSON."""
+    from fastdiff.data import load_data
+    from fastdiff.evaluation import evaluate_samples, load_or_train_classifier
+
+    run = load_run(path, weights=options.weights, device=options.device)
+    if run.recipe is None:
+        raise ValueError(f"{path}: got a model without a recipe; expected a run, which names its real images")
+    output = output_path(options.output, run.folder.path / "evaluation.json")
+    data = load_data(run.recipe.data)
+    classifier = load_or_train_classifier(data)
+    sampling = options.applied_to(run.sampling)
+    labels = torch.arange(options.num_samples) % len(run.class_names)
+    report = evaluate_samples(run.draw(labels, sampling, progress=True), labels, data, classifier)
+    details = {
+        "run": str(run.folder.path),
+        "step": run.step,
+        "weights": options.weights,
+        "guidance_scale": sampling.guidance_scale,
+        "num_inference_steps": sampling.num_inference_steps,
+        "sampler": sampling.sampler,
+        "seed": sampling.seed,
+    }
+    write_atomically(output, json.dumps({**details, **report.to_dict()}, indent=1) + "\n")
+    print(f"{report.to_markdown()}\n\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")

@@ -1,0 +1,71 @@
+"""The recipe of a class-conditional DiT."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastdiff.data import DataConfig, ImageData
+from fastdiff.diffusion.continuous import DiffusionConfig
+from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
+from fastdiff.models.dit import DiTConfig
+from fastdiff.training.config import TrainingConfig
+
+
+@dataclass
+class SamplingConfig(SamplerConfig):
+    """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
+
+    Attributes:
+        images_per_class: in samples.png.
+    """
+
+    images_per_class: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.images_per_class < 1:
+            raise ValueError(f"sampling.images_per_class is {self.images_per_class}; expected at least 1")
+
+
+@dataclass
+class DiTRecipe:
+    """Everything a run of fastdiff.train that trains a DiT is made from.
+
+    Attributes:
+        task: tells it from other recipes; may be left out.
+        model: the DiT.
+        diffusion: what it predicts, at which noise levels.
+        data: the images.
+        training: the course of training.
+        sampling: the pictures of samples.
+    """
+
+    task: Literal["dit"] = "dit"
+    model: DiTConfig = field(default_factory=DiTConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, without `task`: recipes of DiTs had none at first, and resuming compares with those."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "task"}
+
+
+def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
+    """Raises ValueError where the parts of a recipe do not fit each other or the data."""
+    channels, *size = data.image_shape
+    expected = {"in_channels": channels, "image_size": tuple(size), "num_classes": len(data.class_names)}
+    for name, value in expected.items():
+        if getattr(recipe.model, name) != value:
+            key = "input_size" if name == "image_size" else name
+            raise ValueError(
+                f"model.{key} is {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
+                f"set --model.{key} to that"
+            )
+    check_sampler(recipe.sampling, recipe.diffusion)
+    if recipe.model.learn_sigma and not recipe.diffusion.is_discrete:
+        raise ValueError(
+            "model.learn_sigma is true; diffusion.noise_levels "
+            f"{recipe.diffusion.noise_levels!r} has no variance to learn; set it to false"
+        )

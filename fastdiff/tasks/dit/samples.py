@@ -1,0 +1,43 @@
+"""`fastdiff.sample` on a diffusion transformer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdiff.files import output_path
+from fastdiff.tasks.dit.run import load_run
+from fastdiff.tasks.options import SamplingOptions, at_least
+
+
+@dataclass
+class SampleOptions(SamplingOptions):
+    """Draws a labelled grid of samples (PNG).
+
+    Attributes:
+        labels: labels or class names, with commas; default: every class
+        images_per_label: number of images for each label
+        output: path of the PNG; default: samples-seed-N.png in the run's folder
+    """
+
+    labels: str | None = None
+    images_per_label: int = 8
+    output: str | None = None
+
+    def __post_init__(self):
+        at_least("images_per_label", self.images_per_label, 1)
+
+
+def sample_images(path: str, options: SampleOptions) -> None:
+    """Draws samples, writes the grid and prints its path."""
+    from fastdiff.visualization import save_sample_grid
+
+    run = load_run(path, weights=options.weights, device=options.device)
+    sampling = options.applied_to(run.sampling)
+    labels = torch.tensor(run.labels(options.labels)).repeat_interleave(options.images_per_label)
+    folder = Path() if run.folder is None else run.folder.path
+    output = output_path(options.output, folder / f"samples-seed-{sampling.seed}.png")
+    images = run.draw(labels, sampling, progress=True)
+    step = "" if run.step is None else f"step {run.step}, "
+    title = f"{step}guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
+    print(save_sample_grid(images, labels, run.class_names, output, title=title))

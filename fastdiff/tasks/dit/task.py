@@ -1,0 +1,117 @@
+"""Training of a class-conditional DiT: its task. The recipe is in recipe.py."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.data import EpochStream, ImageData, load_data
+from fastdiff.data.images import flip_some
+from fastdiff.device import autocast_dtype
+from fastdiff.diffusion.continuous import Diffusion
+from fastdiff.diffusion.sampling import sample
+from fastdiff.models.dit import DiT
+from fastdiff.recipes import plain
+from fastdiff.tasks.dit.recipe import DiTRecipe, check_fit
+from fastdiff.tasks.dit.run import save_model
+from fastdiff.training.randomness import derive_seed, generator, normal_noise
+from fastdiff.training.task import Batch
+
+# purposes of derived seeds (the trainer's own is 1)
+_ORDER, _TIMES, _LABELS, _NOISE, _FLIPS = 2, 3, 4, 5, 6
+
+
+class DiTTask:
+    """Denoising of labelled images by a DiT, as the trainer sees it.
+
+    Args:
+        recipe: the run's recipe.
+        data: the images, where they are loaded already.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: the data is missing, or does not fit the model; one line.
+    """
+
+    unit = "images"
+    partial_gradients = False
+
+    def __init__(self, recipe: DiTRecipe, data: ImageData | None = None):
+        self.config = recipe
+        self.data = load_data(recipe.data) if data is None else data
+        check_fit(recipe, self.data)
+        training = recipe.training
+        self.diffusion = Diffusion(recipe.diffusion)
+        self.stream = EpochStream(len(self.data.train), training.batch_size, derive_seed(training.seed, _ORDER))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(training.seed)
+            self.model = DiT(recipe.model)
+        self.model.y_embedder.dropout_prob = 0.0  # `batch` drops labels, from seeds that any process can derive
+
+    def batch(self, step: int, slots: range) -> Batch:
+        """Some slots of a step: x0 and noise [n, C, H, W], labels and t [n]."""
+        seed, size = self.config.training.seed, self.config.training.batch_size
+        dropout, num_classes = self.config.model.class_dropout_prob, self.config.model.num_classes
+        mine = slice(slots.start, slots.stop)
+        indices = self.stream.indices(step)[mine]
+        labels = self.data.train.labels[indices]
+        dropped = torch.rand(size, generator=generator(seed, step, _LABELS))[mine] < dropout
+        x0 = self.data.train.images(indices)
+        if self.config.data.horizontal_flip:
+            x0 = flip_some(x0, torch.rand(size, generator=generator(seed, step, _FLIPS))[mine])
+        return {
+            "x0": x0,
+            "labels": torch.where(dropped, num_classes, labels),
+            # drawn for the whole batch: a process takes its part of what one process would have drawn
+            "t": self.diffusion.sample_times(size, generator(seed, step, _TIMES), torch.device("cpu"))[mine],
+            "noise": normal_noise(slots, x0.shape[1:], seed, step, _NOISE),
+        }
+
+    def weight(self, batch: Batch) -> float:
+        """The number of images."""
+        return float(len(batch["x0"]))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum of the images' losses."""
+        return self.diffusion.loss(model, batch["x0"], batch["labels"], batch["t"], batch["noise"]).sum()
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Indices in the training part of the data."""
+        return self.stream.indices(step).tolist()
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """The model as `fastdiff.load` reads it: with its diffusion process and class names."""
+        save_model(folder, model, self.diffusion, self.data.class_names)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Nothing: fastdiff.evaluate scores samples, which takes a classifier."""
+        return {}
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        """A labelled grid of samples, a row a class (20 classes at most)."""
+        from fastdiff.visualization import save_sample_grid  # matplotlib: a second that other uses need not wait
+
+        sampling, names = self.config.sampling, self.data.class_names[:20]
+        labels = torch.arange(len(names)).repeat_interleave(sampling.images_per_class)
+        device = next(model.parameters()).device
+        images = sample(
+            model,
+            self.diffusion,
+            labels.to(device),
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            guidance_interval=sampling.guidance_interval,
+            sampler=sampling.sampler,
+            seed=sampling.seed,
+            autocast_dtype=autocast_dtype(self.config.training.mixed_precision, device.type),
+        )
+        title = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
+        save_sample_grid(images.cpu(), labels, names, path, title=title)
+
+    def facts(self) -> dict[str, Any]:
+        """The classes' names, by label."""
+        return {"class_names": list(self.data.class_names)}
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe as plain values, tuples as lists."""
+        return plain(self.config.to_dict())

@@ -1,0 +1,93 @@
+"""Runs of length heads, loaded to predict lengths with."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastdiff.device import check_device
+from fastdiff.models.length_heads import read_length_head, save_length_head
+from fastdiff.recipes import load_recipe
+from fastdiff.tasks.hub import local_folder
+from fastdiff.tasks.kinds import recipe_kind
+from fastdiff.tasks.length_head.recipe import LengthHeadRecipe
+from fastdiff.tasks.run import Run
+from fastdiff.training.checkpoint import STATE_FILE, read_state
+from fastdiff.training.run_folder import locate, locate_checkpoint
+
+if TYPE_CHECKING:
+    from fastdiff.models.masked_lm import MaskedDiffusionLM
+
+
+@dataclass(frozen=True)
+class LengthHeadRun(Run):
+    """A length head; `fastdiff.generation.length.LengthPredictor` takes its model.
+
+    Attributes:
+        about: which language model it was trained on: "run", "model_hash", "window".
+    """
+
+    kind: ClassVar[str] = "length_head"
+
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def _save(self, directory: Path) -> None:
+        own = {"model_type", "fastdiff_version", "head", "hidden_size"}  # what saving writes itself
+        facts = {name: value for name, value in self.about.items() if name not in own}
+        save_length_head(self.model, directory, **facts)
+
+
+def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | str | None = None) -> LengthHeadRun:
+    """Loads a length head; arguments and errors are those of `fastdiff.load`."""
+    device = check_device(device)
+    path = local_folder(path)
+    head, about, checkpoint = _read(path, weights)
+    folder, recipe, step = None, None, None
+    if locate(path)[0].config.is_file():
+        folder, _ = locate_checkpoint(path)
+        recipe, step = load_recipe(LengthHeadRecipe, folder.config), read_state(checkpoint)["step"]
+    return LengthHeadRun(head.to(device).eval(), Path(checkpoint), folder, recipe, step, about)
+
+
+def load_length_head(path: str | Path, model: "MaskedDiffusionLM", *, weights: str = "ema") -> nn.Module:
+    """Loads the length head that a run of `task: length_head` trained on the states of `model`.
+
+    Args:
+        path: the run's folder (the newest checkpoint), one of its checkpoints, or a folder of `save_length_head`.
+        model: the language model that the head will serve.
+        weights: of a checkpoint: the averaged ones ("ema") or those that the optimizer has.
+
+    Returns:
+        An `EndClassifier` or `LengthRegressor` in eval mode on the model's device; its `kind` says which.
+
+    Raises:
+        FileNotFoundError: nothing there, or no checkpoint yet.
+        ValueError: no length head, a damaged file, or a head that was trained on another model.
+    """
+    from fastdiff.generation.length.calibration import model_hash
+
+    head, about, _ = _read(path, weights)
+    if about.get("model_hash") != model_hash(model):
+        raise ValueError(
+            f"{path}: a length head for another model than this one (it was trained on {about.get('run')}); pass that "
+            "model, or train the head anew on this one"
+        )
+    return head.to(next(model.parameters()).device)
+
+
+def _read(path: str | Path, weights: str) -> tuple[nn.Module, dict[str, Any], Path]:
+    """A head, what is known of it, and the folder that it was read from."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"length head {str(path)!r} is not a folder; expected a run of `task: length_head`")
+    folder, _ = locate(path)
+    if folder.config.is_file() and recipe_kind(folder.config) != "length_head":
+        raise ValueError(f"{path}: got a run of {recipe_kind(folder.config)}; expected one of `task: length_head`")
+    checkpoint = locate_checkpoint(path)[1] if folder.config.is_file() else Path(path)
+    file = "model.safetensors"
+    if (checkpoint / STATE_FILE).is_file() or folder.config.is_file():
+        read_state(checkpoint)  # its files are whole
+        file = "ema.safetensors" if weights == "ema" else file
+    head, about = read_length_head(checkpoint, file)
+    return head, about, checkpoint

@@ -1,0 +1,214 @@
+"""`fastdiff.generate` on a masked diffusion language model."""
+
+import json
+import secrets
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdiff.data.text_config import LengthFormat
+from fastdiff.files import output_path, write_atomically
+from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
+from fastdiff.generation.config import GenerationOptions, merged_options
+from fastdiff.tasks.masked_lm.run import (
+    DEFAULT_NEW_TOKENS,
+    language_model_recipe,
+    load_language_model,
+    load_length_predictor,
+)
+from fastdiff.tasks.options import RunOptions, at_least
+
+_WATCHED = 3  # sequences shown by --watch
+
+
+@dataclass
+class GenerateOptions(RunOptions):
+    """Continues prompts with a masked diffusion language model, and fills mask tokens in them. Decoding options that
+    are not given are those of the run's recipe (sampling.generation), or the defaults named below.
+
+    Attributes:
+        prompt: text to continue; may be repeated; the tokenizer's mask token in it (<mask> where it has none) is filled
+        prompt_file: prompts, one on each line; or .jsonl, one object on each line with the field "prompt"
+        unconditional: an empty prompt begins a text (BoS); without --prompt, one such
+        chat: each prompt is a user's message, put into the tokenizer's chat template
+        num_samples: number of samples for each prompt
+        batch_size: samples decoded at once; it does not change them
+        length_format: for --length auto with a checkpoint whose config does not say how answers ended in training
+        watch: show the text as it takes shape
+        output: a .jsonl file to write the samples to
+        dtype: float32, bfloat16 or float16; default: as stored
+    """
+
+    prompt: list[str] | None = field(default=None, metadata={"action": "append"})
+    prompt_file: str | None = None
+    unconditional: bool = False
+    chat: bool = False
+    num_samples: int = 1
+    batch_size: int = 16
+    length_format: LengthFormat | None = None
+    watch: bool = False
+    output: str | None = None
+    dtype: str | None = None
+    generation: GenerationOptions = field(
+        default_factory=GenerationOptions, metadata={"defaults": {"max_new_tokens": DEFAULT_NEW_TOKENS}}
+    )
+
+    def __post_init__(self):
+        for name in ("num_samples", "batch_size"):
+            at_least(name, getattr(self, name), 1)
+
+
+def generate_text(path: str, options: GenerateOptions) -> None:
+    """Prints samples as they are done, and writes them to a file where one is named."""
+    records: list[dict[str, Any]] = []
+    output = None if options.output is None else output_path(options.output, Path(options.output))
+    try:
+        _generate(path, options, output, records)
+    except KeyboardInterrupt:
+        if output is not None and records:
+            _save(output, records)
+            print(f"interrupted; {len(records)} finished samples are in {output}", file=sys.stderr)
+        else:
+            print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _generate(path: str, options: GenerateOptions, output: Path | None, records: list[dict[str, Any]]) -> None:
+    prompts = read_prompts(options.prompt, options.prompt_file, options.unconditional)
+    recipe = language_model_recipe(path)
+    defaults = {} if recipe is None else recipe.sampling.generation
+    decoding = merged_options(options.generation, {"max_new_tokens": DEFAULT_NEW_TOKENS, **defaults})
+    if decoding.get("seed") is None:
+        decoding["seed"] = secrets.randbelow(2**31)
+    if options.length_format is not None and decoding.get("length") != "auto":
+        raise ValueError(f"--length-format: got {options.length_format} without --length auto; pass that, too")
+    config = _config(decoding, {name: value for name, value in defaults.items() if decoding.get(name) == value})
+    loaded = load_language_model(path, weights=options.weights, device=options.device, dtype=options.dtype)
+    predictor = load_length_predictor(loaded, config, options.length_format)
+    if predictor is not None and not predictor.calibrated:
+        print(
+            f"length: {loaded.source} has no calibration, so coverage {config.coverage} is the model's own word; "
+            "python -m fastdiff.evaluate RUN --length makes one",
+            file=sys.stderr,
+        )
+    generator = TextGenerator(loaded.model, loaded.tokenizer, config, predictor)
+    with_recipe = recipe is not None and recipe.data.sample == "pairs"
+    _print_samples(generator, prompts, options, decoding, records, apart=with_recipe)
+    if output is not None:
+        _save(output, records)
+    print(_statistics(generator) + ("" if output is None else f"; written to {output}"))
+
+
+def _print_samples(
+    generator: TextGenerator,
+    prompts: list[str],
+    options: GenerateOptions,
+    decoding: dict[str, Any],
+    records: list[dict[str, Any]],
+    apart: bool,
+) -> None:
+    """Prints and records each sample when it is done. `apart`: prompts are no part of the text."""
+    rows = generator.encode(prompts, chat=options.chat, unconditional=options.unconditional)
+    # a prompt that is no part of the text stands on a line of its own
+    apart = options.chat or generator.has_encoder or apart
+    several = len(prompts) * options.num_samples > 1
+    view = _view(generator) if options.watch else None
+    sizes = dict(num_samples=options.num_samples, batch_size=options.batch_size)
+    with view or nullcontext():
+        begin = None if view is None else lambda ids, mask: view.begin(mask)
+        for batch in generator.generate(prompts, rows, **sizes, streamer=begin):
+            if view is not None:
+                view.finish()
+            for sample in batch:
+                if several:
+                    print(f"--- prompt {sample.row + 1}, sample {sample.copy + 1}")
+                before = sample.prompt if sample.filled is None else sample.filled
+                print(_printable(before + ("\n" if apart else "") + sample.text), flush=True)
+                if not sample.text:
+                    print("(no text: it begins with an end token)", file=sys.stderr)
+                filled = {} if sample.filled is None else {"filled": sample.filled}
+                records.append({"prompt": sample.prompt, **filled, "text": sample.text, "tokens": sample.tokens,
+                                "sample": sample.copy, "seed": decoding["seed"], "options": decoding})  # fmt: skip
+
+
+def _statistics(generator: TextGenerator) -> str:
+    done = generator.statistics
+    saved = ""
+    if done.window_tokens:
+        share, grew = done.saved_tokens / done.window_tokens, done.extended_rows
+        saved = f"; {done.saved_tokens} of {done.window_tokens} window tokens saved ({share:.0%}), "
+        saved += f"{grew} sample{'' if grew == 1 else 's'} grew"
+    return (
+        f"{done.tokens} tokens in {done.seconds:.1f} s ({done.tokens_per_second:.0f} tokens/s), "
+        f"{done.forward_passes} forward passes{saved}"
+    )
+
+
+def _config(options: dict[str, Any], of_the_recipe: dict[str, Any]) -> Any:
+    """The options checked; an error about a value that the run's recipe has says so."""
+    try:
+        return MaskedDiffusionGenerationConfig(**options)
+    except ValueError as error:
+        named = [name for name in of_the_recipe if str(error).startswith(f"{name}:")]
+        if not named:
+            raise
+        option = named[0].replace("_", "-")
+        raise ValueError(f"{error} ({named[0]} is the run's recipe's; pass --{option} for another)") from None
+
+
+def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: bool = False) -> list[str]:
+    """The prompts of --prompt and --prompt-file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no prompt at all, or a file that is not UTF-8 or not JSON; the message names file and line or byte.
+    """
+    prompts = list(given or [])
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(f"--prompt-file {file!r} is not a file; expected prompts, one a line, or JSONL")
+        try:
+            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 at byte {error.start}; expected a text in UTF-8") from None
+        lines = text.removesuffix("\n").split("\n") if text else []
+        prompts += _json_prompts(file, lines) if path.suffix == ".jsonl" else lines
+    if not prompts and unconditional and file is None:
+        prompts = [""]
+    if not prompts:
+        raise ValueError("no prompt given; expected --prompt TEXT, --prompt-file FILE or --unconditional")
+    return prompts
+
+
+def _json_prompts(file: str, lines: Sequence[str]) -> list[str]:
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise ValueError(f'{file}, line {number}: expected an object with the text field "prompt"')
+        prompts.append(entry["prompt"])
+    return prompts
+
+
+def _view(generator: Any) -> Any:
+    from fastdiff.visualization.watch import DenoisingView
+
+    return DenoisingView(generator.tokenizer, generator.mask_token_id, rows=_WATCHED, keep=False)
+
+
+def _printable(text: str) -> str:
+    """The text without control characters, which a model may generate and a terminal would obey."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or not c.isascii() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def _save(output: Path, records: Sequence[dict[str, Any]]) -> None:
+    write_atomically(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

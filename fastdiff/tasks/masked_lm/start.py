@@ -1,0 +1,75 @@
+"""The model that a recipe begins with: random weights in the recipe's shape, or a checkpoint adapted to it."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastdiff.models.masked_lm import MaskedDiffusionLM
+from fastdiff.models.masked_lm_config import SIZES, MaskedDiffusionLMConfig
+from fastdiff.tasks.masked_lm.recipe import LanguageModelConfig, MaskedLMRecipe
+from fastdiff.tasks.masked_lm.run import LanguageModel, load_language_model
+
+
+def load_start(recipe: MaskedLMRecipe) -> LanguageModel:
+    """The checkpoint that a run goes on from, with its tokenizer; of a run, the averaged weights.
+
+    Raises:
+        FileNotFoundError, ValueError: missing, of an unknown format, damaged, or without tokenizer or mask token.
+    """
+    wanted = recipe.model
+    fields = {} if wanted.mask_token_id is None else {"mask_token_id": wanted.mask_token_id}
+    return load_language_model(wanted.init_from, device="cpu", dtype=torch.float32, **fields)
+
+
+def build_model(
+    recipe: MaskedLMRecipe, tokenizer: PreTrainedTokenizerBase, start: LanguageModel | None = None
+) -> MaskedDiffusionLM:
+    """The model of a run before its first step, from `start` or with random weights from torch's generator.
+
+    Raises:
+        ValueError: fields do not fit.
+    """
+    format_of_answers = None if recipe.data.sample == "documents" else recipe.data.length_format
+    noise = dict(mask_schedule=recipe.diffusion.schedule, mask_schedule_exponent=recipe.diffusion.exponent)
+    if start is None:
+        return MaskedDiffusionLM(_config(recipe.model, tokenizer, length_format=format_of_answers, **noise))
+    model = _adapt(start.model, recipe.model, format_of_answers)
+    model.config.update(noise)
+    return model
+
+
+def _config(wanted: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, **fields) -> MaskedDiffusionLMConfig:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    shape = SIZES[wanted.size] | {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
+    return MaskedDiffusionLMConfig(
+        architecture=wanted.architecture,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=wanted.max_position_embeddings,
+        position_embedding=wanted.position_embedding,
+        timestep_embedding=wanted.timestep_embedding,
+        num_encoder_layers=wanted.num_encoder_layers,
+        dropout=wanted.dropout,
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
+        **fields,
+    )
+
+
+def _adapt(model: MaskedDiffusionLM, wanted: LanguageModelConfig, length_format: str | None) -> MaskedDiffusionLM:
+    """The loaded model with the recipe's dropout and, where it asks for one, an encoder that begins at random.
+
+    A denoiser trained on plain text becomes a conditional model so (system 002): its cross-attention begins at zero.
+    """
+    config = model.config
+    if wanted.num_encoder_layers and not config.num_encoder_layers:
+        fields = config.to_dict() | {"num_encoder_layers": wanted.num_encoder_layers, "cross_attention_dim": None}
+        extended = MaskedDiffusionLM(MaskedDiffusionLMConfig.from_dict(fields))
+        extended.load_state_dict(model.state_dict(), strict=False)  # lacks what is new
+        model, config = extended, extended.config
+    config.length_format, config.dropout = length_format, wanted.dropout
+    for module in model.modules():  # blocks and attention keep their own copy
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = wanted.dropout
+    return model

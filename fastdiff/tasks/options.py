@@ -1,0 +1,49 @@
+"""Options that the commands of several kinds share. A field that is None stands for what the run's recipe says."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+Sampling = TypeVar("Sampling")
+
+
+def at_least(option: str, value: float | None, least: float) -> None:
+    """Raises ValueError for an option of a command line that is given and too small."""
+    if value is not None and value < least:
+        raise ValueError(f"--{option.replace('_', '-')}: got {value}; expected at least {least}")
+
+
+@dataclass
+class RunOptions:
+    """Options of every command on a run.
+
+    Attributes:
+        weights: averaged weights ("ema") or plain ones ("model"); for runs
+        device: for example cpu or cuda; default: a GPU where there is one
+    """
+
+    weights: Literal["ema", "model"] = "ema"
+    device: str | None = None
+
+
+@dataclass
+class SamplingOptions(RunOptions):
+    """Options of commands that denoise samples.
+
+    Attributes:
+        guidance_scale: scale of classifier-free guidance; 1 means none
+        num_inference_steps: number of denoising steps
+        sampler: euler, ddpm, ddim, dpm-solver++ or renoise
+        seed: seed of the first sample; sample i has seed + i
+    """
+
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    sampler: str | None = None
+    seed: int | None = None
+
+    def applied_to(self, sampling: Sampling) -> Sampling:
+        """The recipe's part `sampling`, with what the command line says otherwise."""
+        names = ("guidance_scale", "num_inference_steps", "sampler", "seed")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(sampling, **given)

@@ -1,0 +1,195 @@
+"""What `make` builds again, and what setup.py hands to CMake: with stand-ins for Python, CMake and ninja."""
+
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ("PYTHON", "TORCH", "VENV", "FASTDIFF_CUDA", "FASTDIFF_CUDA_ARCHS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+
+# A Python that makes environments with itself in them, and otherwise writes down what it was asked for.
+FAKE_PYTHON = """#!/bin/sh
+echo "$(basename "$0") $* cuda=$FASTDIFF_CUDA archs=$FASTDIFF_CUDA_ARCHS" >> "$LOG"
+if [ "$1 $2" = "-m venv" ]; then
+  for last; do :; done
+  [ "$3" != --clear ] || rm -rf "$last"
+  mkdir -p "$last/bin" && cp "$0" "$last/bin/python" && touch "$last/bin/pip"
+fi
+"""
+
+
+class Checkout:
+    """The Makefile with a source or two in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("kernels", "csrc"):
+            (folder / name).mkdir(parents=True)
+        for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "constraints.txt", "csrc/module.cpp"):
+            (folder / name).touch()
+        shutil.copy(ROOT / "Makefile", folder)
+        for name in ("python3", "python3.x"):
+            (folder / name).write_text(FAKE_PYTHON)
+            (folder / name).chmod(0o755)
+
+    def make(self, **settings: str) -> list[str]:
+        """What the stand-in was asked for by `make venv`; nothing where nothing was built."""
+        log = self.folder / "log"
+        log.write_text("")
+        env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        env |= {"LOG": str(log), "PATH": f"{self.folder}:{env['PATH']}"} | settings
+        subprocess.run(["make", "venv"], cwd=self.folder, env=env, check=True, capture_output=True)
+        return log.read_text().splitlines()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    if shutil.which("make") is None:
+        pytest.skip("NOT TESTED: make is not installed")
+    return Checkout(tmp_path / "checkout")
+
+
+def test_make_builds_once(checkout):
+    first = checkout.make()
+    assert first[0].startswith("python3 -m venv .venv") and "-e .[dev] cuda= archs=" in first[-1]
+    assert checkout.make() == []
+    os.utime(checkout.folder / "csrc" / "module.cpp", (2e9, 2e9))
+    assert "-e .[dev]" in checkout.make()[-1]
+
+
+@pytest.mark.parametrize(
+    "settings, trace",
+    [
+        ({"FASTDIFF_CUDA": "1"}, "cuda=1 archs="),
+        ({"FASTDIFF_CUDA_ARCHS": "87;90"}, "archs=87;90"),
+        ({"TORCH": "torch>=2.13,<3"}, "torch>=2.13,<3 numpy"),
+        ({"PYTHON": "python3.x"}, "python3.x -m venv --clear .venv"),
+    ],
+)
+def test_make_builds_again_when_a_setting_changes(checkout, settings, trace):
+    checkout.make()
+    assert any(trace in line for line in checkout.make(**settings))
+    assert checkout.make(**settings) == []
+    assert checkout.make() == []  # what is not given stays as it was
+    assert checkout.make(**dict.fromkeys(settings, "other") | {"PYTHON": "python3"}) != []
+
+
+def test_make_builds_again_in_a_moved_checkout(checkout):
+    checkout.make()
+    checkout.folder = checkout.folder.rename(checkout.folder.with_name("moved"))
+    assert checkout.make()[0].startswith("python3 -m venv --clear .venv")
+
+
+def test_make_leaves_an_environment_alone_that_it_did_not_make(checkout):
+    (checkout.folder / "mine" / "bin").mkdir(parents=True)
+    (checkout.folder / "mine" / "precious").touch()
+    checkout.make(VENV="mine")
+    assert (checkout.folder / "mine" / "precious").exists()
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch):
+    """Runs setup.py's build_ext on a tree of its own and gives the calls of CMake; only `tools` are in reach."""
+    tree, programs = tmp_path / "tree", tmp_path / "programs"
+    (tree / "fastdiff").mkdir(parents=True)
+    programs.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastdiff/version.py"):
+        shutil.copy(ROOT / name, tree / name)
+
+    def run(*tools: str, **env: str) -> list[list[str]]:
+        for old in programs.iterdir():
+            old.unlink()
+        for name in tools:
+            # as CMake does: a cache of this folder and these settings
+            (programs / name).write_text(f"#!{sys.executable}\n" + FAKE_CMAKE)
+            (programs / name).chmod(0o755)
+        with monkeypatch.context() as patch:
+            patch.chdir(tree)
+            patch.setattr(sys, "argv", ["setup.py", "build_ext", "--inplace"])
+            patch.setenv("PATH", str(programs))
+            patch.setenv("FASTDIFF_CUDA", "0")
+            for name in ("CXXFLAGS", "FASTDIFF_CUDA_ARCHS"):
+                patch.delenv(name, raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            paths = sysconfig.get_path
+            patch.setattr(sysconfig, "get_path", lambda kind: str(programs) if kind == "scripts" else paths(kind))
+            runpy.run_path(str(tree / "setup.py"), run_name="__main__")
+        return [line.split("\x1f") for line in (programs / "log").read_text().splitlines()]
+
+    run.tree = tree
+    return run
+
+
+FAKE_CMAKE = r"""
+import pathlib, sys
+log = pathlib.Path(sys.argv[0]).with_name("log")
+with log.open("a") as file:
+    file.write("\x1f".join(sys.argv[1:]) + "\n")
+if "-S" in sys.argv:
+    folder = pathlib.Path(sys.argv[sys.argv.index("-B") + 1])
+    given = [each[2:].replace("=", ":STRING=", 1) for each in sys.argv if each.startswith("-D")]
+    given.append("CMAKE_HOME_DIRECTORY:INTERNAL=" + sys.argv[sys.argv.index("-S") + 1])
+    given.append("CMAKE_GENERATOR:INTERNAL=" + sys.argv[sys.argv.index("-G") + 1])
+    (folder / "CMakeCache.txt").write_text("\n".join(given) + "\n")
+    import sysconfig
+    (folder / "modules").mkdir(exist_ok=True)
+    (folder / "modules" / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))).touch()
+"""
+
+
+def test_flags_of_the_environment_do_not_reach_the_kernels(build, capfd):
+    configure, _ = build("cmake", "ninja", CXXFLAGS="-march=native -ffast-math")
+    assert "-DCMAKE_CXX_FLAGS=" in configure and "-DCMAKE_CUDA_FLAGS=" in configure
+    assert "CXXFLAGS is set and is not used" in capfd.readouterr().out
+
+
+def test_ninja_or_make_builds(build):
+    configure, _ = build("cmake", "make", "ninja")
+    assert "Ninja" in configure
+    assert any(each.startswith("-DCMAKE_MAKE_PROGRAM=") and each.endswith("/ninja") for each in configure)
+    configure, _ = build("cmake", "make")  # and the cache of ninja is left behind
+    assert "Unix Makefiles" in configure and "--fresh" in configure
+    assert any(each.startswith("-DCMAKE_MAKE_PROGRAM=") and each.endswith("/make") for each in configure)
+
+
+@pytest.mark.parametrize("tools, missing", [(("cmake",), "ninja"), (("ninja",), "cmake"), ((), "cmake")])
+def test_a_missing_tool_is_named_in_one_line(build, tools, missing):
+    with pytest.raises(SystemExit) as error:
+        build(*tools)
+    message = str(error.value)
+    assert message.startswith(f"fastdiff's build needs {missing}") and message.endswith(f"pip install {missing}")
+    assert "\n" not in message
+
+
+def test_ccache_is_used_where_it_is_installed(build):
+    configure, _ = build("cmake", "ninja", "ccache")
+    for language in ("CXX", "CUDA"):
+        (launcher,) = (each for each in configure if each.startswith(f"-DCMAKE_{language}_COMPILER_LAUNCHER="))
+        assert launcher.endswith("/ccache")
+    configure, _ = build("cmake", "ninja")
+    assert "-DCMAKE_CXX_COMPILER_LAUNCHER=" in configure
+
+
+def test_a_cache_of_another_folder_or_torch_is_not_used(build):
+    assert "--fresh" not in build("cmake", "ninja")[0]
+    assert "--fresh" not in build("cmake", "ninja", FASTDIFF_CUDA_ARCHS="87")[0]
+    (cache,) = build.tree.glob("build/*/CMakeCache.txt")
+    written = cache.read_text()
+    torch = str(Path(importlib.util.find_spec("torch").origin).parent)
+    for old in (str(build.tree), torch):
+        cache.write_text(written.replace(old, "/elsewhere"))
+        assert "--fresh" in build("cmake", "ninja")[0]
+    assert "--fresh" not in build("cmake", "ninja")[0]
+
+
+def test_architectures_of_an_earlier_build_are_forgotten(build):
+    assert "-DFASTDIFF_CUDA_ARCHS=87;90" in build("cmake", "ninja", FASTDIFF_CUDA_ARCHS="87,90")[0]
+    assert "-UFASTDIFF_CUDA_ARCHS" in build("cmake", "ninja")[0]
