@@ -276,7 +276,7 @@ def test_bfloat16_reads_what_float32_does_within_its_rounding(rows):
         (dict(rule="rho", parameter=0.5), r"the rule 'rho' has none: leave it out"),
         (
             dict(rule="classifier"),
-            r"head: got NoneType with the rule 'classifier'; expected one of fastdiff.tasks.length_head.run.load_length_head",
+            r"head: got NoneType with the rule 'classifier'; expected one of fastdiff.models.length_heads",
         ),
         (dict(head=Classifier()), r"head: got Classifier with the rule 'cdf'; expected None"),
     ],

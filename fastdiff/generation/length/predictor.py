@@ -89,7 +89,7 @@ class LengthPredictor:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"window: got {window!r}; expected a number of tokens, 1 or above")
         if (head is None) == (rule in ("classifier", "regression")):
-            expected = "one of fastdiff.tasks.length_head.run.load_length_head" if head is None else "None"
+            expected = "one of fastdiff.models.length_heads" if head is None else "None"
             raise ValueError(f"head: got {type(head).__name__} with the rule {rule!r}; expected {expected}")
         self.model, self.window, self.rule, self.head = model, window, rule, head
         self.coverage = check_coverage(coverage)
