@@ -9,9 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.evaluation.length import LengthMeasures, length_measures
-from fastdiff.generation import length_rules
-from fastdiff.generation.calibration import Calibration, calibration_of, pairs_needed, prompt_inputs
-from fastdiff.generation.length import LengthPredictor
+from fastdiff.generation.length import rules as length_rules
+from fastdiff.generation.length.calibration import Calibration, pairs_needed
+from fastdiff.generation.length.conformal import calibration_of
+from fastdiff.generation.length.predictor import LengthPredictor
+from fastdiff.generation.length.probe import prompt_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -31,6 +31,7 @@ class Continuation:
         tokens: the new tokens, cut before the first end token.
         text: the new tokens as text, special tokens left out.
         filled: the prompt with its mask tokens filled, as text; None where it had none.
+        steps: the step that chose each of `tokens`, from 0; None where steps were not recorded.
     """
 
     prompt: str
@@ -39,6 +40,27 @@ class Continuation:
     tokens: list[int]
     text: str
     filled: str | None
+    steps: list[int] | None = None
+
+
+class StepRecorder:
+    """A streamer that notes which step chose each token.
+
+    `steps`, int64 `[B, L]`, has the step from 0 for each column of the result, and -1 where no token is chosen yet.
+    """
+
+    def __init__(self, mask_token_id: int, next_streamer: Streamer | None = None) -> None:
+        self.mask_token_id, self.next_streamer = mask_token_id, next_streamer
+        self.steps: Tensor | None = None
+
+    def __call__(self, token_ids: Tensor, step: int) -> None:
+        """Notes a step, and hands it on."""
+        if self.steps is None:
+            self.steps = torch.full_like(token_ids, -1)
+        chosen = token_ids != self.mask_token_id
+        self.steps = torch.where(chosen & (self.steps < 0), step, self.steps).masked_fill(~chosen, -1)  # rows may grow
+        if self.next_streamer is not None:
+            self.next_streamer(token_ids, step)
 
 
 class TextGenerator:
@@ -147,6 +169,15 @@ class TextGenerator:
         kept = [token for token in tokens if token != self.mask_token_id]
         return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each token adds, special tokens included; a character of several tokens belongs to its last."""
+        pieces, before = [], ""
+        for count in range(1, len(tokens) + 1):
+            shown = self.tokenizer.decode(tokens[:count]).rstrip("\ufffd")
+            pieces.append(shown[len(before) :])
+            before = shown
+        return pieces
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -155,16 +186,21 @@ class TextGenerator:
         num_samples: int = 1,
         batch_size: int = 16,
         streamer: Callable[[Tensor, Tensor], Streamer | None] | None = None,
+        cut: bool = True,
+        record_steps: bool = False,
     ) -> Iterator[list[Continuation]]:
         """Samples, a batch at a time: the first prompt's num_samples, then the second's, …
 
         A sample depends on seed, prompt and number of the copy (equal prompts count on), not on the batch.
 
         Args:
-            prompts, rows: the prompts and what `encode` made of them.
+            prompts, rows: the prompts as text, and as token ids (`encode` makes these).
             num_samples: of each prompt.
             batch_size: samples decoded at once.
             streamer: makes the streamer of a batch from its prompts `[B, P]` and their attention mask.
+            cut: whether a sample ends before its first end token. Otherwise it has all of its new tokens, as text of
+                several documents does.
+            record_steps: whether samples say which step chose each token (`Continuation.steps`).
 
         Raises what `fastdiff.generation.generate` raises.
         """
@@ -175,9 +211,11 @@ class TextGenerator:
                 seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
                 jobs.append((row, number, seen[tuple(ids)]))
         for start in range(0, len(jobs), batch_size):
-            yield self._batch(jobs[start : start + batch_size], prompts, rows, streamer)
+            yield self._batch(jobs[start : start + batch_size], prompts, rows, streamer, cut, record_steps)
 
-    def _batch(self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer) -> list[Continuation]:
+    def _batch(
+        self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer, cut: bool, record_steps: bool
+    ) -> list[Continuation]:
         device = self.model.head_weight.device
         ids, mask = padded([rows[row] for row, _, _ in jobs], device)
         options: dict[str, Any] = {"copies": [copy for _, _, copy in jobs], "length_predictor": self.length_predictor}
@@ -190,24 +228,27 @@ class TextGenerator:
         if self.config.stop_strings:
             options["tokenizer"] = self.tokenizer
         streamer = None if make_streamer is None else make_streamer(ids, mask)
+        streamer = StepRecorder(self.mask_token_id, streamer) if record_steps else streamer
         output = generate(self.model, ids, mask, self.config, streamer, **options)
         done = output.statistics
         self.statistics = GenerationStatistics(
             *(getattr(self.statistics, f.name) + getattr(done, f.name) for f in dataclasses.fields(done))
         )
+        chosen = streamer.steps[:, ids.shape[1] :].tolist() if record_steps else [None] * len(jobs)
         samples = []
-        for (row, number, _), sequence, real in zip(jobs, output.sequences, mask, strict=True):
-            given = sequence[: len(real)][real].tolist()
-            new = until_end(sequence[len(real) :].tolist(), self.end_token_ids)
-            samples.append(self._sample(prompts[row], row, number, rows[row], given, new))
+        for (row, number, _), sequence, real, steps in zip(jobs, output.sequences, mask, chosen, strict=True):
+            given, new = sequence[: len(real)][real].tolist(), sequence[len(real) :].tolist()
+            if cut:
+                new = until_end(new, self.end_token_ids)
+            filled = self.decode(given) if self.mask_token_id in rows[row] else None
+            steps = None if steps is None else steps[: len(new)]
+            samples.append(Continuation(prompts[row], row, number, new, self._new_text(given, new), filled, steps))
         return samples
 
-    def _sample(self, prompt: str, row: int, number: int, asked: list[int], given: list[int], new: list[int]):
+    def _new_text(self, given: list[int], new: list[int]) -> str:
         before, whole = self.decode(given), self.decode(given + new)
         # decoded together, so that no space or half character is lost where they meet
-        text = whole[len(before) :] if whole.startswith(before) else self.decode(new)
-        filled = before if self.mask_token_id in asked else None
-        return Continuation(prompt, row, number, new, text, filled)
+        return whole[len(before) :] if whole.startswith(before) else self.decode(new)
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any, config: MaskedDiffusionGenerationConfig) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ class LengthHead(Pretrained):
     """What the heads share. `LengthHead.from_pretrained` loads either kind.
 
     config.json may hold further plain values, such as the `model_hash` of the frozen model
-    (`fastdiff.generation.calibration`).
+    (`fastdiff.generation.length`).
     """
 
     config_class = LengthHeadConfig
@@ -127,8 +127,8 @@ def save_length_head(head: LengthHead, folder: str | Path, /, **about: Any) -> N
     """`head.save_pretrained(folder, extra=about)`.
 
     Args:
-        about: plain values for config.json: `model_hash` of the frozen model (`fastdiff.generation.calibration`), which
-            `fastdiff.training.runs.load_length_head` compares, and what else users may want to know.
+        about: plain values for config.json: `model_hash` of the frozen model (`fastdiff.generation.length`), which
+            `fastdiff.tasks.length_head.run.load_length_head` compares, and what else users may want to know.
     """
     head.save_pretrained(folder, extra=about)
 

@@ -14,9 +14,15 @@ from fastdiff import evaluate
 from fastdiff.data.text import load_text_data
 from fastdiff.evaluation.length_comparison import read_rules
 from fastdiff.generation import MaskedDiffusionGenerationConfig
-from fastdiff.generation.calibration import prompt_inputs
-from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, calibrate, load_calibration, model_hash
-from fastdiff.generation.length_rules import TIE_MARGIN
+from fastdiff.generation.length import (
+    LENGTH_RULES,
+    LengthPredictor,
+    calibrate,
+    load_calibration,
+    model_hash,
+    prompt_inputs,
+)
+from fastdiff.generation.length.rules import TIE_MARGIN
 from fastdiff.models.length_heads import EndClassifier, LengthRegressor, save_length_head
 from fastdiff.tasks.length_head.run import load_length_head
 from fastdiff.tasks.masked_lm.evaluate_lengths import LengthOptions, held_out_halves

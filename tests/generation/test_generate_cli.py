@@ -17,7 +17,7 @@ from transformers.utils import logging
 from fastdiff import generate as command
 from fastdiff import sample
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
-from fastdiff.generation.text import TextGenerator, until_end
+from fastdiff.generation.text import StepRecorder, TextGenerator, until_end
 from fastdiff.tasks.masked_lm.run import load_language_model
 
 MASK, EOS = 3, 2
@@ -192,7 +192,43 @@ def test_text_ends_at_the_first_end_token(language_run):
         loaded.model.head_weight[EOS] = 1
     (ids,) = text.encode(["to be"])
     ((only,),) = text.generate(["to be"], [ids])
-    assert only.text == "" and only.tokens == []
+    assert only.text == "" and only.tokens == [] and only.steps is None
+    ((whole,),) = text.generate(["to be"], [ids], cut=False)
+    assert whole.text == "" and whole.tokens == [EOS] * 6
+
+
+def test_recorded_steps_are_those_that_chose_each_token(language_run):
+    loaded = load_language_model(language_run, device="cpu")
+    config = MaskedDiffusionGenerationConfig(
+        max_new_tokens=8, block_length=4, num_inference_steps=4, temperature=1.0, seed=5
+    )
+    text = TextGenerator(loaded.model, loaded.tokenizer, config)
+    prompts = ["to be", "that is the question"]
+    seen = []
+
+    def streamer(ids, mask):
+        return lambda token_ids, step: seen.append(token_ids[:, ids.shape[1] :] != text.mask_token_id)
+
+    (samples,) = text.generate(prompts, text.encode(prompts), cut=False, record_steps=True, streamer=streamer)
+    for row, drawn in enumerate(samples):
+        assert sorted(drawn.steps) == [0, 0, 1, 1, 2, 2, 3, 3] and max(drawn.steps[:4]) == 1
+        for step, chosen in enumerate(seen):  # the other streamer sees every step, too
+            assert chosen[row].tolist() == [number <= step for number in drawn.steps]
+    assert len(seen) == 4
+
+
+def test_steps_of_positions_that_are_masked_again():
+    recorder = StepRecorder(mask_token_id=9)
+    for step, ids in enumerate([[[1, 9, 2]], [[1, 3, 9]], [[1, 3, 4]]]):
+        recorder(torch.tensor(ids), step)
+    assert recorder.steps.tolist() == [[0, 1, 2]]
+
+
+def test_pieces_of_tokens_that_share_a_character(language_run):
+    loaded = load_language_model(language_run, device="cpu")
+    text = TextGenerator(loaded.model, loaded.tokenizer, MaskedDiffusionGenerationConfig(max_new_tokens=4))
+    tokens = loaded.tokenizer("aé", add_special_tokens=False)["input_ids"] + [EOS]
+    assert len(tokens) == 4 and text.pieces(tokens) == ["a", "", "é", loaded.tokenizer.eos_token]
 
 
 def test_infilling_and_beginning_from_nothing(language_run, capsys):

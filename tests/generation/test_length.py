@@ -5,8 +5,7 @@ import torch
 from generation.plain import padded, prompts, randomise, tiny
 from torch import nn
 
-from fastdiff.generation import length_rules as rules
-from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, Probe, mean_embedding, prompt_inputs
+from fastdiff.generation.length import LENGTH_RULES, LengthPredictor, Probe, mean_embedding, prompt_inputs, rules
 
 MASK, PAD, EOS, WINDOW = 3, 0, 2, 10
 HEADS = ("classifier", "regression")
@@ -277,7 +276,7 @@ def test_bfloat16_reads_what_float32_does_within_its_rounding(rows):
         (dict(rule="rho", parameter=0.5), r"the rule 'rho' has none: leave it out"),
         (
             dict(rule="classifier"),
-            r"head: got NoneType with the rule 'classifier'; expected one of fastdiff.training.runs.load_length_head",
+            r"head: got NoneType with the rule 'classifier'; expected one of fastdiff.models.length_heads",
         ),
         (dict(head=Classifier()), r"head: got Classifier with the rule 'cdf'; expected None"),
     ],

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from language_runs import byte_tokenizer
 
-from fastdiff.generation import length_rules as rules
 from fastdiff.generation.length import (
     CALIBRATION_FILE,
     Calibration,
@@ -22,6 +21,7 @@ from fastdiff.generation.length import (
     model_hash,
     pairs_needed,
     prompt_inputs,
+    rules,
     save_calibrations,
 )
 from fastdiff.models import MaskedDiffusionLM
@@ -310,11 +310,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     file = save_calibrations(tmp_path, [made([1.0, math.inf])])
     before = file.read_text()
 
-    def full(path, text):
-        path.write_bytes(text[:20].encode())
+    write = Path.write_bytes
+
+    def full(path, content):
+        write(path, content[:20])
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left on device"):
         save_calibrations(tmp_path, [made([2.0])])
     assert file.read_text() == before and list(tmp_path.iterdir()) == [file]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff.generation import length_rules as rules
+from fastdiff.generation.length import rules
 
 FORMATS = ("eos_fill", "pad_fill", "eos_only")
 

@@ -268,6 +268,23 @@ def test_conditional_text_through_an_encoder_begun_from_a_denoiser(make_trainer,
     trained = MaskedDiffusionLM.from_pretrained(outcome.checkpoint)
     assert any(layer.cross_attn.o_proj.weight.abs().max() > 0 for layer in trained.model.layers)  # it was trained
     assert (tmp_path / "staged" / "samples.png").exists()
+    conditions = task.data.held_out.conditions
+    expected = [task.tokenizer.decode(conditions.document(i)) + " → " for i in range(6)]
+    assert [sample.prompt for sample in task.samples(trained)] == expected
+
+
+def test_texts_that_a_run_shows(make_task, prose):
+    task = make_task(*documents(prose))
+    samples = task.samples(task.model)
+    for sample in samples:  # documents are not cut at their ends, and 8 new tokens take 4 steps of 2
+        assert sorted(sample.steps) == [0, 0, 1, 1, 2, 2, 3, 3] and len(sample.pieces) == 8 and len(sample.prompt) >= 16
+    prompts = yaml.safe_dump(["The crow", ""])
+    shown = make_task(*documents(prose), "--sampling.prompts", prompts).samples(task.model)
+    assert [sample.prompt for sample in shown] == ["The crow", task.tokenizer.bos_token]
+    stop = yaml.safe_dump({"max_new_tokens": 8, "block_length": 4, "stop_strings": ["e"]})
+    assert all(
+        len(s.pieces) == 8 for s in make_task(*documents(prose), "--sampling.generation", stop).samples(task.model)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ runs

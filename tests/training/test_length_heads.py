@@ -13,8 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fastdiff import evaluate, generate, sample, train
-from fastdiff.generation.calibration import prompt_inputs
-from fastdiff.generation.length import LengthPredictor
+from fastdiff.generation.length import LengthPredictor, prompt_inputs
 from fastdiff.models.length_heads import EndClassifier, LengthRegressor, read_length_head, save_length_head
 from fastdiff.recipes import load_recipe, parse_recipe
 from fastdiff.tasks.length_head.recipe import LengthHeadRecipe

@@ -66,7 +66,7 @@ def load_length_head(path: str | Path, model: "MaskedDiffusionLM", *, weights: s
         FileNotFoundError: nothing there, or no checkpoint yet.
         ValueError: no length head, a damaged file, or a head that was trained on another model.
     """
-    from fastdiff.generation.calibration import model_hash
+    from fastdiff.generation.length.calibration import model_hash
 
     head, about, _ = _read(path, weights)
     if about.get("model_hash") != model_hash(model):

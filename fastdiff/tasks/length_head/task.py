@@ -13,8 +13,8 @@ from fastdiff.data.text import load_text_data
 from fastdiff.data.text_batches import pair_windows, window_length
 from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.device import autocast, autocast_dtype
-from fastdiff.generation.calibration import model_hash
-from fastdiff.generation.length_probe import mean_embedding
+from fastdiff.generation.length.calibration import model_hash
+from fastdiff.generation.length.probe import mean_embedding
 from fastdiff.models.length_heads import LENGTH_HEADS, read_length_head, save_length_head
 from fastdiff.recipes import plain
 from fastdiff.tasks.kinds import kind_of

@@ -13,9 +13,9 @@ import torch
 from fastdiff.data.text_parts import TextData
 from fastdiff.evaluation.length_comparison import Pair, RuleComparison, compare_rule, read_rules
 from fastdiff.files import output_path, write_atomically
-from fastdiff.generation.calibration import CALIBRATION_FILE, check_coverage, pairs_needed, save_calibrations
 from fastdiff.generation.length import LengthPredictor
-from fastdiff.generation.length_rules import EXPANSION_RULES, LENGTH_RULES
+from fastdiff.generation.length.calibration import CALIBRATION_FILE, check_coverage, pairs_needed, save_calibrations
+from fastdiff.generation.length.rules import EXPANSION_RULES, LENGTH_RULES
 from fastdiff.tasks.masked_lm.held_out import evenly_spaced, text_of_run
 from fastdiff.tasks.masked_lm.length_report import LengthReport
 from fastdiff.tasks.masked_lm.options import EvaluateOptions

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdiff.evaluation.length import CONFIDENCE, Interval, LengthMeasures
 from fastdiff.evaluation.length_comparison import RuleComparison
-from fastdiff.generation.length_rules import CURVE_RULES, LOWEST_THRESHOLD
+from fastdiff.generation.length.rules import CURVE_RULES, LOWEST_THRESHOLD
 from fastdiff.visualization.lengths import BoundsOfRule, RuleTradeoff, save_length_predictions, save_length_tradeoff
 
 PICTURES = ("length_predictions.png", "length_tradeoff.png")

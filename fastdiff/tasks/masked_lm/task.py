@@ -172,9 +172,18 @@ class MaskedLMTask:
 
     def samples(self, model: nn.Module) -> list[TextSample]:
         """What the recipe's `sampling` asks for."""
-        from fastdiff.tasks.masked_lm.samples import draw_samples
+        from fastdiff.tasks.masked_lm.samples import draw_samples, sample_prompts
 
-        return draw_samples(self, model)
+        sampling, training = self.config.sampling, self.config.training
+        return draw_samples(
+            model,
+            self.tokenizer,
+            sample_prompts(self.tokenizer, sampling.prompts, self.data.held_out),
+            {"seed": training.seed, **sampling.generation},
+            max_length=self.config.data.max_length,
+            pairs=self.pairs,
+            dtype=autocast_dtype(training.mixed_precision, model.head_weight.device.type),
+        )
 
     def facts(self) -> dict[str, Any]:
         """What was trained on."""

@@ -1,5 +1,6 @@
 """One forward pass over prompts with all of their answers masked: what length prediction reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.device import evaluating
-from fastdiff.generation.canvas import Canvas
+from fastdiff.generation.canvas import Canvas, padded
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.ops import eos_log_prob, lm_head_sample
@@ -69,6 +70,29 @@ def probe_window(
         return Probe(ends, states, prompt_mean)
     token = lm_head_sample(states, weight, bias, suppress_tokens=suppressed).token
     return Probe(ends, states, prompt_mean, torch.isin(token, torch.tensor(end_token_ids, device=states.device)))
+
+
+@torch.no_grad()
+def prompt_inputs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """What `LengthPredictor` takes for prompts of token ids: padded on the right, on the model's device.
+
+    Prompts of a model with an encoder of its own go through it, and the text begins with BoS, as in decoding.
+    Raises ValueError for an empty prompt, or where such a model has no BoS token.
+    """
+    empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
+    if empty or not len(prompts):
+        raise ValueError(f"prompts: {f'prompt {empty[0]} is empty' if empty else 'got none'}; pass at least one token")
+    ids, mask = padded(prompts, model.head_weight.device)
+    if not model.config.num_encoder_layers:
+        return {"input_ids": ids, "attention_mask": mask}
+    if model.config.bos_token_id is None:
+        raise ValueError("bos_token_id: the model's config has none, from which a model with encoder starts; set it")
+    return {
+        "input_ids": torch.full((len(ids), 1), model.config.bos_token_id, device=ids.device),
+        "encoder_hidden_states": model.encode(ids, mask),
+        "encoder_attention_mask": mask,
+        "prompt_mean": mean_embedding(model, ids, mask),
+    }
 
 
 def mean_embedding(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, P] -> float32 [B, D]

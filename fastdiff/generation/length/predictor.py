@@ -1,14 +1,6 @@
-"""How long an answer will be, read off the first forward pass, with every token of the answer still masked.
+"""The predictor of lengths: a rule, read off one forward pass, and a threshold, calibrated or its own."""
 
-    predictor = LengthPredictor(model, window=256)
-    calibration = calibrate(predictor, pairs, coverage=0.95, tokenizer=tokenizer)
-    predictor = LengthPredictor(model, window=256, calibration=calibration, coverage=0.95)
-    predictor(input_ids, attention_mask).bounds  # a row each: crop its window at bound + 1, room for EoS
-
-A length counts the tokens before EoS. A bound is right where it is at least the length.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,38 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdiff.generation import length_rules as rules
-from fastdiff.generation.calibration import (
-    CALIBRATION_FILE,
-    Calibration,
-    calibrate,
-    check_coverage,
-    check_made_for,
-    load_calibration,
-    model_hash,
-    pairs_needed,
-    prompt_inputs,
-    save_calibrations,
-)
-from fastdiff.generation.length_options import SHAPING_RULES, check_parameter, end_token_ids_of, length_format_of
-from fastdiff.generation.length_probe import Probe, check_window, mean_embedding, probe_window
-from fastdiff.generation.length_rules import LENGTH_RULES
+from fastdiff.generation.length import rules
+from fastdiff.generation.length.calibration import Calibration, check_coverage, check_made_for
+from fastdiff.generation.length.probe import Probe, check_window, probe_window
+from fastdiff.models.masked_lm_config import LENGTH_FORMATS
 
-__all__ = [
-    "CALIBRATION_FILE",
-    "LENGTH_RULES",
-    "Calibration",
-    "LengthPrediction",
-    "LengthPredictor",
-    "Probe",
-    "calibrate",
-    "load_calibration",
-    "model_hash",
-    "pairs_needed",
-    "prompt_inputs",
-    "mean_embedding",
-    "save_calibrations",
-]
+_PROBABILITY = (lambda x: 0.5 <= x < 1, "a probability in [0.5, 1)")
+_PARAMETERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "cdf": _PROBABILITY,
+    "crossing": _PROBABILITY,
+    "classifier": _PROBABILITY,
+    "constant": (lambda x: x >= 0 and float(x).is_integer(), "a whole number of tokens, 0 or above"),
+    "quantile": (lambda x: 0 < x < 1, "a number between 0 and 1"),
+    "daedal": (lambda x: 0 < x < 1, "a probability between 0 and 1"),
+}
+_SHAPING_RULES = {"quantile": 0.75, "daedal": 0.5}  # whose number, here as published, shapes the prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +34,7 @@ class LengthPrediction:
         probe: the pass over the whole window that was read; None for "constant", which needs none, and "daedal" and
             "rho", whose rows have windows of their own.
         passes: forward passes made.
-        reading: what the rule read, float64: levels `[B, W]` of a curve (see `fastdiff.generation.length_rules`), or
+        reading: what the rule read, float64: levels `[B, W]` of a curve (see `fastdiff.generation.length.rules`), or
             predicted lengths `[B]`.
     """
 
@@ -75,7 +50,7 @@ class LengthPredictor:
     Args:
         model: a `fastdiff.models.MaskedDiffusionLM`, or one wrapped by peft.
         window: masks behind each prompt, W: the longest answer with its EoS.
-        rule: one of LENGTH_RULES; each is described in `fastdiff.generation.length_rules`. "constant" is the bound that
+        rule: one of LENGTH_RULES; each is described in `fastdiff.generation.length.rules`. "constant" is the bound that
             ignores the prompt.
         length_format: how answers ended in training, "eos_fill", "pad_fill" or "eos_only"; None is that of the model's
             config. Needed where that is None (foreign checkpoints).
@@ -109,28 +84,28 @@ class LengthPredictor:
         coverage: float = 0.95,
         head: nn.Module | None = None,
     ) -> None:
-        if rule not in LENGTH_RULES:
-            raise ValueError(f"rule: got {rule!r}; expected one of {', '.join(LENGTH_RULES)}")
+        if rule not in rules.LENGTH_RULES:
+            raise ValueError(f"rule: got {rule!r}; expected one of {', '.join(rules.LENGTH_RULES)}")
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"window: got {window!r}; expected a number of tokens, 1 or above")
         if (head is None) == (rule in ("classifier", "regression")):
-            expected = "one of fastdiff.training.runs.load_length_head" if head is None else "None"
+            expected = "one of fastdiff.models.length_heads" if head is None else "None"
             raise ValueError(f"head: got {type(head).__name__} with the rule {rule!r}; expected {expected}")
         self.model, self.window, self.rule, self.head = model, window, rule, head
         self.coverage = check_coverage(coverage)
-        self.length_format = length_format_of(model, length_format)
-        self.end_token_ids = end_token_ids_of(model, self.length_format, rule, end_token_ids)
-        check_parameter(rule, parameter, calibration is not None)
+        self.length_format = _length_format(model, length_format)
+        self.end_token_ids = _end_token_ids(model, self.length_format, rule, end_token_ids)
+        _check_parameter(rule, parameter, calibration is not None)
         self.parameter = parameter
-        if rule in SHAPING_RULES:
-            default = SHAPING_RULES[rule] if calibration is None else calibration.parameter
+        if rule in _SHAPING_RULES:
+            default = _SHAPING_RULES[rule] if calibration is None else calibration.parameter
             self.parameter = default if parameter is None else float(parameter)
         self.calibrated = calibration is not None
         self.threshold = self._calibrated(calibration) if self.calibrated else self._threshold()
 
     def identity(self) -> dict[str, Any]:
         """What a calibration of this predictor belongs to, beside the weights."""
-        kept = self.parameter if self.rule in SHAPING_RULES else None
+        kept = self.parameter if self.rule in _SHAPING_RULES else None
         names = ("rule", "window", "length_format", "end_token_ids")
         return {**{name: getattr(self, name) for name in names}, "parameter": kept}
 
@@ -290,3 +265,50 @@ class LengthPredictor:
         if self.rule == "daedal":
             return rules.daedal_steps(probe.end_log_prob, probe.end_is_likeliest, self.parameter)
         return rules.rho_steps(probe.end_is_likeliest)
+
+
+def _length_format(model: nn.Module, given: str | None) -> str:
+    """The format given, or that of the model's config."""
+    own = model.config.length_format
+    known = ", ".join(LENGTH_FORMATS)
+    if given is None and own is None:
+        raise ValueError(f"length_format: the model's config names none; pass the one it was trained with: {known}")
+    if given is not None and given not in LENGTH_FORMATS:
+        raise ValueError(f"length_format: got {given!r}; expected one of {known}")
+    if given is not None and own is not None and given != own:
+        raise ValueError(f"length_format: got {given!r}; expected {own!r}, the one that the model's config names")
+    return own if given is None else given
+
+
+def _end_token_ids(model: nn.Module, length_format: str, rule: str, given: Sequence[int] | None) -> tuple[int, ...]:
+    """The ids given, or those of the model's config that the format calls for; in rising order, each once."""
+    config = model.config
+    if given is None:
+        ends = config.eos_token_id
+        given = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        if not given:
+            raise ValueError("eos_token_id: the model's config has none, so no answer has an end; pass end_token_ids")
+        if length_format == "pad_fill" and rule != "argmax":
+            if config.pad_token_id is None:
+                raise ValueError("pad_token_id: the model's config has none, which 'pad_fill' needs; set it")
+            given = [*given, config.pad_token_id]
+    fitting = (0 <= token < config.vocab_size and token != config.mask_token_id for token in given)
+    if not len(given) or not all(fitting):
+        raise ValueError(
+            f"end_token_ids: got {list(given)}; expected ids from 0 to {config.vocab_size - 1}, at least one and not "
+            f"the mask token {config.mask_token_id}"
+        )
+    return tuple(sorted({int(token) for token in given}))
+
+
+def _check_parameter(rule: str, parameter: float | None, calibrated: bool) -> None:
+    """Raises ValueError for a number that the rule has not, or has no use for."""
+    if parameter is None:
+        return
+    if rule not in _PARAMETERS:
+        raise ValueError(f"parameter: got {parameter!r}; the rule {rule!r} has none: leave it out")
+    fits, expected = _PARAMETERS[rule]
+    if isinstance(parameter, bool) or not isinstance(parameter, int | float) or not fits(parameter):
+        raise ValueError(f"parameter: got {parameter!r} with the rule {rule!r}; expected {expected}")
+    if calibrated and rule not in _SHAPING_RULES:
+        raise ValueError(f"parameter: got {parameter!r} with a calibration, whose threshold takes its place; drop one")
