@@ -42,9 +42,12 @@ $(VENV)/.built: FORCE
 endif
 $(VENV)/.built: export SETTINGS := $(SETTINGS)
 $(VENV)/.built: $(VENV)/bin/pip $(SOURCES)
-	$(RUN) -m pip install -q -c constraints.txt "$(TORCH)" numpy
-	$(RUN) -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo "[1/5] install: torch and the tools of the build"
+	$(RUN) -m pip install -q --progress-bar on -c constraints.txt "$(TORCH)" numpy
+	$(RUN) -m pip install -q --progress-bar on -c constraints.txt setuptools wheel cmake ninja pybind11
+	@echo "[2/5] build: the kernels (a line for each file), then the packages that fastdiff uses"
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) setup.py -q build_ext --inplace
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[dev]' | grep -v '^Requirement already'
 	@printf '%s\n' "$$SETTINGS" > $@
 
 demo: venv                       ## train a DiT on handwritten digits for 5 minutes: runs/demo/

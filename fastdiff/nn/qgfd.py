@@ -330,9 +330,7 @@ def attended_of_float(name: str, mask: Tensor) -> Tensor:
         raise ValueError(f"{name}: got {mask.dtype}; expected bool, or floats that are 0 or -inf")
     seen = mask == 0
     fits = (seen | (mask <= -1e4)).all()
-    reason = (
-        f"{name}: got values other than 0 and -inf, a bias; expected none: QGFD attention adds none"
-    )
+    reason = f"{name}: got values other than 0 and -inf, a bias; expected none: QGFD attention adds none"
     if torch.compiler.is_compiling():
         torch._assert_async(fits, reason)
     elif not bool(fits):

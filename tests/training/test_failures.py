@@ -171,3 +171,15 @@ def test_batches_smaller_than_their_parts_are_refused(tmp_path, make_trainer):
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path, make_trainer):
     make_trainer(tmp_path / "run", "--training.checkpoint_every", 2, "--training.keep_last", 3).train()
     assert steps_in(tmp_path / "run") == [8, 10, 12]
+
+
+def test_two_processes_on_one_folder(make_trainer, tiny_yaml, tmp_path):
+    first = make_trainer(tmp_path / "run", "--training.max_steps", 2)
+    command = [sys.executable, "-m", "fastdiff.train", str(tiny_yaml), "--training.output_dir", str(tmp_path / "run")]
+    second = [*command, "--training.overwrite", "true"]
+    done = subprocess.run(second, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "in which another process trains" in done.stderr, done.stderr
+    first.train()  # unharmed; then the folder is free
+    assert (tmp_path / "run" / "checkpoints" / "step_2").is_dir()
+    done = subprocess.run([*command, "--training.resume", "true"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
