@@ -43,11 +43,11 @@ endif
 $(VENV)/.built: export SETTINGS := $(SETTINGS)
 $(VENV)/.built: $(VENV)/bin/pip $(SOURCES)
 	@echo "[1/5] install: torch and the tools of the build"
-	$(RUN) -m pip install -q --progress-bar on -c constraints.txt "$(TORCH)" numpy
-	$(RUN) -m pip install -q --progress-bar on -c constraints.txt setuptools wheel cmake ninja pybind11
+	$(RUN) -m pip install -c constraints.txt "$(TORCH)" numpy
+	$(RUN) -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
 	@echo "[2/5] build: the kernels (a line for each file), then the packages that fastdiff uses"
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) setup.py -q build_ext --inplace
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[dev]' | grep -v '^Requirement already'
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@printf '%s\n' "$$SETTINGS" > $@
 
 demo: venv                       ## train a DiT on handwritten digits for 5 minutes: runs/demo/
