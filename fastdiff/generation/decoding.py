@@ -22,7 +22,7 @@ from fastdiff.generation.checks import check_encoder_inputs, check_prompts, cond
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.length import LengthPredictor, mean_embedding
 from fastdiff.generation.passes import Passes, Predicting, on_cpu, probed
-from fastdiff.generation.rows import Rows, Turn, planned_turns
+from fastdiff.generation.rows import ActiveRows, Turn, planned_turns
 from fastdiff.generation.stopping import Stopping
 from fastdiff.generation.windows import PredictedWindows, buckets, default_predictor, predict_windows
 from fastdiff.ops import TokenSample, lm_head_sample, sample_tokens, unmask_
@@ -208,7 +208,7 @@ class _Decoding:
             self.extended.update(pending)
 
     def _decode(self, rows: list[int] | None, blocks: list[int] | None, states: Tensor | None) -> Iterator[None]:
-        self.rows = Rows(self.canvas, self.config, *self.context, rows, blocks)
+        self.rows = ActiveRows.begin(self.canvas, self.config, *self.context, rows, blocks)
         decoder = _Decoder(self.model, self.rows, self.config, self.stopping, self.seed, states)
         yield from decoder.steps()
         self.passes, self.short_passes = self.passes + decoder.passes.count, self.short_passes + decoder.passes.short
@@ -216,7 +216,7 @@ class _Decoding:
     def _unended(self, rows: list[int]) -> list[int]:
         """Those without an end token that have room to grow."""
         canvas, room = self.canvas, self.config.max_new_tokens
-        inside = canvas.used & (canvas.columns >= canvas.starts[:, None])
+        inside = canvas.used & (canvas.columns >= canvas.window_start[:, None])
         ended = self.stopping.ends(canvas.ids, inside).any(1).tolist()
         return [row for row in rows if not ended[row] and canvas.windows[row] < room]
 
@@ -240,7 +240,7 @@ class _Decoder:
     def __init__(
         self,
         model: torch.nn.Module,
-        rows: Rows,
+        rows: ActiveRows,
         config: MaskedDiffusionGenerationConfig,
         stopping: Stopping,
         seed: int,
@@ -248,12 +248,12 @@ class _Decoder:
     ) -> None:
         self.model, self.rows, self.config, self.stopping, self.seed = model, rows, config, stopping, seed
         self.passes, canvas = Passes(model, config), rows.canvas
-        self.states = None if any(canvas.infilled[row] for row in rows.index) else states
+        self.states = None if any(canvas.prompt_masks[row] for row in rows.canvas_rows) else states
         self.suppressed = tuple({canvas.mask_token_id, *(config.suppress_tokens or ())})
         self.plan: list[list[Turn]] | None = None
         if config.unmasking_rule == "count" and not stopping.active:
-            lengths = zip(canvas.infilled, canvas.prompt_lengths, strict=True)
-            self.plan = [planned_turns(infilled, prompt, config) for infilled, prompt in lengths]
+            prompts = zip(canvas.prompt_masks, canvas.prompt_lengths, strict=True)
+            self.plan = [planned_turns(masks, length, config) for masks, length in prompts]
 
     def steps(self) -> Iterator[None]:
         """Decodes, a step at a time."""
@@ -281,8 +281,8 @@ class _Decoder:
         Under the rule "count" that is known before; else numbers come from the device after each step.
         """
         if self.plan is None:
-            return [turn if turn.left else None for turn in self.rows.turns(masked)]
-        plans = (self.plan[row] for row in self.rows.index)
+            return [turn if turn.masks_left else None for turn in self.rows.turns(masked)]
+        plans = (self.plan[row] for row in self.rows.canvas_rows)
         return [plan[step] if step < len(plan) else None for plan in plans]
 
     def _step(self, predicting: Predicting, step: int) -> None:
@@ -294,8 +294,8 @@ class _Decoder:
             rule=config.unmasking_rule,
             order=config.unmasking_order,
             rows=predicting.positions,
-            block_start=rows.block,
-            block_end=rows.end,
+            block_start=rows.block_start,
+            block_end=rows.block_end,
             seed=self.seed,
             step=step,
             sequence_ids=rows.sequence_ids,
@@ -305,12 +305,12 @@ class _Decoder:
             self.stopping(rows)
 
     def _rule_number(self) -> dict[str, float | Tensor]:
-        rule, steps, rows = self.config.unmasking_rule, self.rows.steps, self.rows
+        rule, steps, rows = self.config.unmasking_rule, self.rows.steps_per_block, self.rows
         if rule == "count":
             if steps is None:
                 return dict(count=1)
-            extra = rows.step_in_block < rows.masks_in_block % steps
-            return dict(count=(rows.masks_in_block // steps + extra).clamp(min=1))
+            extra = rows.step_in_block < rows.block_masks % steps
+            return dict(count=(rows.block_masks // steps + extra).clamp(min=1))
         if rule == "ancestral":  # mask rates 1, 1 - 1/S, …, 0
             steps = rows.block_length if steps is None else steps
             return dict(probability=1 / (steps - rows.step_in_block).clamp(min=1).double())
