@@ -34,10 +34,15 @@ Streamer = Callable[[Tensor, int], None]
 class GenerationStatistics:
     """What a call cost.
 
-    `forward_passes` of the model (guided ones are of twice the batch), `tokens` chosen (not those that fill a row
-    which ended early), `seconds`, and how many of the passes were `short_passes`, of the columns that a cache lacks.
-    Of length="auto": how many of the passes were `probe_passes`, the `window_tokens` that rows of max_new_tokens would
-    have had and how many of them were `saved_tokens`, and the rows that grew (`extended_rows`).
+    Attributes:
+        forward_passes: passes of the model; a guided one sees twice the batch.
+        tokens: tokens chosen, without those that fill a row which ended early.
+        seconds: duration of the call.
+        short_passes: how many of the passes computed only the columns that a cache lacks.
+        probe_passes: how many of the passes predicted lengths (0 for length="fixed", as all that follow).
+        window_tokens, saved_tokens: new tokens that rows of max_new_tokens would have had, and how many of them the
+            predicted windows saved.
+        extended_rows: rows that grew.
     """
 
     forward_passes: int
@@ -51,7 +56,7 @@ class GenerationStatistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all rows a second."""
+        """Tokens of all rows per second."""
         return self.tokens / self.seconds
 
 
@@ -90,12 +95,12 @@ def generate(
         generation_config: None is `MaskedDiffusionGenerationConfig()`.
         streamer: called after each step as streamer(token_ids, step): a new tensor laid out as `sequences`, with mask
             tokens where nothing was chosen yet, and the number of the step from 0.
-        length_predictor: of length="auto"; its coverage is the config's. None is the rule "cdf" with a window of
-            max_new_tokens, uncalibrated: it takes the model at its word.
+        length_predictor: predicts lengths for length="auto"; its coverage must be the config's. None is the rule "cdf"
+            with a window of max_new_tokens, uncalibrated: it takes the model at its word.
         copies: which copy of its prompt each row is (0 or above), where copies are spread over several calls; None
             counts those in the batch.
-        tokenizer: what decodes tokens where `stop_strings` are looked for; one of transformers.
-        encoder_input_ids: a text a row for the model's own encoder, encoded once, that every pass attends to.
+        tokenizer: a tokenizer of transformers, which decodes tokens where `stop_strings` are looked for.
+        encoder_input_ids: one text per row for the model's own encoder, encoded once, that every pass attends to.
             Guidance hides it together with the prompt.
         encoder_attention_mask: True or 1 where it counts; padded on the left or the right.
         encoder_hidden_states: states of another encoder instead.
@@ -104,8 +109,8 @@ def generate(
         GenerationOutput: `sequences[:, :P]` are the prompts (padding as it came, mask tokens filled),
         `sequences[:, P:]` the new tokens. A row that length="auto" gave less has end tokens behind them.
 
-    A model with a timestep embedding is told the time at which the mask rate of its `mask_schedule` is the masked share
-    of a row's generated positions.
+    A model with a timestep embedding gets, for each row, the time at which its `mask_schedule` would mask that row's
+    current share of tokens.
 
     Raises:
         TypeError, ValueError: an argument does not fit, a prompt is empty or too long, nothing is to be generated, or
@@ -118,7 +123,7 @@ def generate(
         model, len(input_ids), encoder_input_ids, encoder_attention_mask, encoder_hidden_states
     )
     if copies is not None and (len(copies) != len(input_ids) or min(copies, default=0) < 0):
-        raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one a row")
+        raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one per row")
     predictor = _predictor(model, config, length_predictor)
     ends = None if predictor is None else predictor.end_token_ids
     stopping = Stopping(model, config, tokenizer, at_once=ends)
@@ -257,7 +262,7 @@ class _Decoder:
 
     def steps(self) -> Iterator[None]:
         """Decodes, a step at a time."""
-        for step in range(self.rows.canvas.width):  # each step commits at least one token a row
+        for step in range(self.rows.canvas.width):  # each step commits at least one token per row
             masked = self.rows.begin_step()
             turns = self._turns(masked, step)
             kept = [row for row, turn in enumerate(turns) if turn is not None]
