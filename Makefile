@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find kernels csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \)) \
-           CMakeLists.txt setup.py pyproject.toml constraints.txt
+           CMakeLists.txt kernels/CMakeLists.txt setup.py pyproject.toml constraints.txt
 # FASTDIFF_CUDA: 1 builds the CUDA module as well (needs nvcc, no GPU)
 export FASTDIFF_CUDA
 

@@ -1,4 +1,4 @@
-"""Small heads that tell how long an answer will be from a frozen model's states of a masked window (system 004)."""
+"""Small heads that tell an answer's length from a frozen model's states of a masked window (as in diffusion-llms)."""
 
 import torch
 from torch import Tensor, nn

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int (*kOperators[])() = {race_adaln, race_eos_length,     race_masked_loss,
+constexpr int (*kOperators[])() = {race_adaln, race_eos_log_prob,   race_masked_linear_cross_entropy,
                                    race_qgfd,  race_token_sampling, race_unmask};
 
 int run_fault(const char* name) {

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.kernels.adaln import reference as adaln_reference
-from ops.eos_cases import EOS_HEAD, EOS_LOGITS
+from ops.eos_log_prob_cases import EOS_HEAD, EOS_LOGITS
 from ops.harness import Case, Dtypes, Inputs, Operator
-from ops.masked_loss_cases import MASKED_LOSS
+from ops.masked_linear_cross_entropy_cases import MASKED_LOSS
 from ops.qgfd_cases import QGFD
-from ops.sampling_cases import HEAD, SAMPLE
+from ops.token_sampling_cases import HEAD, SAMPLE
 
 
 def _randn(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> Tensor:
