@@ -28,6 +28,7 @@ from fastdiff.kernels.adaln import triton_kernels
 from fastdiff.kernels.eos_log_prob import triton_kernels as eos_kernels
 from fastdiff.kernels.masked_linear_cross_entropy import triton_kernels as loss_kernels
 from fastdiff.kernels.qgfd import triton_kernels as qgfd_kernels
+from fastdiff.kernels.scale_shift import triton_kernels as scale_shift_kernels
 from fastdiff.kernels.token_sampling import triton_kernels as sampling_kernels
 from fastdiff.kernels.unmask import triton_kernels as unmask_kernels
 
@@ -293,6 +294,14 @@ def attention_variants(case: AttentionCase, length: int = 1024, heads: int = 12)
     return variants
 
 
+def scale_shift_variants(dim: int, dtype: torch.dtype, tokens: int = 64) -> list[Variant]:
+    """The kernel that scale_shift launches."""
+    modulation = meta(2, dim, dtype=dtype)
+    with recorded_launches() as variants:
+        scale_shift_kernels.scale_shift(meta(2, tokens, dim, dtype=dtype), modulation, modulation)
+    return variants
+
+
 def labelled_variants() -> dict[Variant, str]:
     """Every kernel variant of every operator that is compiled, with the label of the first case that launches it."""
     labels: dict[Variant, str] = {}
@@ -319,6 +328,8 @@ def labelled_variants() -> dict[Variant, str]:
         add("eos_log_prob", eos_log_prob_variants(vocab, dtype), f"V={vocab} {dtype}", "NBLOCKS")
     for case in attention_cases():
         add("qgfd", attention_variants(case), case, "ROWS", "KEYS")
+    for dim, dtype in itertools.product((64, 1151, 1152), (F32, BF16, F16)):
+        add("scale_shift", scale_shift_variants(dim, dtype), f"D={dim} {dtype}", "TILE")
     return labels
 
 

@@ -16,5 +16,6 @@ int race_adaln();
 int race_eos_log_prob();
 int race_masked_linear_cross_entropy();
 int race_qgfd();
+int race_scale_shift();
 int race_token_sampling();
 int race_unmask();

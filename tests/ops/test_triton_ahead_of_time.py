@@ -21,14 +21,15 @@ def test_every_kernel_is_among_the_variants():
     from fastdiff.kernels.masked_linear_cross_entropy import triton_device as loss
     from fastdiff.kernels.qgfd import triton_backward_device as qgfd_backward
     from fastdiff.kernels.qgfd import triton_device as qgfd
+    from fastdiff.kernels.scale_shift import triton_kernels as scale_shift
     from fastdiff.kernels.token_sampling import triton_device as sampling
     from fastdiff.kernels.token_sampling import triton_threshold_device as threshold
     from fastdiff.kernels.unmask import triton_device as unmask
 
-    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd, qgfd_backward)
+    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd, qgfd_backward, scale_shift)
     kernels = {(module.__name__, name) for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(variant.module, variant.kernel) for variant in aot.labelled_variants()}
-    assert found == kernels and len(kernels) == 24
+    assert found == kernels and len(kernels) == 25
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -50,6 +51,8 @@ def test_another_batch_or_length_compiles_nothing_new(vocab, full):
     assert all(set(aot.cross_entropy_variants(vocab, aot.BF16, full, True, rows=rows)) == first for rows in (1, 5, 999))
     first = set(aot.eos_log_prob_variants(vocab, aot.BF16, length=64))
     assert all(set(aot.eos_log_prob_variants(vocab, aot.BF16, length=length)) == first for length in (1, 7, 1023))
+    first = set(aot.scale_shift_variants(1152, aot.BF16, tokens=64))
+    assert all(set(aot.scale_shift_variants(1152, aot.BF16, tokens=tokens)) == first for tokens in (1, 7, 1023))
 
 
 @pytest.mark.parametrize("masks", ["", "begin end", "keys"])
@@ -78,6 +81,7 @@ def some_variants() -> list[aot.Variant]:
     sampling = aot.sampling_variants(aot.SamplingCase(126464, aot.BF16, 0.7, (50, 0.9), full=True))
     others = aot.unmask_variants(2, 3, full=True) + aot.cross_entropy_variants(50257, aot.F32, True, True)
     others += aot.eos_log_prob_variants(126464, aot.BF16) + aot.attention_variants(aot.AttentionCase(64, aot.BF16))
+    others += aot.scale_shift_variants(1152, aot.BF16)
     return aot.adaln_variants(aot.Case(1152, AUTOCAST)) + sampling + others
 
 
