@@ -156,7 +156,7 @@ def test_float16_gradients_keep_their_digits_at_any_row_weight(row, weight):
 @native
 def test_sixteen_bit_sums_over_many_chunks_are_kept_in_float32(row, monkeypatch):
     o = operands(4000, 16, 101, BF16, row.device, masked=2.0)
-    monkeypatch.setattr(backends.Plan, "of", staticmethod(lambda device: backends.Plan(64, 64, 64)))
+    monkeypatch.setattr(backends.Plan, "of", staticmethod(lambda device: backends.Plan(64, 64, 64, 64)))
     exact = torch.autograd.grad(plain(d := doubled(o)), d["weight"])[0]
     errors = {}
     for most in (4, 10**9):
@@ -166,6 +166,26 @@ def test_sixteen_bit_sums_over_many_chunks_are_kept_in_float32(row, monkeypatch)
             errors[most] = relative(torch.autograd.grad(loss, o["weight"])[0], exact)
     # seen: 1.9e-3, and 8.2e-3 where 63 chunks are added up in bf16
     assert errors[4] <= 4e-3 < errors[10**9]
+
+
+# the sum over ids is what MKL's own product of several threads splits at such sizes; the last two are one tile each
+@native
+@pytest.mark.parametrize(
+    ("count", "dim", "vocab"), [(64, 64, 1000), (360, 24, 263), (700, 24, 4001), (9, 16, 5), (3, 2000, 16)]
+)
+def test_no_product_depends_on_threads(row, count, dim, vocab):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 4, 8):
+            torch.set_num_threads(n)
+            o = operands(count, dim, vocab, device=row.device, masked=2.0)
+            with row.active():
+                loss, row_loss = masked_linear_cross_entropy(**o)
+                results.append([loss, row_loss, *torch.autograd.grad(loss, leaves(o))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @native
