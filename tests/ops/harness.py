@@ -4,9 +4,11 @@ A new operator is an `Operator` in tests/ops/operators.py; a new backend is a ro
 """
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fastdiff import backends
 from fastdiff.ops import _native
 
 Inputs = dict[str, Tensor | None | float | str | tuple]
+A, B = TypeVar("A"), TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,21 @@ def _rows() -> list[Row]:
 
 ROWS = _rows()
 NATIVE = [row for row in ROWS if row.backend != "reference"]
+BEST_CPU = [row for row in ROWS if row.backend == "cpu"][-1]
+
+
+def cover(firsts: Sequence[A], seconds: Sequence[B]) -> Iterator[tuple[Row, A, B, tuple[pytest.MarkDecorator, ...]]]:
+    """Every (row, first, second) and its marks: `exhaustive` where the default run leaves it out.
+
+    The reference, the best instruction set and GPUs get the whole grid. The other instruction sets are compiled from
+    the same source, so there each first meets one second and each second one first, and other pairs on every row.
+    """
+    count = max(len(firsts), len(seconds))
+    for shift, row in enumerate(ROWS):
+        kept = {(i % len(firsts), (i + shift) % len(seconds)) for i in range(count)}
+        for (i, first), (j, second) in itertools.product(enumerate(firsts), enumerate(seconds)):
+            whole = row.isa is None or row == BEST_CPU
+            yield row, first, second, () if whole or (i, j) in kept else (pytest.mark.exhaustive,)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from torch import Tensor
 from ops.harness import (
     F32,
     NATIVE,
-    ROWS,
     Dtypes,
     Inputs,
     Operator,
     as_leaves,
     call,
+    cover,
     gradients,
     relative_error,
     to_double,
@@ -21,13 +21,11 @@ from ops.harness import (
 from ops.operators import OPERATORS
 
 VALUES = [
-    pytest.param(op, case, dtypes, id=f"{op.name}-{case.name}-{dtypes}")
+    pytest.param(op, case, dtypes, row, id=f"{op.name}-{case.name}-{dtypes}-{row.name}", marks=marks)
     for op in OPERATORS
-    for case in op.cases
-    for dtypes in op.dtypes
+    for row, case, dtypes, marks in cover(op.cases, op.dtypes)
 ]
 BATCHES = [pytest.param(op, dtypes, id=f"{op.name}-{dtypes}") for op in OPERATORS for dtypes in op.dtypes if op.batch]
-rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
 operators = pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
 
@@ -36,8 +34,7 @@ def leaves_of(operator: Operator, inputs: Inputs) -> Inputs:
     return as_leaves(inputs) if operator.differentiable else inputs
 
 
-@rows
-@pytest.mark.parametrize(("operator", "case", "dtypes"), VALUES)
+@pytest.mark.parametrize(("operator", "case", "dtypes", "row"), VALUES)
 def test_values_and_gradients(operator, case, row, dtypes):
     row.skip_unless_runnable(operator.name)
     inputs = leaves_of(operator, case.make(dtypes, row.device))

@@ -1,5 +1,6 @@
 """unmask_ on every backend: equal to the reference, to the published rules, and unharmed by bad input."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import BackendError, use_backend
 from fastdiff.ops import TokenSample, sample_tokens, unmask_
-from ops.harness import NATIVE, ROWS
+from ops.harness import NATIVE, ROWS, cover
 from ops.unmask_cases import KINDS, MASK, NUMBERS, ORDERS, RULES, Problem, numbers, problem
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
@@ -35,10 +36,13 @@ def same(a, b) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ the reference
-@rows
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("order", ORDERS)
-@every_rule
+@pytest.mark.parametrize(
+    ("row", "rule", "order", "kind"),
+    [
+        pytest.param(row, rule, order, kind, id=f"{row.name}-{rule}-{order}-{kind}", marks=marks)
+        for row, (rule, order), kind, marks in cover(list(itertools.product(RULES, ORDERS)), KINDS)
+    ],
+)
 def test_every_rule_and_order_equals_the_reference(row, rule, order, kind):
     row.skip_unless_runnable("unmask_")
     p = problem(kind, 7, 83)
