@@ -3,12 +3,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# a process per core, four at most; a file's tests stay in one process, which makes their shared fixtures once
+TEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 SOURCES := $(shell find kernels csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \)) \
            CMakeLists.txt setup.py pyproject.toml constraints.txt
 # FASTDIFF_CUDA: 1 builds the CUDA module as well (needs nvcc, no GPU)
 export FASTDIFF_CUDA
 
-.PHONY: demo test lint bench kernels race gpu abi dist venv clean
+.PHONY: demo test test-all lint bench kernels race gpu abi dist venv clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -27,8 +29,11 @@ $(VENV)/.built: $(VENV)/bin/pip $(SOURCES)
 demo: venv                       ## train a DiT on handwritten digits for 5 minutes: runs/demo/
 	$(RUN) -m fastdiff.demo
 
-test: venv lint                  ## the whole test suite
-	$(RUN) -m pytest
+test: venv lint                  ## the test suite
+	$(TEST)
+
+test-all: venv lint              ## the test suite, with the whole grids of which `test` takes a covering array
+	$(TEST) -m ""
 
 lint: venv
 	$(RUN) -m ruff check .

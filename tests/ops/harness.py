@@ -196,3 +196,29 @@ def gradients(outputs: tuple[Tensor, ...], inputs: Inputs, seed: int) -> dict[st
         outputs, list(leaves.values()), [c.to(o.device, o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
     )
     return dict(zip(leaves, grads, strict=True))
+
+
+def across_threads(run: Callable[[], A]) -> list[A]:
+    """What `run` gives with several numbers of torch's threads, one first."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 1, 2, 3, 4, 5, 8):
+            torch.set_num_threads(n)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def check_schemas(schemas: dict[str, str]) -> None:
+    """Asserts that the schemas written in Python are those of the compiled operators."""
+    for name, schema in schemas.items():
+        written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
+        assert torch._C.parse_schema(name + schema) == torch._C.parse_schema(name + written)
+
+
+def check_operators(schemas: dict[str, str], calls: dict[str, tuple]) -> None:
+    """torch's opcheck of every operator, with the arguments of a call."""
+    assert set(calls) == set(schemas)
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, arguments)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastdiff import BackendError, use_backend
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops import _adaln_backends, _native, adaln, gated_residual_adaln
-from ops.harness import NATIVE, ROWS
+from ops.harness import NATIVE, ROWS, check_operators, check_schemas
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
@@ -179,16 +179,11 @@ def test_opcheck(row):
             "gated_residual_adaln_forward_out": (x, b, f, m, f, w, w, rms, 1e-6, None, stream, out),
             "gated_residual_adaln_backward": (b, None, x, mean, stats[1], b, f, *backward),
         }
-        assert set(calls) == set(_adaln_backends.SCHEMAS)
-        for name, args in calls.items():
-            torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, args)
+        check_operators(_adaln_backends.SCHEMAS, calls)
 
 
 def test_schemas_in_python_and_cpp_are_the_same():
-    for name, schema in _adaln_backends.SCHEMAS.items():
-        written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
-        parsed = torch._C.parse_schema(name + schema)
-        assert written == str(parsed).removeprefix(name)
+    check_schemas(_adaln_backends.SCHEMAS)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdiff import BackendError, use_backend
 from fastdiff.ops import _masked_loss_backends as backends
 from fastdiff.ops import masked_linear_cross_entropy
-from ops.harness import BF16, F16, F32, NATIVE, ROWS
+from ops.harness import BF16, F16, F32, NATIVE, ROWS, across_threads
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
@@ -174,18 +174,15 @@ def test_sixteen_bit_sums_over_many_chunks_are_kept_in_float32(row, monkeypatch)
     ("count", "dim", "vocab"), [(64, 64, 1000), (360, 24, 263), (700, 24, 4001), (9, 16, 5), (3, 2000, 16)]
 )
 def test_no_product_depends_on_threads(row, count, dim, vocab):
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3, 4, 8):
-            torch.set_num_threads(n)
-            o = operands(count, dim, vocab, device=row.device, masked=2.0)
-            with row.active():
-                loss, row_loss = masked_linear_cross_entropy(**o)
-                results.append([loss, row_loss, *torch.autograd.grad(loss, leaves(o))])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    o = operands(count, dim, vocab, device=row.device, masked=2.0)
+
+    def results() -> list[Tensor]:
+        with row.active():
+            loss, row_loss = masked_linear_cross_entropy(**o)
+            return [loss, row_loss, *torch.autograd.grad(loss, leaves(o))]
+
+    first, *others = across_threads(results)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @native

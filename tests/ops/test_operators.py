@@ -11,6 +11,7 @@ from ops.harness import (
     Dtypes,
     Inputs,
     Operator,
+    across_threads,
     as_leaves,
     call,
     cover,
@@ -69,21 +70,15 @@ def test_values_and_gradients(operator, case, row, dtypes):
 def test_results_do_not_depend_on_threads_or_on_the_run(operator, row):
     row.skip_unless_runnable(operator.name)
     case = operator.case(operator.many)
-    threads = torch.get_num_threads()
 
-    def run(n: int) -> list[Tensor]:
-        torch.set_num_threads(n)
+    def run() -> list[Tensor]:
         inputs = leaves_of(operator, case.make(Dtypes(F32, F32), row.device))
         with row.active():
             results = call(operator, inputs, Dtypes(F32, F32))
             return [*results, *gradients(results, inputs, seed=9).values()]
 
-    try:
-        first = run(1)
-        for n in (1, 2, 3, 5):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(n), strict=True)), f"{n} threads"
-    finally:
-        torch.set_num_threads(threads)
+    first, *others = across_threads(run)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @native

@@ -39,13 +39,6 @@ TINY = {
 SENTENCES = "The crow sat on a wall. It saw water in a jar. It dropped stones into it! Then the crow drank.\n\n"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_yaml(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
