@@ -23,7 +23,9 @@ if INTERPRETED:  # as a GPU rounds and multiplies
 
 def pytest_pycollect_makemodule(module_path):
     if module_path.name.startswith("interpreted_") and not INTERPRETED:
-        pytest.exit(f"{module_path.name} needs TRITON_INTERPRET=1: run test_triton_interpreted.py", returncode=2)
+        raise pytest.Collector.CollectError(
+            f"{module_path.name} needs TRITON_INTERPRET=1: run test_triton_interpreted.py"
+        )
 
 
 @pytest.fixture(autouse=True)
