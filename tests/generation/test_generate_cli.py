@@ -320,7 +320,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
     )  # fmt: skip
     assert process.stdout.readline().startswith("[step 1, ")
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate()
     assert process.returncode == 130 and errors.strip() == "interrupted"
     assert not output.exists()
 

@@ -42,10 +42,10 @@ class Row:
 
     def skip_unless_runnable(self, operator: str) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
-            pytest.skip(f"{self.name}: no GPU on this machine (its kernels run in tests/emulator)")
+            pytest.skip(f"NOT TESTED: {self.name}: no GPU on this machine (its kernels run in tests/emulator)")
         reason = backends.why_not(operator, self.backend, self.device, (torch.float32,))
         if reason is not None:
-            pytest.skip(f"{self.name}: {reason}")
+            pytest.skip(f"NOT TESTED: {self.name}: {reason}")
 
 
 def _rows() -> list[Row]:

@@ -222,7 +222,7 @@ def test_only_wanted_gradients_are_made(row):
         first.sum().backward()
 
 
-@pytest.mark.skipif(_native.cpu_module is None, reason="fastdiff._C was not built")
+@pytest.mark.skipif(_native.cpu_module is None, reason="NOT TESTED: fastdiff._C was not built")
 @pytest.mark.parametrize("isa", _native.cpu_module.isa_names() if _native.cpu_module else [])
 def test_raw_launch_functions_take_numpy_arrays_in_any_chunk_order(isa):
     generator = np.random.default_rng(0)

@@ -5,9 +5,11 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
+from fastdiff.ops import _native
 from ops.harness import (
     F32,
     NATIVE,
+    ROWS,
     Dtypes,
     Inputs,
     Operator,
@@ -29,6 +31,17 @@ VALUES = [
 BATCHES = [pytest.param(op, dtypes, id=f"{op.name}-{dtypes}") for op in OPERATORS for dtypes in op.dtypes if op.batch]
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
 operators = pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+def test_instruction_sets(isa):
+    if f"cpu-{isa}" not in {row.name for row in ROWS}:
+        pytest.skip(
+            f"NOT TESTED: the CPU kernels for {isa}: this CPU lacks its instructions, or fastdiff._C is not built"
+        )
+    (row,) = (row for row in ROWS if row.isa == isa)
+    with row.active():
+        assert _native.cpu_module.isa() == isa
 
 
 def leaves_of(operator: Operator, inputs: Inputs) -> Inputs:

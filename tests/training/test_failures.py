@@ -102,7 +102,6 @@ def test_a_disk_that_is_really_full(tmp_path, tiny_yaml):
             ],
             capture_output=True,
             text=True,
-            timeout=120,
         )
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]

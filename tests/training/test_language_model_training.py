@@ -303,7 +303,6 @@ def test_two_processes_and_accumulation_equal_one(make_trainer, tiny_yaml, tmp_p
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=240,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
