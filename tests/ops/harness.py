@@ -59,6 +59,7 @@ def _rows() -> list[Row]:
 
 ROWS = _rows()
 NATIVE = [row for row in ROWS if row.backend != "reference"]
+A_DEVICE = [row for row in NATIVE if row.name in ("cpu-baseline", "cuda")]  # looks at operators, not at kernels
 BEST_CPU = [row for row in ROWS if row.backend == "cpu"][-1]
 
 

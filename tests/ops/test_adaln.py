@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastdiff import BackendError, use_backend
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops import _adaln_backends, _native, adaln, gated_residual_adaln
-from ops.harness import NATIVE, ROWS, check_operators, check_schemas
+from ops.harness import A_DEVICE, NATIVE, ROWS, check_operators, check_schemas
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
@@ -158,10 +158,8 @@ def test_autocast_gives_the_autocast_dtype_and_keeps_the_residual(row):
     assert stream.dtype == torch.float32 and out.dtype == torch.bfloat16
 
 
-@native
+@pytest.mark.parametrize("row", A_DEVICE, ids=lambda r: r.name)
 def test_opcheck(row):
-    if row.name not in ("cpu-baseline", "cuda"):
-        pytest.skip(f"{row.name}: opcheck looks at the operator, not at its kernels")
     x, b = (randn(2, 6, 16, seed=s).to(row.device) for s in (0, 1))
     m, f, w = randn(2, 16).to(row.device), randn(1, 3, 16).to(row.device), randn(16).to(row.device)
     stats = [randn(12).to(row.device), randn(12).abs().to(row.device)]
@@ -265,11 +263,9 @@ def test_offsets_beyond_two_to_the_31_elements():
         assert torch.equal(out[:, -filled:], adaln(x[:, -filled:].contiguous(), None, None))
 
 
-@native
+@pytest.mark.parametrize("row", [r for r in NATIVE if r.backend == "cpu"], ids=lambda r: r.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_outputs_that_bypass_the_caches_are_the_same(row, dtype):
-    if row.backend != "cpu":
-        pytest.skip(f"{row.name}: the CPU kernels alone stream large outputs")
     dim, tokens = 1024, (48 << 20) // (1024 * dtype.itemsize) + 3
     block = randn(1, 97, dim, dtype=dtype)
     x, shift = block.repeat(1, tokens // 97 + 1, 1)[:, :tokens].contiguous(), randn(1, dim, seed=1)

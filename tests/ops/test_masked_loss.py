@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdiff import BackendError, use_backend
 from fastdiff.ops import _masked_loss_backends as backends
 from fastdiff.ops import masked_linear_cross_entropy
-from ops.harness import BF16, F16, F32, NATIVE, ROWS, across_threads
+from ops.harness import A_DEVICE, BF16, F16, F32, NATIVE, ROWS, across_threads
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
@@ -332,10 +332,8 @@ def test_torch_func_and_forward_mode_take_the_reference():
         torch.func.grad(loss)(o["hidden"].detach())
 
 
-@native
+@pytest.mark.parametrize("row", A_DEVICE, ids=lambda r: r.name)
 def test_opcheck(row):
-    if row.name not in ("cpu-baseline", "cuda"):
-        pytest.skip(f"{row.name}: opcheck looks at the operators, not at their kernels")
     o = operands(device=row.device)
     suppress, weight = torch.tensor([3, 9], device=row.device), torch.rand(40, device=row.device)
     logits, targets = randn(40, 53).to(row.device), o["targets"].clamp_min(10)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import BackendError, backends, use_backend
 from fastdiff.ops import _native, _qgfd_backends, qgfd_attention, qgfd_attention_dense, qgfd_values
-from ops.harness import BF16, F32, NATIVE, ROWS, check_operators, check_schemas
+from ops.harness import A_DEVICE, BF16, F32, NATIVE, ROWS, check_operators, check_schemas
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
@@ -76,10 +76,8 @@ def operator_calls(device: str) -> dict[str, tuple]:
     }
 
 
-@native
+@pytest.mark.parametrize("row", A_DEVICE, ids=lambda r: r.name)
 def test_opcheck(row):
-    if row.name not in ("cpu-baseline", "cuda"):
-        pytest.skip(f"{row.name}: opcheck looks at the operators, not at their kernels")
     calls = operator_calls(row.device)
     check_operators(_qgfd_backends.SCHEMAS, calls)
 
