@@ -3,8 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-# a process per core, four at most; a file's tests stay in one process, which makes their shared fixtures once
-TEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+# a process per core, four at most; the tests of a file stay in one process, which makes their shared fixtures once; slow
+# files (the emulator) come first, as they are collected, so that the processes end together
+TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:benchmark
 SOURCES := $(shell find kernels csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \)) \
            CMakeLists.txt setup.py pyproject.toml constraints.txt
 # FASTDIFF_CUDA: 1 builds the CUDA module as well (needs nvcc, no GPU)
