@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RACE_COMPILERS = ("clang++-19", "clang++")
@@ -65,6 +67,13 @@ def build(variant: str) -> Path:
     if not compiler:
         raise Unavailable("no g++: apt-get install g++")
     folder = ROOT / "build" / "emulator" / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # several processes of the test suite ask at once
+        _build(variant, compiler, folder)
+    return folder / ("emulator" if variant == "race" else "libemulator.so")
+
+
+def _build(variant: str, compiler: str, folder: Path) -> None:
     configure = ["cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(folder), f"-DVARIANT={variant}"]
     configure += [f"-DFASTDIFF_CUDA_INCLUDE={cuda_include()}", f"-DCMAKE_CXX_COMPILER={compiler}"]
     # as in setup.py: flags of the environment stay out, and ccache goes first where it is installed
@@ -74,7 +83,6 @@ def build(variant: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         _run(configure)
     _run(["cmake", "--build", str(folder)])
-    return folder / ("emulator" if variant == "race" else "libemulator.so")
 
 
 def race(*arguments: str) -> subprocess.CompletedProcess:

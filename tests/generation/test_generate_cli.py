@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -344,19 +343,21 @@ def test_a_rule_on_the_command_line_drops_the_recipes_numbers(tmp_path, capsys):
 
 
 def test_ctrl_c_ends_in_one_line(tmp_path):
+    """The lines of 580 masks are more than a pipe holds, so the command cannot end before it is interrupted."""
     tokenizer = byte_tokenizer()
-    model = tiny_model(len(tokenizer), hidden_size=128, num_hidden_layers=4, max_position_embeddings=600)
+    model = tiny_model(len(tokenizer), max_position_embeddings=600)
     folder, output = save_model(tmp_path / "model", model, tokenizer), tmp_path / "out.jsonl"
-    arguments = [folder, "--prompt", "to be", "--max-new-tokens", 500, "--watch", "--output", output]
+    arguments = [folder, "--prompt", "to be", "--max-new-tokens", 580, "--watch", "--output", output]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastdiff.generate", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a shell's background job ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.readline().startswith("[step 1, ")
     process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.strip() == "interrupted" and time.monotonic() - started < 30
+    _, errors = process.communicate()
+    assert process.returncode == 130 and errors.strip() == "interrupted"
     assert not output.exists()
 
 
