@@ -72,7 +72,7 @@ def crossing_levels(end_log_prob: Tensor, width: int = CROSSING_WINDOW) -> Tenso
 
 
 def classifier_levels(logits: Tensor) -> Tensor:  # [B, W] -> float64 [B, W]
-    """Levels of the running maximum of sigmoid(logits): a token classifier's P(length ≤ i) (diffusion-llms).""" ""
+    """Levels of the running maximum of sigmoid(logits): a token classifier's P(length ≤ i) (diffusion-llms)."""
     return functional.softplus(logits.double()).cummax(1).values
 
 
