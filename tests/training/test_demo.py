@@ -5,7 +5,6 @@ import json
 import pytest
 
 from fastdiff import demo
-from fastdiff.evaluation.classifier import Schedule
 
 
 def test_without_a_checkout_the_demo_says_so(tmp_path, capsys, monkeypatch):
@@ -16,9 +15,7 @@ def test_without_a_checkout_the_demo_says_so(tmp_path, capsys, monkeypatch):
     assert exit_.value.code == 2 and "run the demo from a checkout" in text and text.count("\n") == 1
 
 
-def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Schedule, "for_size", staticmethod(lambda images: Schedule(epochs=1, batch_size=64)))
+def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys):
     folder = tmp_path / "demo"
     demo.main(["--seconds", "0.01", "--recipe", str(tiny_yaml), "--output-dir", str(folder)])
     assert {path.name for path in folder.iterdir()} >= {"samples.png", "loss.png", "report.json", "checkpoints"}
