@@ -267,10 +267,10 @@ def test_thresholds_in_words(rule, threshold, text):
         (["--num-pairs", "20"], "20 pairs leave 10 to calibrate with; coverage 0.95 needs 19, one half of 38 pairs"),
         (["--coverage", "0.99"], "130 pairs leave 65 .* coverage 0.99 needs 99, .*; the run holds out 130"),
         (["--length-expansion-pairs", "10"], "--length-expansion-pairs: 10 pairs leave 5 to calibrate with"),
-        (["--length-expansion-pairs", "-1"], "--length-expansion-pairs is -1; expected at least 0"),
-        (["--num-pairs", "0"], "--num-pairs is 0; expected at least 2"),
-        (["--batch-size", "0"], "--batch-size is 0; expected at least 1"),
-        (["--window", "0"], "--window is 0; expected at least 1"),
+        (["--length-expansion-pairs", "-1"], "--length-expansion-pairs: got -1; expected at least 0"),
+        (["--num-pairs", "0"], "--num-pairs: got 0; expected at least 2"),
+        (["--batch-size", "0"], "--batch-size: got 0; expected at least 1"),
+        (["--window", "0"], "--window: got 0; expected at least 1"),
         (["--window", "31"], r"--window is 31 and held-out prompt \d+ has \d tokens; expected at most 32 together"),
         (["--no-held-out"], "--no-held-out has no use with --length, an evaluation of its own"),
         (["--lm-eval", "hellaswag"], "--lm-eval has no use with --length"),
@@ -296,12 +296,12 @@ def _raise(text):
 
 
 def test_options_of_length_alone(pairs_run, capsys):
-    _fails([str(pairs_run), "--window", "8"], "--window is for --length; pass that too", capsys)
+    _fails([str(pairs_run), "--window", "8"], "--window: got it without --length; pass that too", capsys)
 
 
 def test_runs_without_held_out_pairs(make_run, pairs_run, tmp_path, capsys):
     taken = shutil.copytree(pairs_run / "checkpoints" / "step_60", tmp_path / "taken")
-    _fails([str(taken), "--length"], "is no run, and has no held-out pairs; expected a run's folder", capsys)
+    _fails([str(taken), "--length"], "is not a run, and has no held-out pairs; expected a run's folder", capsys)
     (tmp_path / "a.txt").write_text("\n".join(f"line {j}." for j in range(60)))
     documents = make_run(name="text_folder", path=str(tmp_path), min_length=4, max_length=8)
     _fails([str(documents), "--length"], "was trained on documents, which have no prompts and answers", capsys)

@@ -334,11 +334,7 @@ def test_samples_are_drawn_in_the_precision_of_training(run, monkeypatch):
     torch.testing.assert_close(images["bf16"], images["no"], atol=0.1, rtol=0.1)
 
 
-def test_evaluate_command(run, capsys, monkeypatch, tmp_path):
-    from fastdiff.evaluation.classifier import Schedule
-
-    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Schedule, "for_size", staticmethod(lambda images: Schedule(epochs=1, batch_size=64)))
+def test_evaluate_command(run, capsys):
     evaluate.main([str(run), "--num-samples", "30"])
     output = capsys.readouterr().out
     assert "Fréchet distance (classifier features)" in output and "FID" not in output

@@ -5,12 +5,9 @@ import json
 import pytest
 
 from fastdiff import demo
-from fastdiff.evaluation.classifier import Schedule
 
 
-def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Schedule, "for_size", staticmethod(lambda images: Schedule(epochs=1, batch_size=64)))
+def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys):
     folder = tmp_path / "demo"
     with pytest.raises(SystemExit) as exit_:
         demo.main(["--seconds", "0.01", "--recipe", str(tiny_yaml), "--output-dir", str(folder)])

@@ -76,7 +76,7 @@ def test_a_modality_from_recipe_to_number(train_run, modality, capsys):
     measured = json.loads((run / "evaluation.json").read_text())[modality]
     if modality == "image":
         assert 0 <= measured["samples"]["class_accuracy"] <= 1 < measured["samples"]["frechet_distance"]
-        assert measured["held_out"]["class_accuracy"] > 0.8
+        assert measured["held_out"]["class_accuracy"] > 0.7  # seen: 0.96; 0.1 by chance
     elif modality == "tabular":
         assert measured["rows_synthetic"] == 20 and measured["real"]["value"] > 0.8
     else:  # an untrained denoiser is farther from the training examples than held-out ones are
