@@ -292,7 +292,7 @@ BAD = {
         "a mixed batch of 2 modalities needs at least 2",
     ),
     "hub id of a table": (
-        ("tabular",), {"tabular": {"backbone_name": "t5-small"}}, "modality 'tabular' has no Hugging Face backbone",
+        ("tabular",), {"tabular": {"backbone_name": "t5-small"}}, "modality 'tabular' has no Hugging Face encoder",
     ),
     "no folder": (("audio",), {"audio_data": {"folder": "/nowhere"}}, "audio_data.folder is '/nowhere', which is not"),
     "out of range": (("video",), {"video_data": {"num_frames": 0}}, "video_data.num_frames is 0; expected at least 1"),
