@@ -15,7 +15,7 @@ from fastdiff.device import autocast_dtype, check_device
 from fastdiff.diffusion import Diffusion, DiffusionConfig, sample_classes, samplers_for
 from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.models.dit import DiT
-from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_config
+from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, check_overrides, read_config
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.dit.recipe import DiTRecipe, SamplingConfig
 from fastdiff.tasks.images import to_pil
@@ -164,20 +164,23 @@ def save_model(
     diffusion.save_pretrained(directory)
 
 
-def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | str | None = None) -> DiTRun:
+def load_run(
+    path: str | Path, *, weights: str = "ema", device: torch.device | str | None = None, **fields: Any
+) -> DiTRun:
     """Loads a DiT; arguments and errors are those of `fastdiff.load`.
 
     Of a run, the newest checkpoint or the one named. Of anything else the folder or file is read as
     `DiT.from_pretrained` does; without a scheduler_config.json the process of the published DiT checkpoints is assumed,
-    with a warning.
+    with a warning. `fields` are those of `DiT.from_pretrained`, such as the `num_heads` of a facebookresearch file.
     """
     device = check_device(device)
     found = find(path, "dit", weights, _HUB_FILES)
     if found.folder is not None:
+        check_overrides(fields, ())
         return _load_checkpoint(found, device)
     own = {} if found.state is None else {"weights": found.weights_file}
+    model = DiT.from_pretrained(found.source, **own, **fields).to(device)
     diffusion = _diffusion_of(found)
-    model = DiT.from_pretrained(found.source, **own).to(device)
     sampling, mixed_precision = stored_sampling(found.source, SamplingConfig)
     return DiTRun(
         model=model,
@@ -216,7 +219,7 @@ def _diffusion_of(found: Found) -> Diffusion:
     warnings.warn(
         f"{path}: no {SCHEDULER_CONFIG} beside the weights; assuming the process of the published DiT checkpoints "
         "(1000 levels, linear betas, predicted noise)",
-        stacklevel=3,
+        stacklevel=4,
     )
     return Diffusion(_PUBLISHED)
 
