@@ -31,9 +31,12 @@ class LengthHeadRun(Run):
 
     def usage(self) -> str:
         return (
-            'lm = fastdiff.load("THE_LANGUAGE_MODEL")  # the one that the head was trained on\n'
             "from fastdiff.generation.length import LengthPredictor\n\n"
-            "predictor = LengthPredictor(lm.model, head=run.model)"
+            'lm = fastdiff.load("THE_LANGUAGE_MODEL")  # the one that the head was trained on\n'
+            f'predictor = LengthPredictor(lm.model, window={self.about["window"]}, rule="{self.model.kind}", '
+            "head=run.model)\n"
+            'prompt = lm.tokenizer("a prompt", return_tensors="pt").input_ids.to(lm.model.device)\n'
+            "print(predictor(prompt).bounds)  # tokens"
         )
 
     def _save(self, directory: Path) -> None:

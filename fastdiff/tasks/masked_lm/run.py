@@ -78,7 +78,7 @@ class LanguageModel(Run):
         for name, value in (("prompts", len(prompts)), ("num_samples", num_samples), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}; expected at least 1")
-        decoding = merged_options(options, {"max_new_tokens": DEFAULT_NEW_TOKENS, **self.decoding})
+        decoding = merged_options(options, _with_length(self.decoding, self.model))
         unset = {name: None for name, value in options.items() if value is None}  # what the recipe says is not wanted
         config = MaskedDiffusionGenerationConfig(**decoding | unset)
         generator = TextGenerator(self.model, self.tokenizer, config, load_length_predictor(self, config))
@@ -102,8 +102,14 @@ def save_model(
 
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    config = MaskedDiffusionGenerationConfig(**{"max_new_tokens": DEFAULT_NEW_TOKENS, **decoding})
-    config.save_pretrained(directory)
+    MaskedDiffusionGenerationConfig(**_with_length(decoding, model)).save_pretrained(directory)
+
+
+def _with_length(decoding: Mapping[str, Any], model: "MaskedDiffusionLM") -> dict[str, Any]:
+    """Decoding options with max_new_tokens: by default 64, or as many whole blocks as fit behind a token."""
+    block = decoding.get("block_length") or 1
+    most = min(DEFAULT_NEW_TOKENS, model.config.max_position_embeddings - 1) // block * block
+    return {"max_new_tokens": max(most, block), **decoding}
 
 
 def _copy_calibration(run: LanguageModel, directory: Path) -> None:
