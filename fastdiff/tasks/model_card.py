@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _CARD, _PICTURE = "README.md", "samples.png"
 _LIBRARY = "library_name: fastdiff"
 # Of the run's own machine, or of one call: they say nothing about the model.
-_LEFT_OUT = ("output_dir", "resume", "overwrite", "trackers", "project")
+_LEFT_OUT = ("output_dir", "resume", "overwrite", "device", "trackers", "project")
 # Of evaluation.json: how it was measured, and what is no measure.
 _SETTINGS = ("sampler", "num_inference_steps", "guidance_scale", "seed")
 _NOT_MEASURED = ("step", "sampling", "generation", *_SETTINGS)
@@ -49,7 +49,7 @@ def write_model_card(directory: Path, run: "Run", title: str, address: str) -> N
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {title}",
         f"This is {about}, saved by fastdiff {__version__}{steps}{averaged}.",
-        f'```python\nimport fastdiff\n\nrun = fastdiff.load("{address}")\n{run.usage()}\n```',
+        _example(run.usage(), address),
     ]
     if _is_pictured(run):
         _copy(run.folder.samples_picture, directory / _PICTURE)
@@ -61,6 +61,14 @@ def write_model_card(directory: Path, run: "Run", title: str, address: str) -> N
         recipe = yaml.safe_dump(_recipe_values(run.recipe), sort_keys=False, allow_unicode=True)
         parts.append(f"## Recipe\n\n{command}\n\n```yaml\n{recipe}```")
     write_atomically(directory / _CARD, "\n\n".join(parts) + "\n")
+
+
+def _example(usage: str, address: str) -> str:
+    """The lines that load the model and use it, imports first."""
+    lines = usage.splitlines()
+    imports = [line for line in lines if line.startswith(("from ", "import "))]
+    parts = ["import fastdiff", *imports, "", f'run = fastdiff.load("{address}")']
+    return "\n".join(["```python", *parts, *(line for line in lines if line not in imports), "```"])
 
 
 def _has_card(source: Path) -> bool:

@@ -1,4 +1,4 @@
-"""fastdiff.load: whatever kind, wherever it lies; what is saved samples as it did; what cannot be loaded is one line."""
+"""fastdiff.load: any kind, wherever it lies; what is saved samples as it did; what cannot be loaded is one line."""
 
 import json
 import shutil

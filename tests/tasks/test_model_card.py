@@ -16,8 +16,10 @@ import fastdiff
 from fastdiff.recipes import parse_recipe
 from fastdiff.tasks.kinds import kind_named
 
-IMAGES = {"run": "runs/x", "step": 3, "weights": "ema", "guidance_scale": 1.5, "num_inference_steps": 25, "sampler": None,
-          "seed": 0, "samples": {"class_accuracy": 0.9876543, "count": 10, "per_class": [1, 2]}}  # fmt: skip
+IMAGES = {
+    "run": "runs/x", "step": 3, "weights": "ema", "guidance_scale": 1.5, "num_inference_steps": 25, "sampler": None,
+    "seed": 0, "samples": {"class_accuracy": 0.9876543, "count": 10, "per_class": [1, 2]},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def run_folder(runs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_card_can_be_used_as_it_stands(runs, kind, tmp_path):
+def test_a_card_can_be_used_as_it_stands(runs, kind, tmp_path, monkeypatch):
     fastdiff.load(runs / kind, device="cpu").save_pretrained(tmp_path / "saved")
     card = ModelCard.load(tmp_path / "saved" / "README.md")
     assert card.data.to_dict() == {"library_name": "fastdiff", "tags": ["fastdiff", "diffusion", kind]}
@@ -44,7 +46,8 @@ def test_a_card_can_be_used_as_it_stands(runs, kind, tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     example = example.replace("PATH_OR_HUB_ID", str(tmp_path / "saved"))
     example = example.replace("THE_LANGUAGE_MODEL", str(runs / "masked_lm" / "checkpoints" / "step_2"))
-    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()) as said:
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "sample.png").is_file() if kind == "dit" else said.getvalue()
 

@@ -31,7 +31,7 @@ class LengthHeadRun(Run):
 
     def usage(self) -> str:
         return (
-            "from fastdiff.generation.length import LengthPredictor\n\n"
+            "from fastdiff.generation.length import LengthPredictor\n"
             'lm = fastdiff.load("THE_LANGUAGE_MODEL")  # the one that the head was trained on\n'
             f'predictor = LengthPredictor(lm.model, window={self.about["window"]}, rule="{self.model.kind}", '
             "head=run.model)\n"
