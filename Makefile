@@ -12,7 +12,7 @@ FASTDIFF_CUDA_ARCHS ?= $(BUILT_CUDA_ARCHS)
 export FASTDIFF_CUDA FASTDIFF_CUDA_ARCHS
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find kernels csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \)) \
-           CMakeLists.txt setup.py pyproject.toml constraints.txt
+           CMakeLists.txt kernels/CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 define SETTINGS
 BUILT_PYTHON := $(PYTHON)

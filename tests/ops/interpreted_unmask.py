@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.common import triton_math
-from fastdiff.kernels.token_sampling import reference
-from fastdiff.kernels.token_sampling import triton_kernels as kernels
+from fastdiff.kernels.common import philox, triton_math
+from fastdiff.kernels.unmask import reference
+from fastdiff.kernels.unmask import triton_kernels as kernels
 from ops import unmask_cases
 from ops.triton_interpreter import checked_memory, programs, shuffled
 
@@ -234,5 +234,5 @@ def test_philox_is_the_references_bit_for_bit():
     philox_kernel[(1,)](
         seed_ptr=numbers, sequence_ptr=sequence, position_ptr=position, out_ptr=out, uniform_ptr=uniform, N=64
     )
-    words = reference.philox(numbers[0], sequence, position, numbers[1], 2)
-    assert torch.equal(out, torch.stack(words)) and torch.equal(uniform, reference.uniform53(words))
+    words = philox.philox(numbers[0], sequence, position, numbers[1], 2)
+    assert torch.equal(out, torch.stack(words)) and torch.equal(uniform, philox.uniform53(words))

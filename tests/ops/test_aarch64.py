@@ -48,17 +48,17 @@ def program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampling_program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("sampling"), "token_sampling/token_sampling", "aarch64_sample_tokens.cpp")
+    return build(tmp_path_factory.mktemp("sampling"), "token_sampling/token_sampling", "aarch64_token_sampling.cpp")
 
 
 @pytest.fixture(scope="module")
 def unmask_program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("unmask"), "token_sampling/unmask", "aarch64_unmask.cpp")
+    return build(tmp_path_factory.mktemp("unmask"), "unmask/unmask", "aarch64_unmask.cpp")
 
 
 @pytest.fixture(scope="module")
 def eos_program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("eos"), "eos_length/eos_length", "aarch64_eos_length.cpp")
+    return build(tmp_path_factory.mktemp("eos"), "eos_log_prob/eos_log_prob", "aarch64_eos_log_prob.cpp")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdiff.ops import (
-    _eos_length_backends,
+    _eos_log_prob_backends,
     eos_log_prob,
     eos_log_prob_from_logits,
     lm_head_sample,
@@ -205,13 +205,13 @@ def test_opcheck():
         "eos_log_prob": (randn(2, 3, 8), randn(50, 8), randn(50), end, excluded),
         "eos_log_prob_from_logits": (randn(2, 3, 40), end, excluded),
     }
-    assert set(calls) == set(_eos_length_backends.SCHEMAS)
+    assert set(calls) == set(_eos_log_prob_backends.SCHEMAS)
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, args)
 
 
 def test_schemas_in_python_and_cpp_are_the_same():
-    for name, schema in _eos_length_backends.SCHEMAS.items():
+    for name, schema in _eos_log_prob_backends.SCHEMAS.items():
         written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
         assert written == str(torch._C.parse_schema(name + schema)).removeprefix(name)
 
