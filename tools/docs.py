@@ -1,8 +1,8 @@
 """Builds the documentation as a site, build/site, by mkdocs.yml: `make docs`.
 
 The documents lie where people read them in the repository: README.md at the top, docs/, a README.md beside each kernel.
-They are copied to build/docs in the same places, so that every relative link holds in the site as it does here. A link to
-something that is not there, or to a heading that is not there, fails the build.
+They are copied to build/docs in the same places, so that every relative link holds in the site as it does here. A link
+to something that is not there, or to a heading that is not there, fails the build.
 """
 
 import shutil
