@@ -78,17 +78,22 @@ def test_names_of_the_package_exist(document):
 
 @every_document
 def test_commands_and_recipes_exist(document):
-    known = {name for name, _ in shipped.list_recipes()}
-    for command, argument in re.findall(r"(?:^|[`( ])fastdiff ([a-z]+)(?: ([\w./-]+))?", document.text, re.MULTILINE):
-        if command in COMMANDS and command == "train" and argument and not argument.startswith("-"):
-            assert argument in known or argument.endswith(".yaml"), f"{document.name}: no recipe {argument}"
-    for command in re.findall(r"(?:^|\n) {4}fastdiff ([a-z]+)", document.text):
+    """`fastdiff COMMAND ARGUMENT` in code: a placeholder is written in capitals."""
+    recipes = {name for name, _ in shipped.list_recipes()}
+    code = re.findall(r"(?:`|^ *)(fastdiff [^`\n]+)", document.text, re.MULTILINE)
+    for words in (each.split() for each in code if not each.startswith("fastdiff: ")):
+        command, argument = words[1], (words[2] if len(words) > 2 else "")
+        if command.startswith("-") or not command.isidentifier():
+            continue
         assert command in COMMANDS, f"{document.name}: no command {command}"
+        if command == "train" and argument[:1].islower() and not argument.endswith(".yaml"):
+            assert argument in recipes, f"{document.name}: no recipe {argument}"
 
 
-@pytest.mark.parametrize(
-    "path", [*(d.path for d in ALL), *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda p: p.name
-)
+WORDS = [*(document.path for document in ALL), *sorted((ROOT / "recipes").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", WORDS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_words_that_only_their_author_understands(path):
     text = path.read_text(encoding="utf-8")
     for pattern in BANNED:
