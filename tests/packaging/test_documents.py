@@ -80,12 +80,12 @@ def test_names_of_the_package_exist(document):
 def test_commands_and_recipes_exist(document):
     """`fastdiff COMMAND ARGUMENT` in code: a placeholder is written in capitals."""
     recipes = {name for name, _ in shipped.list_recipes()}
-    code = re.findall(r"(?:`|^ *)(fastdiff [^`\n]+)", document.text, re.MULTILINE)
-    for words in (each.split() for each in code if not each.startswith("fastdiff: ")):
+    code = re.findall(r"`(fastdiff [^`\n]+)`|^ {4,}(fastdiff .+)", document.text, re.MULTILINE)
+    for block in document.blocks:
+        code += re.findall(r"^(fastdiff .+)()", block.code, re.MULTILINE)
+    for words in (("".join(each)).split() for each in code):
         command, argument = words[1], (words[2] if len(words) > 2 else "")
-        if command.startswith("-") or not command.isidentifier():
-            continue
-        assert command in COMMANDS, f"{document.name}: no command {command}"
+        assert command in COMMANDS or command == "--help", f"{document.name}: no command {command}"
         if command == "train" and argument[:1].islower() and not argument.endswith(".yaml"):
             assert argument in recipes, f"{document.name}: no recipe {argument}"
 
