@@ -1,6 +1,6 @@
 """The masked loss between its matrix products: chunks of rows, logits and their gradient in one buffer.
 
-torch makes the products (on the CPU two of them by tiles: csrc/tiled_product_cpu.cpp), a backend the rows, in place:
+torch makes the products (on the CPU by tiles: csrc/tiled_product_cpu.cpp), a backend the rows, in place:
 
     cross_entropy_rows_(logits [C, V], targets, row_weight, suppress_tokens, label_smoothing, want_grad) -> row_loss [C]
 
@@ -40,12 +40,15 @@ class Plan:
     """How the work is cut. Fixed numbers: results must not depend on the machine's load or threads."""
 
     rows: int  # of logits at a time
-    tile: int  # ids that one thread multiplies at a time (CPU); the operator's README has what was found
+    # At most so many ids, or features of hidden's gradient, that one thread multiplies at a time (CPU); what was found
+    # is in kernels/masked_linear_cross_entropy/README.md
+    tile: int
+    feature_tile: int
     part: int  # ids of the weight's gradient that are made at a time where they are added up in another dtype
 
     @staticmethod
     def of(device: str) -> "Plan":
-        return Plan(rows=512 if device == "cpu" else 1024, tile=512, part=1 << 13)
+        return Plan(rows=512 if device == "cpu" else 1024, tile=512, feature_tile=128, part=1 << 13)
 
 
 # So many chunks may add to a 16-bit gradient in its own dtype; beyond that the sum is kept in fp32. See README.md.
@@ -69,8 +72,12 @@ def _add_product_(
     beta: float = 0.0,
     alpha: float = 1.0,
 ) -> None:
-    """out = beta · out + alpha · a · b; on the CPU by tiles of columns, each the product of one thread."""
+    """out = beta · out + alpha · a · b; on the CPU by tiles of columns, each the product of one thread.
+
+    tile: at most so many columns; fewer where that leaves less than four tiles of 16 columns or more.
+    """
     if out.device.type == "cpu" and _native.cpu_missing is None:
+        tile = min(tile, max(out.shape[1] // 64 * 16, 16))
         torch.ops.fastdiff.tiled_addmm_(out, plus, a, b, beta, alpha, tile)
     else:
         torch.addmm(out if plus is None else plus, a, b, beta=beta, alpha=alpha, out=out)
@@ -159,10 +166,11 @@ def loss_and_gradients(
             logits, targets[rows], factors, suppress_tokens, label_smoothing, any_grad
         )
         loss += (losses.double() if w is None else losses.double() * w).sum()
-        if need_hidden:
-            grad_hidden[rows] = torch.addmm(h, logits, weight, beta=0, alpha=1 / scale)
         if grad_weight is not None:
             grad_weight.add(logits, h, 1 / scale)
+        if need_hidden:  # h has served
+            _add_product_(h, logits, weight, tile=plan.feature_tile, alpha=1 / scale)
+            grad_hidden[rows] = h
         if need_bias:
             grad_bias.add_(logits.sum(0, dtype=torch.float32), alpha=1 / scale)
     weight_result = hidden.new_empty(0, dtype=weight_grad_dtype) if grad_weight is None else grad_weight.result()

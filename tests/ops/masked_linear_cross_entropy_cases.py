@@ -51,7 +51,6 @@ def _cases() -> list[Case]:
         Case("one-row", make((1, 1, 7), 300, fraction=2.0)),
         Case("no-rows", make((2, 0, 7), 30)),
         Case("strided", make((2, 9, 12), 77, stride=2)),
-        # sizes at which MKL's own products do not depend on the number of threads; at some smaller ones they do
         Case("two-chunks", make((2, 450, 64), 1031, fraction=0.8)),
         Case("many-chunks", make((3, 1100, 16), 101, fraction=0.9)),
     ]
