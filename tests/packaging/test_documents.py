@@ -55,7 +55,7 @@ def test_every_page_is_in_the_index_and_in_the_site():
     index = (ROOT / "docs" / "index.md").read_text()
     nav = yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     for document in ALL:
-        if document.path.parent in (ROOT, ROOT / "docs") or document.name.startswith("kernels/"):
+        if document.path.parent in (ROOT, ROOT / "docs") or document.name.startswith(("kernels/", "examples/")):
             assert document.name in nav, f"mkdocs.yml does not name {document.name}"
     for page in PAGES:
         assert page.path.name == "index.md" or f"]({page.path.name})" in index, f"docs/index.md: no {page.path.name}"
