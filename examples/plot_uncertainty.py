@@ -25,7 +25,7 @@ def main(run="runs/example_numbers", prompt="4096", output="uncertainty.png", ma
     pieces = [tokenizer.decode(token) for token in ids[0, len(given) :].tolist()]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(entropy, cmap="viridis", vmin=0)
+    image = axes.imshow(entropy, cmap="viridis", vmin=0, aspect="auto")
     axes.set_xticks(range(len(pieces)), [repr(piece) for piece in pieces], rotation=45, ha="right")
     axes.set(
         title=f"{prompt} → {loaded.tokenizer.decode(ids[0, len(given) :], skip_special_tokens=True)}", ylabel="step"
