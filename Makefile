@@ -11,8 +11,11 @@ FASTDIFF_CUDA ?= $(BUILT_CUDA)
 FASTDIFF_CUDA_ARCHS ?= $(BUILT_CUDA_ARCHS)
 export FASTDIFF_CUDA FASTDIFF_CUDA_ARCHS
 RUN := $(VENV)/bin/python
+# a process per core, four at most; the tests of a file stay in one process, which makes their shared fixtures once; slow
+# files (the emulator) come first, as they are collected, so that the processes end together
+TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:benchmark
 SOURCES := $(shell find kernels csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \)) \
-           CMakeLists.txt setup.py pyproject.toml constraints.txt
+           CMakeLists.txt kernels/CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 define SETTINGS
 BUILT_PYTHON := $(PYTHON)
@@ -23,7 +26,7 @@ BUILT_VENV := $(abspath $(VENV))
 BUILT_FOLDER := $(CURDIR)
 endef
 
-.PHONY: demo test lint bench kernels race gpu abi dist venv clean FORCE
+.PHONY: demo test test-all lint bench kernels race gpu abi dist venv clean FORCE
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -42,16 +45,22 @@ $(VENV)/.built: FORCE
 endif
 $(VENV)/.built: export SETTINGS := $(SETTINGS)
 $(VENV)/.built: $(VENV)/bin/pip $(SOURCES)
-	$(RUN) -m pip install -q -c constraints.txt "$(TORCH)" numpy
+	@echo "[1/5] install: torch and the tools of the build"
+	$(RUN) -m pip install -c constraints.txt "$(TORCH)" numpy
 	$(RUN) -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo "[2/5] build: the kernels (a line for each file), then the packages that fastdiff uses"
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) setup.py -q build_ext --inplace
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@printf '%s\n' "$$SETTINGS" > $@
 
 demo: venv                       ## train a DiT on handwritten digits for 5 minutes: runs/demo/
 	$(RUN) -m fastdiff.demo
 
-test: venv lint                  ## the whole test suite
-	$(RUN) -m pytest
+test: venv lint                  ## the test suite
+	$(TEST)
+
+test-all: venv lint              ## the test suite, with the whole grids of which `test` takes a covering array
+	$(TEST) -m ""
 
 lint: venv
 	$(RUN) -m ruff check .

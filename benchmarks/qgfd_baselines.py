@@ -10,7 +10,7 @@ def weights(query: Tensor, key: Tensor) -> Tensor:
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, steps: int, alpha: float) -> Tensor:
-    """The definition, as system 001's code has it: powers of the L x L matrix."""
+    """The definition, as TorchDire's code has it: powers of the L x L matrix."""
     attention = weights(query, key)
     diffused = attention
     for _ in range(steps):

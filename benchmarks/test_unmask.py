@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.token_sampling import reference
+from fastdiff.kernels.unmask import reference
 from fastdiff.ops import TokenSample, unmask_
 
 BATCH, LENGTH, VOCAB = 64, 1024, 32000

@@ -2,7 +2,8 @@
 //
 // torch's own product shares one out among all threads, which then wait for one another at its end; cut into tiles that
 // stay in a core's cache it is faster, but not if they wait at each. Here they wait once, each tile is the product of one
-// thread, and so the result does not depend on how many there are.
+// thread, and so the result does not depend on how many there are. (MKL's own product of several threads may split a sum
+// among them, which changes its last bits.)
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "csrc/tensors.h"
@@ -19,8 +20,9 @@ void tiled_addmm_(Tensor out, OptionalTensor input, Tensor a, Tensor b, double b
   for (const Tensor& t : {a, b, input ? *input : out})
     STD_TORCH_CHECK(t.scalar_type() == out.scalar_type(), "the operands do not fit; expected one dtype");
   const int64_t columns = out.size(1), tiles = (columns + tile - 1) / tile;
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; k++) {
+  // Two at least: torch calls the body of a loop of one outside its threads, where the product would start threads itself.
+  torch::stable::parallel_for(0, tiles < 2 ? 2 : tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end && k < tiles; k++) {
       const int64_t at = k * tile, size = columns - at < tile ? columns - at : tile;
       const Tensor to = torch::stable::narrow(out, 1, at, size), from = torch::stable::narrow(b, 1, at, size);
       const Tensor plus = input ? torch::stable::narrow(*input, 0, at, size) : to;

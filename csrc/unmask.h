@@ -1,9 +1,9 @@
-// unmask_ as a torch operator, for any backend: checks, allocation, and the parameters of token_sampling.h.
+// unmask_ as a torch operator, for any backend: checks, allocation, and the parameters of unmask.h.
 // Users come through fastdiff/ops/unmask.py, which checks with kinder messages; the checks here keep a direct call of
 // torch.ops.fastdiff.unmask_ from reading or writing out of bounds.
 #pragma once
 #include "csrc/tensors.h"
-#include "kernels/token_sampling/token_sampling.h"
+#include "kernels/unmask/unmask.h"
 
 namespace fastdiff::torch_binding {
 

@@ -1,7 +1,7 @@
 // unmask_ on CUDA tensors: the device guard, torch's current stream, and the launch function.
 #include "csrc/cuda_launch.h"
 #include "csrc/unmask.h"
-#include "kernels/token_sampling/unmask_cuda.h"
+#include "kernels/unmask/unmask_cuda.h"
 
 namespace fastdiff::torch_binding {
 namespace {

@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     results = options.output.with_name("gpu_benchmarks.json")
     steps = [run("which backends run here", [sys.executable, "-m", "fastdiff.info"])]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not slow"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not exhaustive"]
     # the harness has a row for each of cuda, triton and cpu; the names of the tests say which ran
     steps.append(run("operators on cuda, triton and cpu", [*pytest, "tests/ops"]))
     steps += sanitizer_steps()

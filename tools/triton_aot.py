@@ -25,10 +25,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastdiff.kernels.adaln import triton_kernels
-from fastdiff.kernels.eos_length import triton_kernels as eos_kernels
-from fastdiff.kernels.masked_loss import triton_kernels as loss_kernels
+from fastdiff.kernels.eos_log_prob import triton_kernels as eos_kernels
+from fastdiff.kernels.masked_linear_cross_entropy import triton_kernels as loss_kernels
 from fastdiff.kernels.qgfd import triton_kernels as qgfd_kernels
+from fastdiff.kernels.scale_shift import triton_kernels as scale_shift_kernels
 from fastdiff.kernels.token_sampling import triton_kernels as sampling_kernels
+from fastdiff.kernels.unmask import triton_kernels as unmask_kernels
 
 ARCHITECTURES = (80, 87, 90, 100, 110, 120)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -230,13 +232,15 @@ def unmask_variants(rule: int, order: int, full: bool, length: int = 1024) -> li
     rows, scalar = (meta(*s, dtype=INT64) if full else None for s in ((100,), ()))
     each, active, values = (meta(batch, dtype=t) if full else None for t in (INT64, torch.bool, F32))
     with recorded_launches() as variants:
-        sampling_kernels.unmask_(
+        unmask_kernels.unmask_(
             ids, *sample, rows, each, each, active, rule, order, values, 1.0, 5, scalar, 0, scalar, 0, each
         )
     return variants
 
 
-def masked_loss_variants(vocab: int, dtype: torch.dtype, full: bool, want_grad: bool, rows: int = 64) -> list[Variant]:
+def cross_entropy_variants(
+    vocab: int, dtype: torch.dtype, full: bool, want_grad: bool, rows: int = 64
+) -> list[Variant]:
     """The kernel that cross_entropy_rows_ launches; full: weights, suppressed ids, label smoothing."""
     weight, ids = (meta(rows, dtype=F32), meta(2, dtype=INT64)) if full else (None, None)
     logits, targets = meta(rows, vocab, dtype=dtype), meta(rows, dtype=INT64)
@@ -245,7 +249,7 @@ def masked_loss_variants(vocab: int, dtype: torch.dtype, full: bool, want_grad: 
     return variants
 
 
-def eos_length_variants(vocab: int, dtype: torch.dtype, length: int = 64, dim: int = 768) -> list[Variant]:
+def eos_log_prob_variants(vocab: int, dtype: torch.dtype, length: int = 64, dim: int = 768) -> list[Variant]:
     """The kernels that eos_log_prob and eos_log_prob_from_logits launch."""
     ids = meta(2, dtype=INT64)
     logits, hidden, weight = (meta(*s, dtype=dtype) for s in ((2, length, vocab), (2, length, dim), (vocab, dim)))
@@ -290,6 +294,14 @@ def attention_variants(case: AttentionCase, length: int = 1024, heads: int = 12)
     return variants
 
 
+def scale_shift_variants(dim: int, dtype: torch.dtype, tokens: int = 64) -> list[Variant]:
+    """The kernel that scale_shift launches."""
+    modulation = meta(2, dim, dtype=dtype)
+    with recorded_launches() as variants:
+        scale_shift_kernels.scale_shift(meta(2, tokens, dim, dtype=dtype), modulation, modulation)
+    return variants
+
+
 def labelled_variants() -> dict[Variant, str]:
     """Every kernel variant of every operator that is compiled, with the label of the first case that launches it."""
     labels: dict[Variant, str] = {}
@@ -304,16 +316,20 @@ def labelled_variants() -> dict[Variant, str]:
     for case in sampling_cases():
         add("token_sampling", sampling_variants(case), case, "NBLOCKS")
     for rule, order in itertools.product(range(5), range(4)):
-        add("token_sampling", unmask_variants(rule, order, full=True), f"rule={rule} order={order} full")
+        add("unmask", unmask_variants(rule, order, full=True), f"rule={rule} order={order} full")
         if order == 0:
-            add("token_sampling", unmask_variants(rule, order, full=False), f"rule={rule} order={order}")
+            add("unmask", unmask_variants(rule, order, full=False), f"rule={rule} order={order}")
     for vocab, dtype, full, grad in itertools.product((300, 50257, 126464), (F32, BF16, F16), (False, True), (True,)):
-        add("masked_loss", masked_loss_variants(vocab, dtype, full, grad), f"V={vocab} {dtype} full={full}", "TILE")
-    add("masked_loss", masked_loss_variants(50257, F32, True, False), "V=50257 without gradient", "TILE")
+        variants = cross_entropy_variants(vocab, dtype, full, grad)
+        add("masked_linear_cross_entropy", variants, f"V={vocab} {dtype} full={full}", "TILE")
+    variants = cross_entropy_variants(50257, F32, True, False)
+    add("masked_linear_cross_entropy", variants, "V=50257 without gradient", "TILE")
     for vocab, dtype in itertools.product((5, 50257, 126464, sampling_kernels.MAX_VOCAB), (F32, BF16, F16)):
-        add("eos_length", eos_length_variants(vocab, dtype), f"V={vocab} {dtype}", "NBLOCKS")
+        add("eos_log_prob", eos_log_prob_variants(vocab, dtype), f"V={vocab} {dtype}", "NBLOCKS")
     for case in attention_cases():
         add("qgfd", attention_variants(case), case, "ROWS", "KEYS")
+    for dim, dtype in itertools.product((64, 1151, 1152), (F32, BF16, F16)):
+        add("scale_shift", scale_shift_variants(dim, dtype), f"D={dim} {dtype}", "TILE")
     return labels
 
 

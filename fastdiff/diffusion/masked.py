@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.nn.checks import check_token_ids
+
 MASK_SCHEDULES = ("linear", "cosine", "polynomial")
 TIME_SAMPLINGS = ("low_discrepancy", "antithetic", "iid")
 LOSS_WEIGHTINGS = ("elbo", "none")
@@ -183,10 +185,7 @@ class MaskedDiffusion:
         return MaskedTokens(masked, mask, torch.where(total > 0, total / counts.clamp(min=1), 0.0).float())
 
     def _check(self, input_ids: Tensor, maskable: Tensor | None) -> Tensor:
-        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
-            raise TypeError(
-                f"input_ids: got {input_ids.dtype} of shape {list(input_ids.shape)}; expected torch.int64 [B, L]"
-            )
+        check_token_ids("input_ids", input_ids)
         if maskable is None:
             maskable = torch.ones_like(input_ids, dtype=torch.bool)
         if maskable.dtype != torch.bool or maskable.shape != input_ids.shape:

@@ -1,4 +1,4 @@
-"""Prompts of different lengths on one canvas: each row its prompt, its window of new tokens, then filling."""
+"""The token ids of a batch while they are decoded: prompts of different lengths, laid out alike."""
 
 import zlib
 from collections.abc import Sequence
@@ -21,11 +21,20 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
 
 
 class Canvas:
-    """Token ids being decoded, `[B, W]`: row b has its prompt's P_b tokens at 0 …, then N_b masks, then filling.
+    """The token ids of a batch while they are decoded, laid out so that each row is what it is alone.
 
-    So every row has the positions, and the random numbers, that it has alone, wherever its padding was. Windows of new
-    tokens are `max_new_tokens` wide, or as `windows` says, with room to grow; what a row has less is `end_token_id` in
-    the result.
+    Row b has its prompt's P_b tokens first, then its window of N_b mask tokens, then filling up to W columns: wherever
+    the prompt's padding was, a row has the positions, and the random numbers, that it has alone. Windows are
+    `max_new_tokens` wide, or as `windows` says, with room to grow; what a row has less is `end_token_id` in the result.
+
+    Attributes:
+        ids: int64 `[B, W]`.
+        used: bool `[B, W]`, the prompt and the window, not filling.
+        given: bool `[B, W]`, tokens that the prompt gave, which guidance hides.
+        columns: int64 `[W]`, 0, 1, …
+        window_start: int64 `[B]`, the column of the first new token.
+        sequence_ids: int64 `[B]`, what random numbers belong to: prompt, condition and copy.
+        prompt_lengths, prompt_masks, windows: per row, tokens of the prompt, mask tokens among them, and new tokens.
     """
 
     def __init__(
@@ -46,12 +55,12 @@ class Canvas:
         filling = pad_token_id if pad_token_id is not None else int(mask_token_id == 0)
         lengths = real.sum(1)
         host = torch.cat([lengths, (real & (input_ids == mask_token_id)).sum(1)]).tolist()  # waits for the device
-        self.prompt_lengths, self.infilled = host[:batch], host[batch:]
+        self.prompt_lengths, self.prompt_masks = host[:batch], host[batch:]
         self.windows = [max_new_tokens] * batch if windows is None else list(windows)
         self.max_new_tokens, self.mask_token_id, self.end_token_id = max_new_tokens, mask_token_id, end_token_id
         self.width = max(self.prompt_lengths) + max_new_tokens
         self.columns = torch.arange(self.width, device=device)
-        self.starts = lengths  # int64 [B]: where the new tokens begin
+        self.window_start = lengths
 
         # Column of the canvas that each column of the result comes from; padding keeps what the caller passed.
         new = lengths[:, None] + self.columns[:max_new_tokens]
@@ -64,15 +73,15 @@ class Canvas:
         compact[:, :used] = padding_last(input_ids, real)[:, :used]
         ends = lengths + torch.tensor(self.windows, device=device)
         is_new = (self.columns >= lengths[:, None]) & (self.columns < ends[:, None])
-        self.used = self.columns < ends[:, None]  # bool [B, W]
+        self.used = self.columns < ends[:, None]
         self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))
-        self.given = self.used & (self.ids != mask_token_id)  # bool [B, W]: what guidance hides
+        self.given = self.used & (self.ids != mask_token_id)
         self.sequence_ids = torch.tensor(self._names(conditions or [b""] * batch, copies), device=device)
 
     @property
     def generated(self) -> list[int]:
         """Positions of each row that are or were masked."""
-        return [infilled + window for infilled, window in zip(self.infilled, self.windows, strict=True)]
+        return [masks + window for masks, window in zip(self.prompt_masks, self.windows, strict=True)]
 
     def grow(self, rows: Sequence[int], by: int) -> list[int]:
         """Adds `by` masks to the windows of these rows, as far as there is room; returns how many each got."""

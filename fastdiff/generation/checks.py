@@ -4,20 +4,21 @@ import torch
 from torch import Tensor
 
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
+from fastdiff.nn.checks import bool_mask, check_token_ids
 
 
 def check_prompts(
     model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor | None, config: MaskedDiffusionGenerationConfig
 ) -> Tensor | None:  # bool [B, P]
     """The mask as bool. Raises TypeError or ValueError, naming the argument."""
-    _check_ids("input_ids", input_ids)
+    check_token_ids("input_ids", input_ids, "P")
     if not input_ids.numel():
         raise ValueError(
             f"input_ids: got shape {list(input_ids.shape)}, an empty prompt; pass at least one token, such as BoS"
         )
     length = input_ids.shape[1]
     if attention_mask is not None:
-        attention_mask = _bool_mask("attention_mask", attention_mask, input_ids.shape)
+        attention_mask = bool_mask("attention_mask", attention_mask, input_ids.shape)
         lengths = attention_mask.sum(1)
         shortest, length = int(lengths.min()), int(lengths.max())
         if shortest == 0:
@@ -50,14 +51,14 @@ def check_encoder_inputs(
     if model.config.cross_attention_dim is None:
         raise ValueError(f"{name}: this model has no cross-attention; leave it out, or set cross_attention_dim")
     if ids is not None:
-        _check_ids(name, ids)
+        check_token_ids(name, ids, "M")
         if not model.config.num_encoder_layers:
             raise ValueError(f"{name}: this model has no encoder of its own; pass encoder_hidden_states")
     given = states if ids is None else ids
     if len(given) != batch or given.ndim != (3 if ids is None else 2) or not given.shape[1]:
         expected = f"[{batch}, states, {model.config.cross_attention_dim}]" if ids is None else f"[{batch}, tokens]"
-        raise ValueError(f"{name}: got shape {list(given.shape)}; expected {expected}, a row a prompt, not empty")
-    return None if mask is None else _bool_mask("encoder_attention_mask", mask, given.shape[:2])
+        raise ValueError(f"{name}: got shape {list(given.shape)}; expected {expected}, one row per prompt, not empty")
+    return None if mask is None else bool_mask("encoder_attention_mask", mask, given.shape[:2])
 
 
 def condition_names(ids: Tensor | None, mask: Tensor | None, states: Tensor | None) -> list[bytes] | None:
@@ -68,17 +69,3 @@ def condition_names(ids: Tensor | None, mask: Tensor | None, states: Tensor | No
     given = given.detach().cpu()
     seen = torch.ones(given.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
     return [row[real].contiguous().view(torch.uint8).numpy().tobytes() for row, real in zip(given, seen, strict=True)]
-
-
-def _check_ids(name: str, ids: Tensor) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
-        got = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name}: got {got}; expected an int64 tensor [B, {'P' if name == 'input_ids' else 'M'}]")
-
-
-def _bool_mask(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
-    if mask.shape != shape or mask.is_floating_point():
-        raise ValueError(
-            f"{name}: got {mask.dtype} of shape {list(mask.shape)}; expected bool or 0/1 integers {list(shape)}"
-        )
-    return mask.bool()

@@ -32,8 +32,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         max_new_tokens: Tokens after the prompt; 0 only fills the prompt's own mask tokens.
         block_length: Blocks are decoded from left to right, the next one when one is full; it divides max_new_tokens.
             None: one block.
-        num_inference_steps: Steps over all blocks, a multiple of their number, of the rules "count" and "ancestral"
-            (the others take as many as they need). None: one a token. The prompt's own mask tokens get as many
+        num_inference_steps: Steps over all blocks, a multiple of their number, for the rules "count" and "ancestral"
+            (the others take as many as they need). None: one per token. The prompt's own mask tokens get as many
             steps as a block, or all steps where max_new_tokens is 0.
         temperature: 0 takes the likeliest token.
         top_k, top_p: Draw among the k likeliest, or the likeliest that have this probability together. None: off.
@@ -44,7 +44,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             `fastdiff.ops.unmask_`. All but "count" commit tokens in parallel where the model is sure: approximate.
         unmasking_order: "confidence", "margin", "entropy" or "random".
         threshold, factor, entropy_budget: The number of that rule; None: 0.9, 1.0 and 0.15.
-        seed: Of all that is random; None draws one from torch's generator.
+        seed: Seed of all random draws; None draws one from torch's generator.
         prefix_cache: Approximate, off by default (Fast-dLLM): a step within a block computes the tokens from the block
             to the row's end; keys and values of those before it are as they were when the row began the block.
         dual_cache: The same for the tokens after the block: a step computes the block alone. One of the two.
@@ -61,7 +61,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
             None). A row ends where everything before its first end token is chosen; one that fills up without an end
             token grows by a block and goes on, up to max_new_tokens. num_inference_steps are those of max_new_tokens, a
             smaller row takes its share.
-        coverage: Of length="auto": the share of answers that are to fit at once; it holds for a calibrated predictor.
+        coverage: For length="auto", the share of answers that are to fit at once; it holds for a calibrated predictor.
         reuse_probe: Approximate, off by default: the pass that predicted the lengths is the first step, too, although
             it saw longer rows.
 
@@ -89,7 +89,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
 
     @property
     def steps_per_block(self) -> int | None:
-        """Steps of a block under "count" and "ancestral"; None: one a token."""
+        """Steps of a block under "count" and "ancestral"; None: one per token."""
         if self.num_inference_steps is None:
             return None
         return self.num_inference_steps // max(self.num_blocks, 1)

@@ -23,7 +23,7 @@ from fastdiff.generation.checks import check_encoder_inputs, check_prompts, cond
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.length import LengthPredictor, mean_embedding
 from fastdiff.generation.passes import Passes, Predicting, on_cpu, probed
-from fastdiff.generation.rows import Rows, Turn, planned_turns
+from fastdiff.generation.rows import ActiveRows, Turn, planned_turns
 from fastdiff.generation.stopping import Stopping
 from fastdiff.generation.windows import PredictedWindows, buckets, default_predictor, predict_windows
 from fastdiff.ops import TokenSample, lm_head_sample, sample_tokens, unmask_
@@ -35,10 +35,15 @@ Streamer = Callable[[Tensor, int], None]
 class GenerationStatistics:
     """What a call cost.
 
-    `forward_passes` of the model (guided ones are of twice the batch), `tokens` chosen (not those that fill a row
-    which ended early), `seconds`, and how many of the passes were `short_passes`, of the columns that a cache lacks.
-    Of length="auto": how many of the passes were `probe_passes`, the `window_tokens` that rows of max_new_tokens would
-    have had and how many of them were `saved_tokens`, and the rows that grew (`extended_rows`).
+    Attributes:
+        forward_passes: passes of the model; a guided one sees twice the batch.
+        tokens: tokens chosen, without those that fill a row which ended early.
+        seconds: duration of the call.
+        short_passes: how many of the passes computed only the columns that a cache lacks.
+        probe_passes: how many of the passes predicted lengths (0 for length="fixed", as all that follow).
+        window_tokens, saved_tokens: new tokens that rows of max_new_tokens would have had, and how many of them the
+            predicted windows saved.
+        extended_rows: rows that grew.
     """
 
     forward_passes: int
@@ -52,7 +57,7 @@ class GenerationStatistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all rows a second."""
+        """Tokens of all rows per second."""
         return self.tokens / self.seconds
 
 
@@ -91,12 +96,12 @@ def generate(
         generation_config: None is `MaskedDiffusionGenerationConfig()`.
         streamer: called after each step as streamer(token_ids, step): a new tensor laid out as `sequences`, with mask
             tokens where nothing was chosen yet, and the number of the step from 0.
-        length_predictor: of length="auto"; its coverage is the config's. None is the rule "cdf" with a window of
-            max_new_tokens, uncalibrated: it takes the model at its word.
+        length_predictor: predicts lengths for length="auto"; its coverage must be the config's. None is the rule "cdf"
+            with a window of max_new_tokens, uncalibrated: it takes the model at its word.
         copies: which copy of its prompt each row is (0 or above), where copies are spread over several calls; None
             counts those in the batch.
-        tokenizer: what decodes tokens where `stop_strings` are looked for; one of transformers.
-        encoder_input_ids: a text a row for the model's own encoder, encoded once, that every pass attends to.
+        tokenizer: a tokenizer of transformers, which decodes tokens where `stop_strings` are looked for.
+        encoder_input_ids: one text per row for the model's own encoder, encoded once, that every pass attends to.
             Guidance hides it together with the prompt.
         encoder_attention_mask: True or 1 where it counts; padded on the left or the right.
         encoder_hidden_states: states of another encoder instead.
@@ -105,8 +110,8 @@ def generate(
         GenerationOutput: `sequences[:, :P]` are the prompts (padding as it came, mask tokens filled),
         `sequences[:, P:]` the new tokens. A row that length="auto" gave less has end tokens behind them.
 
-    A model with a timestep embedding is told the time at which the mask rate of its `mask_schedule` is the masked share
-    of a row's generated positions.
+    A model with a timestep embedding gets, for each row, the time at which its `mask_schedule` would mask that row's
+    current share of tokens.
 
     Raises:
         TypeError, ValueError: an argument does not fit, a prompt is empty or too long, nothing is to be generated, or
@@ -119,7 +124,7 @@ def generate(
         model, len(input_ids), encoder_input_ids, encoder_attention_mask, encoder_hidden_states
     )
     if copies is not None and (len(copies) != len(input_ids) or min(copies, default=0) < 0):
-        raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one a row")
+        raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one per row")
     predictor = _predictor(model, config, length_predictor)
     ends = None if predictor is None else predictor.end_token_ids
     stopping = Stopping(model, config, tokenizer, at_once=ends)
@@ -209,7 +214,7 @@ class _Decoding:
             self.extended.update(pending)
 
     def _decode(self, rows: list[int] | None, blocks: list[int] | None, states: Tensor | None) -> Iterator[None]:
-        self.rows = Rows(self.canvas, self.config, *self.context, rows, blocks)
+        self.rows = ActiveRows.begin(self.canvas, self.config, *self.context, rows, blocks)
         decoder = _Decoder(self.model, self.rows, self.config, self.stopping, self.seed, states)
         yield from decoder.steps()
         self.passes, self.short_passes = self.passes + decoder.passes.count, self.short_passes + decoder.passes.short
@@ -217,7 +222,7 @@ class _Decoding:
     def _unended(self, rows: list[int]) -> list[int]:
         """Those without an end token that have room to grow."""
         canvas, room = self.canvas, self.config.max_new_tokens
-        inside = canvas.used & (canvas.columns >= canvas.starts[:, None])
+        inside = canvas.used & (canvas.columns >= canvas.window_start[:, None])
         ended = self.stopping.ends(canvas.ids, inside).any(1).tolist()
         return [row for row in rows if not ended[row] and canvas.windows[row] < room]
 
@@ -241,7 +246,7 @@ class _Decoder:
     def __init__(
         self,
         model: torch.nn.Module,
-        rows: Rows,
+        rows: ActiveRows,
         config: MaskedDiffusionGenerationConfig,
         stopping: Stopping,
         seed: int,
@@ -249,16 +254,16 @@ class _Decoder:
     ) -> None:
         self.model, self.rows, self.config, self.stopping, self.seed = model, rows, config, stopping, seed
         self.passes, canvas = Passes(model, config), rows.canvas
-        self.states = None if any(canvas.infilled[row] for row in rows.index) else states
+        self.states = None if any(canvas.prompt_masks[row] for row in rows.canvas_rows) else states
         self.suppressed = tuple({canvas.mask_token_id, *(config.suppress_tokens or ())})
         self.plan: list[list[Turn]] | None = None
         if config.unmasking_rule == "count" and not stopping.active:
-            lengths = zip(canvas.infilled, canvas.prompt_lengths, strict=True)
-            self.plan = [planned_turns(infilled, prompt, config) for infilled, prompt in lengths]
+            prompts = zip(canvas.prompt_masks, canvas.prompt_lengths, strict=True)
+            self.plan = [planned_turns(masks, length, config) for masks, length in prompts]
 
     def steps(self) -> Iterator[None]:
         """Decodes, a step at a time."""
-        for step in range(self.rows.canvas.width):  # each step commits at least one token a row
+        for step in range(self.rows.canvas.width):  # each step commits at least one token per row
             masked = self.rows.begin_step()
             turns = self._turns(masked, step)
             kept = [row for row, turn in enumerate(turns) if turn is not None]
@@ -282,8 +287,8 @@ class _Decoder:
         Under the rule "count" that is known before; else numbers come from the device after each step.
         """
         if self.plan is None:
-            return [turn if turn.left else None for turn in self.rows.turns(masked)]
-        plans = (self.plan[row] for row in self.rows.index)
+            return [turn if turn.masks_left else None for turn in self.rows.turns(masked)]
+        plans = (self.plan[row] for row in self.rows.canvas_rows)
         return [plan[step] if step < len(plan) else None for plan in plans]
 
     def _step(self, predicting: Predicting, step: int) -> None:
@@ -295,8 +300,8 @@ class _Decoder:
             rule=config.unmasking_rule,
             order=config.unmasking_order,
             rows=predicting.positions,
-            block_start=rows.block,
-            block_end=rows.end,
+            block_start=rows.block_start,
+            block_end=rows.block_end,
             seed=self.seed,
             step=step,
             sequence_ids=rows.sequence_ids,
@@ -306,12 +311,12 @@ class _Decoder:
             self.stopping(rows)
 
     def _rule_number(self) -> dict[str, float | Tensor]:
-        rule, steps, rows = self.config.unmasking_rule, self.rows.steps, self.rows
+        rule, steps, rows = self.config.unmasking_rule, self.rows.steps_per_block, self.rows
         if rule == "count":
             if steps is None:
                 return dict(count=1)
-            extra = rows.step_in_block < rows.masks_in_block % steps
-            return dict(count=(rows.masks_in_block // steps + extra).clamp(min=1))
+            extra = rows.step_in_block < rows.block_masks % steps
+            return dict(count=(rows.block_masks // steps + extra).clamp(min=1))
         if rule == "ancestral":  # mask rates 1, 1 - 1/S, …, 0
             steps = rows.block_length if steps is None else steps
             return dict(probability=1 / (steps - rows.step_in_block).clamp(min=1).double())

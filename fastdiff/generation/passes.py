@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
-from fastdiff.generation.rows import Rows, Turn
+from fastdiff.generation.rows import ActiveRows, Turn
 from fastdiff.nn import KeyValueCache
 
 
@@ -32,12 +32,12 @@ class Predicting(NamedTuple):
     unconditional: Tensor | None  # [R, D]: with the condition hidden, under guidance
 
 
-def probed(rows: Rows, masked: Tensor, states: Tensor) -> Predicting:
+def probed(rows: ActiveRows, masked: Tensor, states: Tensor) -> Predicting:
     """What a pass over every row's whole window, states `[B, N, D]`, says of the masked positions (bool `[A, W]`)."""
     places = masked.nonzero()
     row, column = places.unbind(1)
-    offsets = column - rows.starts[row]
-    probed_row = torch.tensor(rows.index, device=row.device)[row]
+    offsets = column - rows.window_start[row]
+    probed_row = torch.tensor(rows.canvas_rows, device=row.device)[row]
     return Predicting(row * rows.width + column, states[probed_row, offsets], None)
 
 
@@ -58,7 +58,7 @@ class Passes:
         if self.cache is not None:
             self.cache.keep(self._halves(rows, before), width)
 
-    def __call__(self, rows: Rows, masked: Tensor, turns: list[Turn]) -> Predicting:
+    def __call__(self, rows: ActiveRows, masked: Tensor, turns: list[Turn]) -> Predicting:
         """Predicts what is masked (bool `[A, W]`)."""
         if self.cache is None:
             return self._run(rows, masked, turns, None, short=False)
@@ -73,13 +73,15 @@ class Passes:
 
     def _refreshes(self, turn: Turn) -> bool:
         interval = self.config.cache_refresh_interval
-        return turn.step == 0 if interval is None else turn.step % interval == 0
+        return turn.step_in_block == 0 if interval is None else turn.step_in_block % interval == 0
 
     def _halves(self, rows: Tensor, total: int) -> Tensor:
         """Places in the batch that the model sees: the unconditional half follows the other."""
         return torch.cat([rows, rows + total]) if self.guided else rows
 
-    def _run(self, rows: Rows, masked: Tensor, turns: list[Turn], members: list[int] | None, short: bool) -> Predicting:
+    def _run(
+        self, rows: ActiveRows, masked: Tensor, turns: list[Turn], members: list[int] | None, short: bool
+    ) -> Predicting:
         """One pass of the rows `members`; None is all, for which nothing is copied."""
         device, total, width = rows.ids.device, len(turns), rows.width
         number = torch.arange(total, device=device) if members is None else torch.tensor(members, device=device)
@@ -91,7 +93,8 @@ class Passes:
         ids, inputs = of(rows.ids), {}
         if self.model.config.timestep_embedding:
             inputs["timesteps"] = self.process.time_of((ids == rows.mask_token_id).sum(1) / of(rows.generated))
-        places = torch.where(of(masked), rows.columns, width).sort(1).values[:, : max(turn.left for turn in turns)]
+        most = max(turn.masks_left for turn in turns)
+        places = torch.where(of(masked), rows.columns, width).sort(1).values[:, :most]
         wanted = (places - self.shift).clamp(min=0)
         given = of(rows.given) if self.guided else None
         if short:
@@ -113,18 +116,18 @@ class Passes:
         states = self.model.hidden_states(ids, **inputs)
         return self._packed(torch.where(places < width, number[:, None] * width + places, -1).flatten(), states)
 
-    def _columns(self, rows: Rows, turns: list[Turn], members: list[int] | None, of) -> tuple[Tensor, Tensor]:
+    def _columns(self, rows: ActiveRows, turns: list[Turn], members: list[int] | None, of) -> tuple[Tensor, Tensor]:
         """The columns `[a, l]` that a short pass recomputes, and each row's first `[a, 1]`.
 
         Under logit shift that is the one before the block. Rows of fewer than l columns repeat their last one: it is
         computed twice and written with the same values.
         """
-        first = (of(rows.block) - self.shift).clamp(min=0)[:, None]
-        last, ends = of(rows.end)[:, None], [turn.end for turn in turns]
+        first = (of(rows.block_start) - self.shift).clamp(min=0)[:, None]
+        last, ends = of(rows.block_end)[:, None], [turn.block_end for turn in turns]
         if self.config.prefix_cache:
-            last = of(rows.stops)[:, None]
+            last = of(rows.window_end)[:, None]
             ends = rows.lengths if members is None else [rows.lengths[row] for row in members]
-        longest = max(end - max(turn.begin - self.shift, 0) for turn, end in zip(turns, ends, strict=True))
+        longest = max(end - max(turn.block_start - self.shift, 0) for turn, end in zip(turns, ends, strict=True))
         return torch.minimum(first + torch.arange(longest, device=first.device), last - 1), first
 
     def _context(self, mask: Tensor | None, states: Tensor | None, states_mask: Tensor | None) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The rows of a batch that are still being decoded: their tokens, and where each is in its blocks."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,67 +9,108 @@ from torch import Tensor
 from fastdiff.generation.canvas import Canvas
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 
-_OF_COLUMNS = ("ids", "used", "given")
-_OF_ROWS = (
-    "starts", "origin", "stops", "block_length", "steps", "sequence_ids", "generated", "block", "end", "step_in_block",
-    "masks_in_block", "encoder_states", "encoder_mask",
-)  # fmt: skip
-
 
 class Turn(NamedTuple):
-    """Where a row is before a step, as Python numbers: masks left in its block, steps taken there, its columns."""
+    """Where a row is before a step, as Python numbers."""
 
-    left: int
-    step: int
-    begin: int
-    end: int
+    masks_left: int  # in its current block
+    step_in_block: int  # steps that it has taken there
+    block_start: int
+    block_end: int
 
 
-class Rows:
-    """Rows under way, `A` of a canvas's `B`, as wide as the longest of them: `ids` is `[A, W]`.
+@dataclass(eq=False)
+class ActiveRows:
+    """The `A` rows of a canvas that are still being decoded, as wide as the longest of them: `W` columns.
 
-    `index` are their places in the canvas. Every row advances by itself, from block to block: the prompt's own masks,
-    then the blocks of new tokens.
-
-    Args:
-        index: of the rows; None is all.
-        blocks: length of each row's blocks where config.block_length is None, counted from its end: a window, or what
-            it grew by.
+    Every row advances by itself, from block to block: the prompt's own masks, then the blocks of new tokens.
     """
 
-    def __init__(
-        self,
+    canvas: Canvas
+    canvas_rows: list[int]  # the place of each row in the canvas
+    lengths: list[int]  # tokens of each row: its prompt and its window; filling follows
+    columns: Tensor  # int64 [W]: 0, 1, …
+    # what each column of each row has
+    ids: Tensor  # int64 [A, W]: token ids
+    used: Tensor  # bool [A, W]: prompt or window, not filling
+    given: Tensor  # bool [A, W]: tokens that the prompt gave, which guidance hides
+    # what each row has
+    sequence_ids: Tensor  # int64 [A]: what its random numbers belong to
+    generated: Tensor  # int64 [A]: positions that are or were masked
+    window_start: Tensor  # int64 [A]: the column of its first new token
+    window_end: Tensor  # int64 [A]: the column after its last one
+    first_block: Tensor  # int64 [A]: the column from which its blocks of new tokens are counted
+    block_length: Tensor  # int64 [A]
+    steps_per_block: Tensor | None  # int64 [A]; None: as many as the block has masks
+    encoder_states: Tensor | None  # [A, M, D]
+    encoder_mask: Tensor | None  # bool [A, M]
+    # where each row is
+    block_start: Tensor  # int64 [A]: the current block's first column; -1 before the first step
+    block_end: Tensor  # int64 [A]: the column after its last one
+    step_in_block: Tensor  # int64 [A]: steps taken in the block
+    block_masks: Tensor  # int64 [A]: masks that the block had when the row began it
+
+    @classmethod
+    def begin(
+        cls,
         canvas: Canvas,
         config: MaskedDiffusionGenerationConfig,
         encoder_states: Tensor | None,  # [B, M, D]
         encoder_mask: Tensor | None,  # bool [B, M]
-        index: list[int] | None = None,
+        canvas_rows: list[int] | None = None,
         blocks: list[int] | None = None,
-    ) -> None:
-        self.canvas, self.mask_token_id = canvas, canvas.mask_token_id
-        self.index = list(range(len(canvas.ids)))
-        # where each row's last new token is followed by filling
-        self.lengths = [prompt + window for prompt, window in zip(canvas.prompt_lengths, canvas.windows, strict=True)]
-        self.ids, self.used, self.given, self.columns = canvas.ids, canvas.used, canvas.given, canvas.columns
-        self.starts, self.sequence_ids = canvas.starts, canvas.sequence_ids
-        self.encoder_states, self.encoder_mask = encoder_states, encoder_mask
-        self.generated = self._tensor(canvas.generated)
-        self.stops = self._tensor(self.lengths)
-        self.origin = self.starts
-        self.block_length = self._tensor([config.block_length or max(window, 1) for window in canvas.windows])
-        self.steps = None
-        self._select(None if index == self.index else index)
+    ) -> "ActiveRows":
+        """Rows of a canvas of `B` before their first step.
+
+        Args:
+            canvas_rows: which rows; None is all.
+            blocks: length of each row's blocks where config.block_length is None, counted from its end: a window, or
+                what it grew by.
+        """
+        every = list(range(len(canvas.ids)))
+        lengths = [prompt + window for prompt, window in zip(canvas.prompt_lengths, canvas.windows, strict=True)]
+
+        def tensor(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, device=canvas.ids.device)
+
+        nowhere, zeros = torch.full_like(canvas.window_start, -1), torch.zeros_like(canvas.window_start)
+        rows = cls(
+            canvas=canvas,
+            canvas_rows=every,
+            lengths=lengths,
+            columns=canvas.columns,
+            ids=canvas.ids,
+            used=canvas.used,
+            given=canvas.given,
+            sequence_ids=canvas.sequence_ids,
+            generated=tensor(canvas.generated),
+            window_start=canvas.window_start,
+            window_end=tensor(lengths),
+            first_block=canvas.window_start,
+            block_length=tensor([config.block_length or max(window, 1) for window in canvas.windows]),
+            steps_per_block=None,
+            encoder_states=encoder_states,
+            encoder_mask=encoder_mask,
+            block_start=nowhere,
+            block_end=nowhere,
+            step_in_block=zeros,
+            block_masks=zeros,
+        )
+        rows.select(None if canvas_rows == every else canvas_rows)
         if blocks is not None and not config.block_length:
-            self.block_length = self._tensor(blocks)
-            self.origin = self.stops - self.block_length
+            rows.block_length = tensor(blocks)
+            rows.first_block = rows.window_end - rows.block_length
         if config.num_inference_steps is not None:
             whole = max(config.max_new_tokens, 1)  # steps of a block are its share of those of max_new_tokens
-            lengths = self.block_length if config.max_new_tokens else torch.ones_like(self.block_length)
-            self.steps = ((2 * config.num_inference_steps * lengths + whole) // (2 * whole)).clamp(min=1)
-        self.block = torch.full_like(self.starts, -1)  # where the current block begins
-        self.end = torch.full_like(self.starts, -1)
-        self.step_in_block = torch.zeros_like(self.starts)
-        self.masks_in_block = torch.zeros_like(self.starts)
+            share = rows.block_length if config.max_new_tokens else torch.ones_like(rows.block_length)
+            steps = (2 * config.num_inference_steps * share + whole) // (2 * whole)  # rounded to nearest
+            rows.steps_per_block = steps.clamp(min=1)
+        return rows
+
+    @property
+    def mask_token_id(self) -> int:
+        """The canvas's mask token."""
+        return self.canvas.mask_token_id
 
     @property
     def width(self) -> int:
@@ -83,68 +125,79 @@ class Rows:
     def keep(self, kept: list[int]) -> tuple[Tensor, int]:
         """Goes on with these rows alone; returns their places in what was, int64 `[a]`, and the new width."""
         self.write_back()
-        return self._select(kept), self.width
+        return self.select(kept), self.width
 
-    def _select(self, kept: list[int] | None) -> Tensor | None:
-        """Takes these rows, and no more columns than they have."""
+    def select(self, kept: list[int] | None) -> Tensor | None:
+        """Takes these rows (None: all), and no more columns than they have; returns `kept` as a tensor."""
         if kept is not None:
-            self.index = [self.index[row] for row in kept]
+            self.canvas_rows = [self.canvas_rows[row] for row in kept]
             self.lengths = [self.lengths[row] for row in kept]
-        width, rows = max(self.lengths), None if kept is None else self._tensor(kept)
-        if rows is None and width == self.width:
-            return rows
-        for name in _OF_COLUMNS:
-            whole = getattr(self, name)
-            own = whole.clone() if rows is None else whole.index_select(0, rows)
-            setattr(self, name, own[:, :width].contiguous())
-        for name in _OF_ROWS if rows is not None else ():
-            if getattr(self, name, None) is not None:
-                setattr(self, name, getattr(self, name).index_select(0, rows))
-        self.columns = self.columns[:width]
-        return rows
+        width = max(self.lengths)
+        if kept is None and width == self.width:
+            return None
+        rows = None if kept is None else torch.tensor(kept, device=self.ids.device)
 
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, device=self.ids.device)
+        def of_rows(t: Tensor | None) -> Tensor | None:
+            return t if t is None or rows is None else t.index_select(0, rows)
+
+        def of_columns(t: Tensor) -> Tensor:
+            return (t.clone() if rows is None else of_rows(t))[:, :width].contiguous()
+
+        self.columns = self.columns[:width]
+        self.ids, self.used, self.given = of_columns(self.ids), of_columns(self.used), of_columns(self.given)
+        self.sequence_ids, self.generated = of_rows(self.sequence_ids), of_rows(self.generated)
+        self.window_start, self.window_end = of_rows(self.window_start), of_rows(self.window_end)
+        self.first_block, self.block_length = of_rows(self.first_block), of_rows(self.block_length)
+        self.steps_per_block = of_rows(self.steps_per_block)
+        self.encoder_states, self.encoder_mask = of_rows(self.encoder_states), of_rows(self.encoder_mask)
+        self.block_start, self.block_end = of_rows(self.block_start), of_rows(self.block_end)
+        self.step_in_block, self.block_masks = of_rows(self.step_in_block), of_rows(self.block_masks)
+        return rows
 
     def write_back(self) -> None:
         """Puts the tokens onto the canvas; while all rows are under way they lie there."""
         if self.ids is not self.canvas.ids:
-            self.canvas.ids[torch.tensor(self.index, device=self.ids.device), : self.width] = self.ids
+            self.canvas.ids[torch.tensor(self.canvas_rows, device=self.ids.device), : self.width] = self.ids
 
     def begin_step(self) -> Tensor:  # bool [A, W]
         """The positions that may be chosen in this step; notes which rows begin a block."""
         masked = self.ids == self.mask_token_id
-        begin, end = self._bounds(masked)
-        masked &= (self.columns >= begin[:, None]) & (self.columns < end[:, None])
-        fresh = begin != self.block
-        self.step_in_block = torch.where(fresh, 0, self.step_in_block + 1)
-        self.masks_in_block = torch.where(fresh, masked.sum(1), self.masks_in_block)
-        self.block, self.end = begin, end
+        start, end = self._current_block(masked)
+        masked &= (self.columns >= start[:, None]) & (self.columns < end[:, None])
+        begins = start != self.block_start
+        self.step_in_block = torch.where(begins, 0, self.step_in_block + 1)
+        self.block_masks = torch.where(begins, masked.sum(1), self.block_masks)
+        self.block_start, self.block_end = start, end
         return masked
 
     def turns(self, masked: Tensor) -> list[Turn]:
         """Where the rows are, asked of the device."""
-        return [
-            Turn(*row) for row in torch.stack([masked.sum(1), self.step_in_block, self.block, self.end], 1).tolist()
-        ]
+        numbers = [masked.sum(1), self.step_in_block, self.block_start, self.block_end]
+        return [Turn(*row) for row in torch.stack(numbers, 1).tolist()]
 
-    def _bounds(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Begin and end of each row's block, the one of its first masked position: the prompt, or one of new tokens."""
-        first, starts, length = masked.to(torch.int8).argmax(1), self.starts, self.block_length
-        begin = self.origin + (first - self.origin) // length * length
-        prompt = first < starts
-        return torch.where(prompt, 0, begin), torch.where(prompt, starts, begin + length)
+    def _current_block(self, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """First column, and the one after the last, of the block of each row's first masked position.
+
+        The prompt is such a block, before those of new tokens.
+        """
+        first, length = masked.to(torch.int8).argmax(1), self.block_length
+        start = self.first_block + (first - self.first_block) // length * length
+        in_prompt = first < self.window_start
+        return torch.where(in_prompt, 0, start), torch.where(in_prompt, self.window_start, start + length)
 
 
-def planned_turns(infilled: int, prompt_length: int, config: MaskedDiffusionGenerationConfig) -> list[Turn]:
-    """All turns of a row under the rule "count", which are known before: nothing is asked of the device."""
+def planned_turns(prompt_masks: int, prompt_length: int, config: MaskedDiffusionGenerationConfig) -> list[Turn]:
+    """All turns of a row under the rule "count", which are known before: nothing is asked of the device.
+
+    `prompt_masks` are the mask tokens that the prompt has.
+    """
     steps = config.steps_per_block
     length = config.block_length or config.max_new_tokens
     starts = range(prompt_length, prompt_length + config.max_new_tokens, max(length, 1))
     turns = []
-    for masks, begin, end in [(infilled, 0, prompt_length), *((length, start, start + length) for start in starts)]:
+    for masks, start, end in [(prompt_masks, 0, prompt_length), *((length, start, start + length) for start in starts)]:
         left, total = masks, steps or masks
         for step in range(min(masks, total)):
-            turns.append(Turn(left, step, begin, end))
+            turns.append(Turn(left, step, start, end))
             left -= masks // total + (step < masks % total)
     return turns

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
-from fastdiff.generation.rows import Rows
+from fastdiff.generation.rows import ActiveRows
 
 
 class Stopping:
@@ -48,15 +48,16 @@ class Stopping:
         """Whether rows may end early."""
         return self.end_tokens is not None or bool(self.strings)
 
-    def __call__(self, rows: Rows) -> None:
+    def __call__(self, rows: ActiveRows) -> None:
         """After a step: fills what is left of rows that end here."""
         masked = rows.ids == rows.mask_token_id
-        inside = (rows.columns >= rows.block[:, None]) & (rows.columns < rows.end[:, None])
-        full = ~(inside & masked).any(1) & (rows.block >= rows.starts)  # nothing that the prompt has ends a row
+        inside = (rows.columns >= rows.block_start[:, None]) & (rows.columns < rows.block_end[:, None])
+        in_window = rows.block_start >= rows.window_start  # nothing that the prompt has ends a row
+        full = ~(inside & masked).any(1) & in_window
         if self.strings:
             self._at_strings(rows, full)
         if self.at_once:
-            ends = self.ends(rows.ids, rows.columns >= rows.starts[:, None])
+            ends = self.ends(rows.ids, rows.columns >= rows.window_start[:, None])
             token = rows.ids.gather(1, ends.to(torch.int8).argmax(1, keepdim=True))
             behind = ends.cumsum(1) > 0
             rows.ids.copy_(torch.where(masked & behind, token, rows.ids))
@@ -71,9 +72,9 @@ class Stopping:
         """Where end tokens are."""
         return inside & torch.isin(ids, self.end_tokens)
 
-    def _at_strings(self, rows: Rows, full: Tensor) -> None:
+    def _at_strings(self, rows: ActiveRows, full: Tensor) -> None:
         """Tokens after the one that completes a stop string are replaced, in the block and after it."""
-        places = torch.stack([rows.starts, rows.block, rows.end], 1).tolist()
+        places = torch.stack([rows.window_start, rows.block_start, rows.block_end], 1).tolist()
         for row in full.nonzero()[:, 0].tolist():
             start, block, end = places[row]
             tokens = rows.ids[row, start:end].tolist()

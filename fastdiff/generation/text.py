@@ -71,7 +71,7 @@ class TextGenerator:
         tokenizer: its tokenizer. The model's mask token counts: where the tokenizer has none, "<mask>" stands for it in
             prompts.
         config: how to decode; validated here.
-        length_predictor: of config.length "auto"; None is the rule "cdf", uncalibrated.
+        length_predictor: predicts lengths where config.length is "auto"; None is the rule "cdf", uncalibrated.
 
     `statistics` adds up what was generated so far.
 
@@ -195,7 +195,7 @@ class TextGenerator:
 
         Args:
             prompts, rows: the prompts as text, and as token ids (`encode` makes these).
-            num_samples: of each prompt.
+            num_samples: samples of each prompt.
             batch_size: samples decoded at once.
             streamer: makes the streamer of a batch from its prompts `[B, P]` and their attention mask.
             cut: whether a sample ends before its first end token. Otherwise it has all of its new tokens, as text of

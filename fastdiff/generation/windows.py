@@ -21,7 +21,7 @@ class PredictedWindows(NamedTuple):
 
 
 def default_predictor(model: nn.Module, config: MaskedDiffusionGenerationConfig) -> LengthPredictor | None:
-    """Of length="auto" the rule "cdf", which takes the model at its word; None for "fixed".
+    """The rule "cdf", which takes the model at its word, for length="auto"; None for "fixed".
 
     End tokens are those of the generation config, else of the model's. Raises what `LengthPredictor` raises.
     """
@@ -67,7 +67,7 @@ def predict_windows(
 def buckets(lengths: Sequence[int], windows: Sequence[int]) -> list[list[int]]:
     """Rows that are decoded together, so that short ones are not computed as wide as long ones.
 
-    A row of a bucket costs the bucket's longest `lengths` (prompt and window) a step and takes steps in proportion to
+    A row of a bucket costs the bucket's longest `lengths` (prompt and window) per step and takes steps in proportion to
     its window; a bucket costs `PASS_OVERHEAD` in each of its longest row's. The cheapest cut of the rows in order of
     length, by dynamic programming; rows keep their order within a bucket.
     """

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from fastdiff.models.masked_lm_checkpoints import load_gpt2, load_masked_lm
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.nn import AdaLayerNorm, KeyValueCache, TimestepEmbedding, TransformerBlock
+from fastdiff.nn.checks import bool_mask, check_token_ids
 from fastdiff.nn.flash import resolve_implementation
 from fastdiff.nn.transformer import rotary_table
 from fastdiff.ops import masked_linear_cross_entropy
@@ -287,10 +288,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         return load_gpt2(cls, source, mask_token_id, pad_token_id, kwargs)
 
     def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
-            raise TypeError(
-                f"input_ids: got {input_ids.dtype} of shape {list(input_ids.shape)}; expected torch.int64 [B, L]"
-            )
+        check_token_ids("input_ids", input_ids)
         longest = self.config.max_position_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(
@@ -358,12 +356,7 @@ def _attention_mask(name: str, mask: Tensor | None, batch: int, queries: int, ke
     """The mask as bool [B, 1, 1 or queries, keys], or None where nothing is hidden."""
     if mask is None:
         return None
-    if mask.shape not in ((batch, keys), (batch, queries, keys), (1, queries, keys)):
-        expected = f"[{batch}, {keys}] or [{batch}, {queries}, {keys}]"
-        raise ValueError(f"{name}: got shape {list(mask.shape)}; expected {expected}, True = attend")
-    if mask.is_floating_point():
-        raise TypeError(f"{name}: got {mask.dtype}; expected bool or 0/1 integers, True = attend")
-    mask = mask.bool()
+    mask = bool_mask(name, mask, (batch, keys), (batch, queries, keys), (1, queries, keys))
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
         return None  # attention without a mask is faster; on a GPU looking would wait
     return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]

@@ -38,10 +38,10 @@ class QGFDSettings(QGFDOptions):
     def from_dict(cls, values: Mapping[str, Any] | None, name: str) -> "QGFDSettings":
         """The settings of a plain dict, called `name` in errors; None gives the defaults."""
         if values is not None and not isinstance(values, Mapping):
-            raise ValueError(f"{name} is {values!r}; expected a dict of QGFD's settings")
+            raise ValueError(f"{name}: got {values!r}; expected a dict of QGFD's settings")
         unknown = [key for key in values or {} if key not in SETTINGS]
         if unknown:
-            raise ValueError(f"{name} has unknown keys {unknown}; expected some of {', '.join(SETTINGS)}")
+            raise ValueError(f"{name}: got unknown keys {unknown}; expected some of {', '.join(SETTINGS)}")
         try:
             return cls(**(values or {}))
         except ValueError as error:
@@ -79,7 +79,7 @@ def diffused_attention(
     shared |= settings.of_attention | {"is_causal": is_causal}
     mixed = settings.dropout_kind == "mixed"
     if attn_mask is not None and dropout_p > 0 and not mixed:
-        raise ValueError("dropout_kind is 'hop' with an arbitrary mask in training; expected 'mixed', or no dropout")
+        raise ValueError("dropout_kind: got 'hop' with an arbitrary mask in training; expected 'mixed', or no dropout")
     if attn_mask is not None or (dropout_p > 0 and mixed):
         return qgfd_attention_dense(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **shared)
     return qgfd_attention(query, key, value, hop_dropout_p=dropout_p, **shared)
@@ -115,7 +115,7 @@ class DiffusedValues:
         for transition "attention", whose w depends on the queries, and as `qgfd_values`.
         """
         if settings.transition != "key":
-            raise ValueError("transition is 'attention', whose values depend on the queries; expected 'key'")
+            raise ValueError("transition: got 'attention', whose values depend on the queries; expected 'key'")
         if settings.plain:
             return value
         if settings != self._settings or self.length > key.shape[2]:
@@ -123,7 +123,7 @@ class DiffusedValues:
         if self.hops and self.hops[0].shape[:2] != key.shape[:2]:
             held, given = list(self.hops[0].shape[:2]), list(key.shape[:2])
             raise ValueError(
-                f"key has {given} samples and heads, {held} are held; expected as many, or a reset() before"
+                f"key: got {given} samples and heads where {held} are held; expected as many, or a reset() before"
             )
         old, below, hops = self.length, value, []
         if old == key.shape[2]:
@@ -255,12 +255,12 @@ class QGFDAttention(nn.Module):
             ValueError: need_weights, a float mask with other values, a shape or setting that does not fit.
         """
         if need_weights:
-            raise ValueError("need_weights is True; expected False: the weights are never made")
+            raise ValueError("need_weights: got True; expected False: the weights are never made")
         for name, t in (("query", query), ("key", key), ("value", value)):
             if not isinstance(t, Tensor):
-                raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor [B, L, D]")
+                raise TypeError(f"{name}: got a {type(t).__name__}; expected a torch.Tensor [B, L, D]")
             if t.ndim != 3:
-                raise ValueError(f"{name} has shape {list(t.shape)}; expected three dimensions: add a batch of one")
+                raise ValueError(f"{name}: got shape {list(t.shape)}; expected three dimensions: add a batch of one")
         query, key, value = self._heads(query, key, value)
         settings = self.settings
         batch, _, queries, _ = query.shape
@@ -310,7 +310,7 @@ def _attended(name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
     """torch's mask (True, or -inf, is to be ignored) as ours: True = attend."""
     if tuple(mask.shape) not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name} has shape {list(mask.shape)}; expected {expected}")
+        raise ValueError(f"{name}: got shape {list(mask.shape)}; expected {expected}")
     return ~mask if mask.dtype == torch.bool else attended_of_float(name, mask)
 
 
@@ -327,10 +327,10 @@ def attended_of_float(name: str, mask: Tensor) -> Tensor:
     Raises ValueError for other values: those are a bias, which QGFD attention has not.
     """
     if not mask.is_floating_point():
-        raise ValueError(f"{name} is {mask.dtype}; expected bool, or floats that are 0 or -inf")
+        raise ValueError(f"{name}: got {mask.dtype}; expected bool, or floats that are 0 or -inf")
     seen = mask == 0
     fits = (seen | (mask <= -1e4)).all()
-    reason = f"{name} has values other than 0 and -inf: a bias of the scores, which QGFD attention has not"
+    reason = f"{name}: got values other than 0 and -inf, a bias; expected none: QGFD attention adds none"
     if torch.compiler.is_compiling():
         torch._assert_async(fits, reason)
     elif not bool(fits):

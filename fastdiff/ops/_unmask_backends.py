@@ -5,7 +5,7 @@
 
 token_ids is int64 [B, L] with a contiguous last dimension, changed in place; token (int64), log_prob, entropy and
 margin (float32) are contiguous, [B, L], or [R] where rows is given; values is float32 [B], or None for `value`; rule
-and order are the numbers of UnmaskRule and UnmaskOrder in kernels/token_sampling/token_sampling.h; seeds and steps have
+and order are the numbers of UnmaskRule and UnmaskOrder in kernels/unmask/unmask.h; seeds and steps have
 one element, or are None for `seed` and `step`; the rest is int64 [B], active bool [B], or None.
 """
 
@@ -23,5 +23,5 @@ def _fake(token_ids, *args):
     return token_ids.new_empty(token_ids.shape[0])
 
 
-IMPLEMENTATIONS = implementations(SCHEMAS, {"unmask_": _fake}, "fastdiff.kernels.token_sampling.triton_kernels")
+IMPLEMENTATIONS = implementations(SCHEMAS, {"unmask_": _fake}, "fastdiff.kernels.unmask.triton_kernels")
 register_backends("unmask_")

@@ -1,6 +1,6 @@
 """How likely each position is to hold an end token: from hidden states and the head, or from logits.
 
-Mathematics, accuracy and bytes: kernels/eos_length/README.md. What the numbers say of the length of an answer depends
+Mathematics, accuracy and bytes: kernels/eos_log_prob/README.md. What the numbers say of the length of an answer depends
 on how the model was trained to end a text: fastdiff.generation.length reads them.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastdiff.backends import select
-from fastdiff.kernels.eos_length import reference
+from fastdiff.kernels.eos_log_prob import reference
 from fastdiff.ops._checks import autocast, check_floats, check_head, end_and_excluded_ids
-from fastdiff.ops._eos_length_backends import IMPLEMENTATIONS
+from fastdiff.ops._eos_log_prob_backends import IMPLEMENTATIONS
 
 
 def eos_log_prob(

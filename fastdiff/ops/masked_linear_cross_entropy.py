@@ -1,9 +1,9 @@
 """The loss of masked diffusion language models: LM head and cross entropy of masked rows alone, in chunks.
 
-Mathematics, rounding and what was measured: kernels/masked_loss/README.md. That gradients can be made in the forward
-pass, so that logits never lie whole in memory, is known from Liger Kernel (Hsu et al. 2024) and Cut Cross-Entropy
-(Wijmans et al. 2024); masked rows, their weights and suppressed ids are what the loss of MDLM (Sahoo et al. 2024) and
-LLaDA (Nie et al. 2025) adds.
+Mathematics, rounding and what was measured: kernels/masked_linear_cross_entropy/README.md. That gradients can be made
+in the forward pass, so that logits never lie whole in memory, is known from Liger Kernel (Hsu et al. 2024) and Cut
+Cross-Entropy (Wijmans et al. 2024); masked rows, their weights and suppressed ids are what the loss of MDLM (Sahoo et
+al. 2024) and LLaDA (Nie et al. 2025) adds.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdiff.kernels.masked_loss import reference
+from fastdiff.kernels.masked_linear_cross_entropy import reference
 from fastdiff.ops._checks import (
     autocast_dtype,
     check_floats,
@@ -24,7 +24,7 @@ from fastdiff.ops._checks import (
     transformed,
     wants_grad,
 )
-from fastdiff.ops._masked_loss_backends import IMPLEMENTATIONS, OPERATOR
+from fastdiff.ops._masked_linear_cross_entropy_backends import IMPLEMENTATIONS, OPERATOR
 
 
 def masked_linear_cross_entropy(

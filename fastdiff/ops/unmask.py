@@ -1,6 +1,6 @@
 """unmask_: commits the best of a masked diffusion LM's sampled tokens, in place, for all rows at once.
 
-Contract, rules and orders: kernels/token_sampling/README.md. The rules are those of LLaDA (Nie et al. 2025, count),
+Contract, rules and orders: kernels/unmask/README.md. The rules are those of LLaDA (Nie et al. 2025, count),
 Fast-dLLM (Wu et al. 2025, threshold and factor), the entropy-bounded sampler (Ben-Hamu et al. 2025, entropy_budget) and
 MDLM (Sahoo et al. 2024, ancestral).
 """
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import select
-from fastdiff.kernels.token_sampling import reference
+from fastdiff.kernels.unmask import reference
 from fastdiff.ops._checks import counter
 from fastdiff.ops._unmask_backends import IMPLEMENTATIONS
 from fastdiff.ops.token_sampling import TokenSample
 
-# The numbers are those of UnmaskRule and UnmaskOrder in kernels/token_sampling/token_sampling.h.
+# The numbers are those of UnmaskRule and UnmaskOrder in kernels/unmask/unmask.h.
 RULES = ("count", "threshold", "factor", "entropy_budget", "ancestral")
 ORDERS = ("confidence", "margin", "entropy", "random")
 _FLOATS = ("log_prob", "entropy", "margin")

@@ -80,7 +80,7 @@ def recipe_kind(path: Path) -> str:
     """
     content = read_recipe_file(path)
     task = content.get("task", _OF_RECIPES_WITHOUT_TASK) if isinstance(content, dict) else _OF_RECIPES_WITHOUT_TASK
-    if task not in KINDS:
+    if not isinstance(task, str) or task not in KINDS:
         raise ValueError(
             f"{path}: task: got {task!r}; expected one of {', '.join(KINDS)} ({_OF_RECIPES_WITHOUT_TASK} where it is "
             "left out)"

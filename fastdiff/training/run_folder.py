@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
+from fastdiff.errors import TrainingError
 from fastdiff.files import flush_to_disk, write_atomically
 from fastdiff.training.checkpoint import (
     list_checkpoints,
@@ -15,6 +17,8 @@ from fastdiff.training.checkpoint import (
     step_of,
 )
 from fastdiff.training.config import TrainingConfig
+
+_LOCKS: dict[Path, FileLock] = {}  # of this process, by folder
 
 # What may differ between a run and its continuation; everything else changes what the steps already done meant.
 _FREE = {
@@ -61,8 +65,10 @@ class RunFolder:
             FileExistsError: it holds another run, and neither resume nor overwrite was asked for.
             PermissionError, NotADirectoryError: it cannot be written.
             ValueError: resume with a recipe that differs where it must not.
+            TrainingError: another process trains in it.
         """
         self._check_writable()
+        self._lock()
         if self.config.exists() or self.latest() is not None:
             if training.overwrite:
                 self._clear()
@@ -78,6 +84,27 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         remove_leftovers(self.checkpoints)
         write_atomically(self.config, yaml.safe_dump(recipe, sort_keys=False))
+
+    def _lock(self) -> None:
+        """Keeps other processes out until `unlock`, or until this one ends; the same process may come again."""
+        place = self.path.resolve()
+        if place in _LOCKS:
+            return
+        lock = FileLock(place / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise TrainingError(
+                f"training.output_dir: got {str(self.path)!r}, in which another process trains; wait for it, stop it, "
+                "or pass another folder"
+            ) from None
+        _LOCKS[place] = lock
+
+    def unlock(self) -> None:
+        """Lets other processes train in the folder."""
+        lock = _LOCKS.pop(self.path.resolve(), None)
+        if lock is not None:
+            lock.release()
 
     def _check_writable(self) -> None:
         advice = "pass a folder that can be written as --training.output_dir"

@@ -165,6 +165,7 @@ class Trainer:
         """Closes what is open, together with the other processes."""
         if self._log is not None:
             self._log.close()
+            self.folder.unlock()
         # A barrier sends no tensors. Without it gloo's thread may still hold the last one when its process group is
         # freed, and then each waits for the other: the thread for Python's lock, the main thread for the thread.
         self.accelerator.wait_for_everyone()

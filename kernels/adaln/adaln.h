@@ -1,5 +1,5 @@
 // Fused AdaLN: parameters and launch functions of every native backend. See README.md for the mathematics.
-// One POD struct serves torch (csrc/), TensorRT (jetson/), the emulator and the NumPy test interface.
+// One POD struct serves torch (csrc/), the emulator, the NumPy test interface, and whatever else links the kernels.
 #pragma once
 #include <cstdint>
 

@@ -75,10 +75,14 @@ template <class T, class F>
 void for_head_tiles(int64_t rows, int64_t vocab, int64_t tile_size, const ParallelFor& parallel_for,
                     const HeadProduct& product, const F& f) {
   const int64_t at_once = rows < kHeadRows ? rows : kHeadRows, parts = divide_up(rows, at_once);
-  parallel_for(0, divide_up(vocab, tile_size) * parts, 1, [&](int64_t from, int64_t to) {
+  const int64_t tiles = divide_up(vocab, tile_size) * parts;
+  // Two at least: torch calls the body of a loop of one outside its threads, where the product would start threads itself
+  // and might split a sum among them.
+  parallel_for(0, tiles < 2 ? 2 : tiles, 1, [&](int64_t from, int64_t to) {
     const Array<float> pad(2 * kLogitBlock);
     const Array<T> logits(at_once * tile_size);
-    for (int64_t i = from; i < to; i++) {  // all rows of some ids, then the next: their part of the weight stays cached
+    // all rows of some ids, then the next: their part of the weight stays cached
+    for (int64_t i = from; i < to && i < tiles; i++) {
       const int64_t begin = i / parts * tile_size, end = begin + tile_size < vocab ? begin + tile_size : vocab;
       const int64_t first = i % parts * at_once, count = first + at_once < rows ? at_once : rows - first;
       const HeadTile tile{first, count, begin, end, logits.data};

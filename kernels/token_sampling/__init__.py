@@ -1,1 +1,1 @@
-"""Token sampling and unmasking of masked diffusion language models."""
+"""Token sampling of masked diffusion language models."""

@@ -1,35 +1,11 @@
-"""Token sampling and unmasking in plain PyTorch, in float64: the truth for tests, and the fallback. See README.md."""
+"""Token sampling in plain PyTorch, in float64: the truth for tests, and the fallback. See README.md."""
 
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.common.philox import DRAW_TOKEN, philox, uniform53
+
 BLOCK = 1024
-DRAW_TOKEN, DRAW_ORDER, DRAW_ANCESTRAL = 0, 1, 2
-_LOW = 0xFFFFFFFF
-
-
-def _mulhilo(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of the 64-bit product of two 32-bit words, both held in int64."""
-    low, high = constant * (value & 0xFFFF), constant * (value >> 16)  # below 2^48
-    return (high + (low >> 16)) >> 16, (low + (high << 16)) & _LOW
-
-
-def philox(seed: Tensor, sequence_ids: Tensor, positions: Tensor, step: Tensor, draw: int) -> tuple[Tensor, Tensor]:
-    """The first two words (int64 tensors below 2^32) of Philox4x32-10; all arguments are int64 and broadcast."""
-    shape = torch.broadcast_shapes(sequence_ids.shape, positions.shape)
-    c = [t.expand(shape) & _LOW for t in (sequence_ids, positions, step)]
-    c.append(torch.full_like(c[0], draw))
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        (h0, l0), (h1, l1) = _mulhilo(0xD2511F53, c[0]), _mulhilo(0xCD9E8D57, c[2])
-        c = [h1 ^ c[1] ^ k0, l1, h0 ^ c[3] ^ k1, l0]
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return c[0], c[1]
-
-
-def uniform53(words: tuple[Tensor, Tensor]) -> Tensor:
-    """53 bits in [0, 1), float64."""
-    return ((words[0] >> 5).double() * 2.0**26 + (words[1] >> 6).double()) * 2.0**-53
 
 
 def keep_threshold(
@@ -113,62 +89,3 @@ def sample_tokens(
 
 def _float_of(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def unmask(
-    token_ids: Tensor,  # int64 [B, L]
-    token: Tensor,  # int64 [B, L]: the sample; -1 where there is none
-    log_prob: Tensor,  # [B, L]
-    entropy: Tensor,  # [B, L]
-    margin: Tensor,  # [B, L]
-    block_start: Tensor,  # int64 [B]
-    block_end: Tensor,  # int64 [B]
-    active: Tensor,  # bool [B]
-    rule: str,
-    order: str,
-    value: Tensor,  # [B]: the rule's number
-    mask_token_id: int,
-    seed: Tensor,  # int64 []
-    step: Tensor,  # int64 []
-    sequence_ids: Tensor,  # int64 [B]
-) -> tuple[Tensor, Tensor]:  # [B, L], [B]
-    """The new token_ids, and how many positions of each row were committed."""
-    length = token_ids.shape[1]
-    positions = torch.arange(length, device=token_ids.device)
-    candidate = (positions >= block_start[:, None]) & (positions < block_end[:, None]) & active[:, None]
-    candidate &= (token_ids == mask_token_id) & (token != mask_token_id) & (token >= 0)
-
-    if length == 0:
-        return token_ids, torch.zeros_like(block_start)
-    words = philox(seed, sequence_ids[:, None], positions, step, DRAW_ORDER)
-    key = {
-        "confidence": log_prob.double(),
-        "margin": margin.double(),
-        "entropy": -entropy.double(),
-        "random": (words[0] >> 1).double() * 2.0**-31,
-    }[order]
-    logarithmic = order in ("confidence", "entropy")
-    ranking = torch.where(key.isnan(), -2e300, key.clamp_min(-1e300))  # NaN after -inf, others than candidates last
-    best_first = torch.where(candidate, ranking, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(best_first).scatter_(-1, best_first, positions.expand_as(best_first))
-
-    number = value.double()[:, None]
-    if rule == "count":
-        take = rank < number
-    elif rule == "threshold":
-        take = key >= (number.log() if logarithmic else number)
-    elif rule == "ancestral":
-        take = uniform53(philox(seed, sequence_ids[:, None], positions, step, DRAW_ANCESTRAL)) < number
-    else:
-        if rule == "factor":
-            holds = (key.exp() if logarithmic else key) > 1 - number / (rank + 2)
-        else:
-            cost = entropy.double().clamp_min(0).nan_to_num(nan=torch.inf, posinf=torch.inf)
-            spent = torch.where(candidate, cost, 0.0).gather(-1, best_first).cumsum(-1)
-            before = torch.zeros_like(spent).scatter_(-1, best_first[:, 1:], spent[:, :-1])
-            holds = before <= number
-        first_failure = torch.where(candidate & ~holds, rank, length).amin(-1, keepdim=True)
-        take = rank < first_failure
-    take &= candidate
-    take |= candidate & (rank == 0) & ~take.any(-1, keepdim=True)
-    return torch.where(take, token, token_ids), take.sum(-1)

@@ -17,7 +17,6 @@ from fastdiff.kernels.common.triton_math import double_words, seed_words, word
 
 from . import triton_device as device
 from . import triton_threshold_device as threshold_device
-from .triton_unmask import unmask_ as unmask_
 
 BLOCK = logits_of.BLOCK.value
 CELL = 128

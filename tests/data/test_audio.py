@@ -203,7 +203,7 @@ def test_no_window_reaches_into_the_held_out_end_of_a_file(tmp_path):
 
 def test_alsa_utils_of_debian():
     if not ALSA_FOLDER.is_dir():
-        pytest.skip("LOUD: Debian's alsa-utils is not installed: apt-get install alsa-utils")
+        pytest.skip("NOT TESTED: Debian's alsa-utils is not installed: apt-get install alsa-utils")
     data = load_audio_data(AudioDataConfig(name="alsa"))
     assert {"Front_Left", "Noise"} <= set(data.class_names) and len(data.held_out) == len(data.class_names)
     assert set(data.train.labels.tolist()) == set(range(len(data.class_names)))
@@ -212,7 +212,7 @@ def test_alsa_utils_of_debian():
 @pytest.fixture
 def espeak():
     if shutil.which("espeak-ng") is None:
-        pytest.skip("LOUD: Debian's espeak-ng is not installed: apt-get install espeak-ng")
+        pytest.skip("NOT TESTED: Debian's espeak-ng is not installed: apt-get install espeak-ng")
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_bundled_sets(name, shape, train, held_out):
 
 def test_fashion_mnist_of_debian():
     if not FASHION_FOLDERS[0].is_dir():
-        pytest.skip("LOUD: Debian's dataset-fashion-mnist is not installed")
+        pytest.skip("NOT TESTED: Debian's dataset-fashion-mnist is not installed")
     data = load_data(DataConfig(name="fashion_mnist"))
     assert len(data.train) == 60_000 and len(data.held_out) == 10_000 and data.image_shape == (1, 28, 28)
     assert data.class_names[int(data.train.labels[0])] == "ankle boot"  # as published

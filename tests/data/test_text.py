@@ -193,7 +193,7 @@ def test_two_processes_at_once(cache, stories):
         data = load_text_data(
             TextDataConfig(name="jsonl", path=str(stories), max_length=32), TokenizerConfig(vocab_size=330)
         )
-        output = other.communicate(timeout=120)[0]
+        output = other.communicate()[0]
     assert other.returncode == 0
     assert output == f"{data.fingerprint} {data.train.targets.window(0, 32).tolist()}\n"
     assert len([path for path in (cache / "tokens").iterdir() if path.is_dir()]) == 1

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RACE_COMPILERS = ("clang++-19", "clang++")
@@ -44,7 +46,8 @@ def race_compiler() -> str:
 
 
 def _run(command: list[str], check: bool = True) -> int:
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": TOOL_PATH})
+    environment = {"CCACHE_BASEDIR": str(ROOT)} | os.environ | {"PATH": TOOL_PATH}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
     return done.returncode
@@ -64,14 +67,22 @@ def build(variant: str) -> Path:
     if not compiler:
         raise Unavailable("no g++: apt-get install g++")
     folder = ROOT / "build" / "emulator" / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # several processes of the test suite ask at once
+        _build(variant, compiler, folder)
+    return folder / ("emulator" if variant == "race" else "libemulator.so")
+
+
+def _build(variant: str, compiler: str, folder: Path) -> None:
     configure = ["cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(folder), f"-DVARIANT={variant}"]
     configure += [f"-DFASTDIFF_CUDA_INCLUDE={cuda_include()}", f"-DCMAKE_CXX_COMPILER={compiler}"]
-    configure += ["-DCMAKE_BUILD_TYPE="]
+    # as in setup.py: flags of the environment stay out, and ccache goes first where it is installed
+    configure += ["-DCMAKE_BUILD_TYPE=", "-DCMAKE_CXX_FLAGS="]
+    configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={shutil.which('ccache') or ''}"]
     if _run(configure, check=False):  # CMake forgets its settings where a folder was made with another compiler
         shutil.rmtree(folder, ignore_errors=True)
         _run(configure)
     _run(["cmake", "--build", str(folder)])
-    return folder / ("emulator" if variant == "race" else "libemulator.so")
 
 
 def race(*arguments: str) -> subprocess.CompletedProcess:

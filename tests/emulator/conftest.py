@@ -14,7 +14,7 @@ def build_or_skip(variant: str) -> Path:
     try:
         return build(variant)
     except Unavailable as reason:
-        pytest.skip(f"CUDA EMULATOR TESTS NOT RUN ({variant}): {reason}")
+        pytest.skip(f"NOT TESTED: the CUDA kernels in the emulator ({variant}): {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from emulator import Emulator, pointer
 
-RULES = ("count", "threshold", "factor", "entropy_budget", "ancestral")  # as in token_sampling.h
+RULES = ("count", "threshold", "factor", "entropy_budget", "ancestral")  # as in unmask.h
 ORDERS = ("confidence", "margin", "entropy", "random")
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 

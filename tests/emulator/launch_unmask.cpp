@@ -1,5 +1,5 @@
 // unmask_'s launch functions, as Python calls them.
-#include "kernels/token_sampling/unmask_cuda.h"
+#include "kernels/unmask/unmask_cuda.h"
 #include "launch.h"
 
 extern "C" {

@@ -13,8 +13,9 @@ inline std::vector<float> numbers(int64_t count) {
 
 // 0, or 1 where a launch was refused
 int race_adaln();
-int race_eos_length();
-int race_masked_loss();
+int race_eos_log_prob();
+int race_masked_linear_cross_entropy();
 int race_qgfd();
+int race_scale_shift();
 int race_token_sampling();
 int race_unmask();

@@ -11,8 +11,10 @@
 
 namespace {
 
-constexpr int (*kOperators[])() = {race_adaln, race_eos_length,     race_masked_loss,
-                                   race_qgfd,  race_token_sampling, race_unmask};
+constexpr int (*kOperators[])() = {
+    race_adaln,       race_eos_log_prob,   race_masked_linear_cross_entropy, race_qgfd,
+    race_scale_shift, race_token_sampling, race_unmask,
+};
 
 int run_fault(const char* name) {
   std::vector<float> in(512, 1.0f), out(512);

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "kernels/token_sampling/unmask_cuda.h"
+#include "kernels/unmask/unmask_cuda.h"
 #include "race.h"
 
 namespace {

@@ -68,7 +68,7 @@ def test_nearest_neighbours():
 def test_classifier_learns_and_is_cached(digits, classifier, monkeypatch):
     features, labels = classify(classifier, digits.held_out)
     assert features.shape == (179, 128) and not classifier.training
-    assert (labels == digits.held_out.labels).double().mean() > 0.9
+    assert (labels == digits.held_out.labels).double().mean() > 0.7  # seen: 0.96 and 0.98; 0.1 by chance
     monkeypatch.setattr("fastdiff.evaluation.classifier._train", lambda *args: pytest.fail("trained again"))
     again = load_or_train_classifier(digits, progress=False, schedule=SHORT)
     assert torch.equal(classify(again, digits.held_out)[0], features)
@@ -88,7 +88,7 @@ def test_a_damaged_cache_is_replaced(digits, monkeypatch, tmp_path):
 def test_report_tells_real_images_from_noise(digits, classifier):
     chosen = balanced_subset(digits.train, 100)
     real = evaluate_samples(digits.train.images(chosen), digits.train.labels[chosen], digits, classifier)
-    assert real.samples.class_accuracy > 0.9 and real.samples.images == 100
+    assert real.samples.class_accuracy > 0.7 and real.samples.images == 100
     assert real.samples.nearest_neighbour_median < 1e-2 < real.held_out.nearest_neighbour_minimum  # copies are seen
     noise = torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     false = evaluate_samples(noise, torch.arange(100) % 10, digits, classifier)

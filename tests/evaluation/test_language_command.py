@@ -121,7 +121,7 @@ def test_a_checkpoint_without_a_run_has_no_held_out_text(pairs_run, tmp_path, ca
     with pytest.raises(SystemExit) as exit_:
         evaluate.main([str(taken)])
     text = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and re.search("is no run, and has no held-out text; pass --lm-eval TASKS", text)
+    assert exit_.value.code == 2 and re.search("is not a run, and has no held-out text; pass --lm-eval TASKS", text)
 
 
 def test_the_old_evaluation_survives_a_full_disk(pairs_run, tmp_path, capsys, monkeypatch):

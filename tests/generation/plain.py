@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from fastdiff.kernels.token_sampling import reference
+from fastdiff.kernels.token_sampling import reference as sampling
+from fastdiff.kernels.unmask import reference as unmasking
 from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig
 
 
@@ -33,7 +34,8 @@ def without_draws(monkeypatch):
         words = torch.zeros(torch.broadcast_shapes(sequence_ids.shape, positions.shape), dtype=torch.int64)
         return words, words
 
-    monkeypatch.setattr(reference, "philox", zeros)
+    for reference in (sampling, unmasking):
+        monkeypatch.setattr(reference, "philox", zeros)
 
 
 def prompts(seed, *lengths):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from fastdiff import generate as command
 from fastdiff import sample
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.text import StepRecorder, TextGenerator, until_end
+from fastdiff.tasks.masked_lm.generate import printable
 from fastdiff.tasks.masked_lm.run import load_language_model
 
 MASK, EOS = 3, 2
@@ -116,7 +116,7 @@ def test_what_cannot_be_loaded(language_run, tmp_path, capsys):
     def fails(path):
         return failure(capsys, path, "--prompt", "x")
 
-    assert "no config.json in it; expected the folder of a language model" in fails(tmp_path)
+    assert "no config.yaml and no config.json in it" in fails(tmp_path)
     assert "could not be downloaded from the Hugging Face Hub" in fails("nobody/nothing")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
@@ -169,7 +169,7 @@ def test_output_has_each_sample_whatever_the_batch(language_run, tmp_path, capsy
     assert first["prompt"] == "to be" and first["seed"] == 4 and first["options"]["max_new_tokens"] == 12
     assert len({record["text"] for record in records[0]}) == 6  # copies of a prompt, and the prompt given twice, differ
     again = output_of(capsys, language_run, "--prompt", "to be", "--temperature", 1, "--seed", first["seed"])
-    assert again[0] == command._printable("to be" + first["text"]).split("\n")[0]
+    assert again[0] == printable("to be" + first["text"]).split("\n")[0]
 
 
 def test_samples_are_those_of_generate(language_run):
@@ -284,7 +284,7 @@ def test_chat_template(tmp_path, capsys):
 
 def test_options_are_the_fields_of_the_configuration(capsys, language_run):
     with pytest.raises(SystemExit):
-        command.main(["--help"])
+        command.main([str(language_run), "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name in MaskedDiffusionGenerationConfig.option_defaults():
         assert f"--{name.replace('_', '-')} " in text or f"--{name.replace('_', '-')}," in text
@@ -309,7 +309,7 @@ def test_options_are_the_fields_of_the_configuration(capsys, language_run):
         (["--prompt", "a", "--unmasking-rule", "all"], "invalid choice: 'all'"),
         (["--prompt", "a", "--threshold", "0.9"], "threshold: got 0.9 with unmasking_rule='count'"),
         (["--prompt", "a", "--suppress-tokens", "280"], "suppress_tokens: got 280; expected 0 to 279"),
-        (["--prompt", "a", "--num-samples", "0"], "--num-samples is 0; expected at least 1"),
+        (["--prompt", "a", "--num-samples", "0"], "--num-samples: got 0; expected at least 1"),
         (["--prompt", "a", "--device", "cuda:99"], "device: got 'cuda:99'; expected cpu"),
         (["--prompt", "a", "--dtype", "int8"], "dtype: got 'int8'; expected float32"),
         (["--prompt", "a", "--output", "/nowhere/x.jsonl"], "lies in a folder that does not exist"),
@@ -344,19 +344,21 @@ def test_a_rule_on_the_command_line_drops_the_recipes_numbers(tmp_path, capsys):
 
 
 def test_ctrl_c_ends_in_one_line(tmp_path):
+    """The lines of 580 masks are more than a pipe holds, so the command cannot end before it is interrupted."""
     tokenizer = byte_tokenizer()
-    model = tiny_model(len(tokenizer), hidden_size=128, num_hidden_layers=4, max_position_embeddings=600)
+    model = tiny_model(len(tokenizer), max_position_embeddings=600)
     folder, output = save_model(tmp_path / "model", model, tokenizer), tmp_path / "out.jsonl"
-    arguments = [folder, "--prompt", "to be", "--max-new-tokens", 500, "--watch", "--output", output]
+    arguments = [folder, "--prompt", "to be", "--max-new-tokens", 580, "--watch", "--output", output]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastdiff.generate", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a shell's background job ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.readline().startswith("[step 1, ")
     process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.strip() == "interrupted" and time.monotonic() - started < 30
+    _, errors = process.communicate()
+    assert process.returncode == 130 and errors.strip() == "interrupted"
     assert not output.exists()
 
 

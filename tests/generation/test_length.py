@@ -216,7 +216,7 @@ def test_scores_of_a_probe_and_of_a_prediction(model, rows):
     with pytest.raises(ValueError, match="'daedal' makes passes of its own"):
         expanding.bounds(got.probe)
     assert expanding.scores(expanding(*padded(rows)), [9, 0, 9, 20]).tolist() == [0, -9, 0, torch.inf]
-    with pytest.raises(ValueError, match="probe: got one of 4 masks a row; expected window = 10"):
+    with pytest.raises(ValueError, match="probe: got one of 4 masks per row; expected window = 10"):
         predictor.bounds(predictor.probe(rows[0], window=4))
 
 

@@ -82,7 +82,7 @@ def test_calibrations_that_cannot_be_used(calibrated, run, tmp_path, capsys):
     assert "length_format: the model's config names none" in failure(capsys, unnamed, *options)
     assert "window tokens saved" in output_of(capsys, unnamed, *options, "--length-format", "eos_fill")[-1]
     fixed = options[:2] + ("--length-format", "eos_fill")
-    assert "--length-format is eos_fill, which is of --length auto" in failure(capsys, unnamed, *fixed)
+    assert "--length-format: got eos_fill without --length auto" in failure(capsys, unnamed, *fixed)
     long = "to be " * 20
     assert "and the length predictor's window is 12; expected at most 48" in failure(
         capsys, calibrated, "--prompt", long, "--length", "auto", "--max-new-tokens", 4

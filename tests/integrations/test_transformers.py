@@ -123,7 +123,7 @@ def test_other_masks_are_dense(settings):
     floats = torch.zeros(custom.shape).masked_fill(~custom, torch.finfo(torch.float32).min)
     for model, mask in zip(models * 2, (custom, custom, floats, custom), strict=True):
         close(first(model, input_ids=ids, attention_mask=mask), first(models[1], input_ids=ids, attention_mask=custom))
-    with pytest.raises(ValueError, match="attention_mask has values other than 0 and -inf"):
+    with pytest.raises(ValueError, match="attention_mask: got values other than 0 and -inf"):
         models[0](input_ids=ids, attention_mask=floats + 0.5)
 
 
@@ -241,12 +241,12 @@ def test_settings_survive_saving(tmp_path):
     [
         (
             {"step": 1, "alhpa": 0.1},
-            r"config.qgfd has unknown keys \['step', 'alhpa'\]; expected some of steps, alpha, ",
+            r"config.qgfd: got unknown keys \['step', 'alhpa'\]; expected some of steps, alpha, ",
         ),
         ({"alpha": 1.5}, r"config.qgfd.alpha: got 1.5; expected a number in \[0, 1\]"),
         ({"steps": "two"}, "config.qgfd.steps: got 'two'; expected an int >= 0"),
         ({"transition": "keys"}, "config.qgfd.transition: got 'keys'; expected 'attention' or 'key'"),
-        ([1], r"config.qgfd is \[1\]; expected a dict"),
+        ([1], r"config.qgfd: got \[1\]; expected a dict"),
     ],
 )
 def test_bad_settings(settings, message):

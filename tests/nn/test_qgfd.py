@@ -142,7 +142,7 @@ def test_a_causal_attn_mask_wants_no_dense_path(monkeypatch):
 def test_a_bias_of_the_scores_is_refused_under_compile_as_well():
     attention, x = QGFDAttention(16, 2), torch.randn(2, 7, 16)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="attn_mask has values other than 0 and -inf"):
+    with pytest.raises(RuntimeError, match="attn_mask: got values other than 0 and -inf"):
         compiled(x, x, x, attn_mask=torch.randn(7, 7))
 
 
@@ -247,11 +247,11 @@ def test_bad_settings(settings, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"need_weights": True}, "need_weights is True; expected False"),
-        ({"key_padding_mask": torch.zeros(2, 3, dtype=torch.bool)}, r"key_padding_mask has shape \[2, 3\]; expected"),
-        ({"key_padding_mask": torch.full((2, LENGTH), 0.5)}, "key_padding_mask has values other than 0 and -inf"),
-        ({"key_padding_mask": torch.ones(2, LENGTH, dtype=torch.int64)}, "key_padding_mask is torch.int64; expected"),
-        ({"attn_mask": torch.zeros(3, 3)}, r"attn_mask has shape \[3, 3\]; expected \[7, 7\] or \[6, 7, 7\]"),
+        ({"need_weights": True}, "need_weights: got True; expected False"),
+        ({"key_padding_mask": torch.zeros(2, 3, dtype=torch.bool)}, r"key_padding_mask: got shape \[2, 3\]; expected"),
+        ({"key_padding_mask": torch.full((2, LENGTH), 0.5)}, "key_padding_mask: got values other than 0 and -inf"),
+        ({"key_padding_mask": torch.ones(2, LENGTH, dtype=torch.int64)}, "key_padding_mask: got torch.int64; expected"),
+        ({"attn_mask": torch.zeros(3, 3)}, r"attn_mask: got shape \[3, 3\]; expected \[7, 7\] or \[6, 7, 7\]"),
     ],
 )
 def test_bad_calls(call, message):
@@ -262,7 +262,7 @@ def test_bad_calls(call, message):
 
 def test_an_unbatched_call_is_refused():
     x = states()[0]
-    with pytest.raises(ValueError, match=r"query has shape \[7, 24\]; expected three dimensions"):
+    with pytest.raises(ValueError, match=r"query: got shape \[7, 24\]; expected three dimensions"):
         module()(x, x, x)
 
 
@@ -321,7 +321,7 @@ def test_other_sequences_want_a_reset():
     settings, held = QGFDSettings(transition="key"), DiffusedValues()
     key, value = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
     held.update(key, value, settings)
-    with pytest.raises(ValueError, match=r"key has \[1, 2\] samples and heads, \[2, 2\] are held"):
+    with pytest.raises(ValueError, match=r"key: got \[1, 2\] samples and heads where \[2, 2\] are held"):
         held.update(key[:1], value[:1], settings)
     held.reset()
     other = torch.randn(1, 2, 6, 8)

@@ -1,7 +1,7 @@
 // unmask_ as an aarch64 program, for tests/ops/test_aarch64.py: reads parameters and tensors from stdin, runs one call,
 // writes the new token ids and what was committed to stdout. No torch, no Python.
 #include "tests/ops/aarch64.h"
-#include "kernels/token_sampling/token_sampling.h"
+#include "kernels/unmask/unmask.h"
 
 using namespace fastdiff;
 

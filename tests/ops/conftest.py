@@ -3,11 +3,29 @@ import os
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # the harness's Triton row: as a GPU rounds and multiplies
-    from ops.triton_interpreter import mend_bf16_products, mend_bf16_rounding
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:  # as a GPU rounds and multiplies
+    from ops.triton_interpreter import checked_memory, mend_bf16_products, mend_bf16_rounding
 
     mend_bf16_rounding()
     mend_bf16_products()
+
+    @pytest.fixture(autouse=True)
+    def bounds(request):
+        """The launch functions' memory accesses are checked; the harness's tensors lie anywhere."""
+        if request.path.name.startswith("interpreted_"):
+            with checked_memory():
+                yield
+        else:
+            yield
+
+
+def pytest_pycollect_makemodule(module_path):
+    if module_path.name.startswith("interpreted_") and not INTERPRETED:
+        raise pytest.Collector.CollectError(
+            f"{module_path.name} needs TRITON_INTERPRET=1: run test_triton_interpreted.py"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,11 @@ A new operator is an `Operator` in tests/ops/operators.py; a new backend is a ro
 """
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fastdiff import backends
 from fastdiff.ops import _native
 
 Inputs = dict[str, Tensor | None | float | str | tuple]
+A, B = TypeVar("A"), TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,10 @@ class Row:
 
     def skip_unless_runnable(self, operator: str) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
-            pytest.skip(f"{self.name}: no GPU on this machine (its kernels run in tests/emulator)")
+            pytest.skip(f"NOT TESTED: {self.name}: no GPU on this machine (its kernels run in tests/emulator)")
         reason = backends.why_not(operator, self.backend, self.device, (torch.float32,))
         if reason is not None:
-            pytest.skip(f"{self.name}: {reason}")
+            pytest.skip(f"NOT TESTED: {self.name}: {reason}")
 
 
 def _rows() -> list[Row]:
@@ -56,6 +59,22 @@ def _rows() -> list[Row]:
 
 ROWS = _rows()
 NATIVE = [row for row in ROWS if row.backend != "reference"]
+A_DEVICE = [row for row in NATIVE if row.name in ("cpu-baseline", "cuda")]  # looks at operators, not at kernels
+BEST_CPU = [row for row in ROWS if row.backend == "cpu"][-1]
+
+
+def cover(firsts: Sequence[A], seconds: Sequence[B]) -> Iterator[tuple[Row, A, B, tuple[pytest.MarkDecorator, ...]]]:
+    """Every (row, first, second) and its marks: `exhaustive` where the default run leaves it out.
+
+    The reference, the best instruction set and GPUs get the whole grid. The other instruction sets are compiled from
+    the same source, so there each first meets one second and each second one first, and other pairs on every row.
+    """
+    count = max(len(firsts), len(seconds))
+    for shift, row in enumerate(ROWS):
+        kept = {(i % len(firsts), (i + shift) % len(seconds)) for i in range(count)}
+        for (i, first), (j, second) in itertools.product(enumerate(firsts), enumerate(seconds)):
+            whole = row.isa is None or row == BEST_CPU
+            yield row, first, second, () if whole or (i, j) in kept else (pytest.mark.exhaustive,)
 
 
 @dataclass(frozen=True)
@@ -178,3 +197,29 @@ def gradients(outputs: tuple[Tensor, ...], inputs: Inputs, seed: int) -> dict[st
         outputs, list(leaves.values()), [c.to(o.device, o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
     )
     return dict(zip(leaves, grads, strict=True))
+
+
+def across_threads(run: Callable[[], A]) -> list[A]:
+    """What `run` gives with several numbers of torch's threads, one first."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 1, 2, 3, 4, 5, 8):
+            torch.set_num_threads(n)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def check_schemas(schemas: dict[str, str]) -> None:
+    """Asserts that the schemas written in Python are those of the compiled operators."""
+    for name, schema in schemas.items():
+        written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
+        assert torch._C.parse_schema(name + schema) == torch._C.parse_schema(name + written)
+
+
+def check_operators(schemas: dict[str, str], calls: dict[str, tuple]) -> None:
+    """torch's opcheck of every operator, with the arguments of a call."""
+    assert set(calls) == set(schemas)
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, arguments)

@@ -4,31 +4,19 @@ Run by test_triton_interpreted.py in a process with TRITON_INTERPRET=1; by hand:
 TRITON_INTERPRET=1 python -m pytest tests/ops/interpreted_adaln.py
 """
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from fastdiff.kernels.adaln import reference
 from fastdiff.kernels.adaln import triton_kernels as kernels
-from ops.triton_interpreter import checked_memory, mend_bf16_rounding, programs, shuffled
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.exit("interpreted_adaln.py needs TRITON_INTERPRET=1: run test_triton_interpreted.py", returncode=2)
-mend_bf16_rounding()
+from ops.triton_interpreter import programs, shuffled
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Errors are ratios of norms; the largest seen: 1.4e-7 (fp32), 3.8e-3 (bf16, six elements), 2.7e-4 (fp16).
 TOLERANCE = {F32: 5e-7, BF16: 5e-3, F16: 7e-4}
 UNITS = {"D": lambda b, n: (), "1D": lambda b, n: (1,), "BD": lambda b, n: (b,), "1ND": lambda b, n: (1, n)}
 UNITS |= {"BND": lambda b, n: (b, n)} | {f"BFD{f}": lambda b, n, f=f: (b, f) for f in (1, 2, 3, 4)}
-
-
-@pytest.fixture(autouse=True)
-def bounds():
-    with checked_memory():
-        yield
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ TRITON_INTERPRET=1 python -m pytest tests/ops/interpreted_qgfd.py
 """
 
 import itertools
-import os
 from dataclasses import dataclass
 
 import pytest
@@ -14,23 +13,12 @@ from torch import Tensor
 
 from fastdiff import backends, ops
 from fastdiff.kernels.qgfd import triton_kernels as kernels
-from ops.triton_interpreter import checked_memory, mend_bf16_products, mend_bf16_rounding, programs, shuffled
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.exit("interpreted_qgfd.py needs TRITON_INTERPRET=1: run test_triton_interpreted.py", returncode=2)
-mend_bf16_rounding()
-mend_bf16_products()
+from ops.triton_interpreter import programs, shuffled
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Ratios of norms, of results and of gradients. The largest seen: 2.0e-7, 9.9e-07 (fp32); 2.7e-3, 4.6e-3 (bf16);
 # 3.4e-4, 1.8e-3 (fp16; at head size 1, whose gradients are differences of near terms, else 7.3e-4).
 TOLERANCE = {F32: (4e-7, 1.5e-6), BF16: (5e-3, 9e-3), F16: (7e-4, 3e-3)}
-
-
-@pytest.fixture(autouse=True)
-def bounds():
-    with checked_memory():
-        yield
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.kernels.adaln import reference as adaln_reference
-from ops.eos_cases import EOS_HEAD, EOS_LOGITS
+from ops.eos_log_prob_cases import EOS_HEAD, EOS_LOGITS
 from ops.harness import Case, Dtypes, Inputs, Operator
-from ops.masked_loss_cases import MASKED_LOSS
+from ops.masked_linear_cross_entropy_cases import MASKED_LOSS
 from ops.qgfd_cases import QGFD
-from ops.sampling_cases import HEAD, SAMPLE
+from ops.scale_shift_cases import SCALE_SHIFT
+from ops.token_sampling_cases import HEAD, SAMPLE
 
 
 def _randn(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> Tensor:
@@ -96,4 +97,4 @@ ADALN = Operator("adaln", lambda **kw: (ops.adaln(**kw),), _adaln_reference, _ad
 GATED = Operator(
     "gated_residual_adaln", lambda **kw: ops.gated_residual_adaln(**kw), _gated_reference, _adaln_cases(gated=True)
 )
-OPERATORS = [ADALN, GATED, SAMPLE, HEAD, MASKED_LOSS, EOS_LOGITS, EOS_HEAD, QGFD]
+OPERATORS = [ADALN, GATED, SAMPLE, HEAD, MASKED_LOSS, EOS_LOGITS, EOS_HEAD, QGFD, SCALE_SHIFT]

@@ -1,5 +1,6 @@
 """The CPU kernels compiled for aarch64 (NEON through the baseline's vectors) and run under qemu."""
 
+import functools
 import shutil
 import struct
 import subprocess
@@ -37,44 +38,37 @@ def build(folder: Path, kernel: str, main: str) -> Path:
     return folder / "program"
 
 
-def run(program: Path, data: bytes) -> bytes:
-    return subprocess.run([TOOLS[1], str(program)], input=data, capture_output=True, check=True).stdout
-
-
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("adaln"), "adaln/adaln", "aarch64_adaln.cpp")
+def under_qemu(tmp_path_factory):
+    """under_qemu(program, input) → what it writes; a program is built at its first call."""
+    kernels = {
+        "adaln": "adaln/adaln",
+        "token_sampling": "token_sampling/token_sampling",
+        "unmask": "unmask/unmask",
+        "eos_log_prob": "eos_log_prob/eos_log_prob",
+        "qgfd": "qgfd/qgfd",
+    }
 
+    @functools.cache
+    def program(name: str) -> Path:
+        return build(tmp_path_factory.mktemp(name), kernels[name], f"aarch64_{name}.cpp")
 
-@pytest.fixture(scope="module")
-def sampling_program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("sampling"), "token_sampling/token_sampling", "aarch64_sample_tokens.cpp")
+    def run(name: str, data: bytes) -> bytearray:
+        command = [TOOLS[1], str(program(name))]
+        return bytearray(subprocess.run(command, input=data, capture_output=True, check=True).stdout)
 
-
-@pytest.fixture(scope="module")
-def unmask_program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("unmask"), "token_sampling/unmask", "aarch64_unmask.cpp")
-
-
-@pytest.fixture(scope="module")
-def eos_program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("eos"), "eos_length/eos_length", "aarch64_eos_length.cpp")
-
-
-@pytest.fixture(scope="module")
-def qgfd_program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("qgfd"), "qgfd/qgfd", "aarch64_qgfd.cpp")
+    return run
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "dim", "rms"), [(5, 77, False), (3, 384, True), (2, 1, False), (9, 7, True)])
-def test_adaln_under_qemu(program, dtype, tokens, dim, rms):
+def test_adaln_under_qemu(under_qemu, dtype, tokens, dim, rms):
     generator = torch.Generator().manual_seed(dim)
     operands = [torch.randn(s, generator=generator).to(dtype) for s in [(tokens, dim)] * 2 + [(1, dim)] * 3]
     data = struct.pack("4q", tokens, dim, DTYPES[dtype], rms)
     data += b"".join(t.view(torch.uint8).numpy().tobytes() for t in operands)
-    done = run(program, data)
-    stream, out = torch.frombuffer(bytearray(done), dtype=dtype).view(2, 1, tokens, dim)
+    done = under_qemu("adaln", data)
+    stream, out = torch.frombuffer(done, dtype=dtype).view(2, 1, tokens, dim)
     x, branch, gate, shift, scale = (t.double() for t in operands)
     exact = reference.gated_residual_adaln(x[None], branch[None], gate, shift, scale, norm="rms" if rms else "layer")
     eps = torch.finfo(dtype).eps
@@ -86,14 +80,14 @@ def test_adaln_under_qemu(program, dtype, tokens, dim, rms):
 
 @pytest.mark.parametrize("kind", ["plain", "ties", "odd values"])
 @pytest.mark.parametrize("rule", RULES)
-def test_unmask_under_qemu(unmask_program, rule, kind):
+def test_unmask_under_qemu(under_qemu, rule, kind):
     p, batch, length = problem(kind, 4, 50), 4, 50
     values = torch.full((batch,), float(NUMBERS[rule]))
     for order in ORDERS:
         data = struct.pack("6q", batch, length, RULES.index(rule), ORDERS.index(order), 5, MASK)
         data += b"".join(t.numpy().tobytes() for t in (p.token_ids, *p.sample[:4], values))
-        done = run(unmask_program, data)
-        out = torch.frombuffer(bytearray(done), dtype=torch.int64)
+        done = under_qemu("unmask", data)
+        out = torch.frombuffer(done, dtype=torch.int64)
         expected, committed = p.expected(rule, order, values, seed=5)
         assert torch.equal(out[:-batch].view(batch, length), expected) and torch.equal(out[-batch:], committed)
 
@@ -102,10 +96,10 @@ def test_unmask_under_qemu(unmask_program, rule, kind):
 @pytest.mark.parametrize(
     ("vocab", "temperature", "top_k", "top_p"), [(5, 0.0, 0, 1.0), (1500, 0.8, 0, 1.0), (17000, 1.0, 500, 0.9)]
 )
-def test_sample_tokens_under_qemu(sampling_program, dtype, vocab, temperature, top_k, top_p):
+def test_sample_tokens_under_qemu(under_qemu, dtype, vocab, temperature, top_k, top_p):
     logits = (torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).to(dtype)
     data = struct.pack("4q2d", 3, vocab, DTYPES[dtype], top_k, temperature, top_p)
-    done = bytearray(run(sampling_program, data + logits.view(torch.uint8).numpy().tobytes()))
+    done = under_qemu("token_sampling", data + logits.view(torch.uint8).numpy().tobytes())
     token = torch.frombuffer(done, dtype=torch.int64, count=3)
     floats = torch.frombuffer(done, dtype=torch.float32, offset=24).view(3, 3)
     with use_backend("reference"):
@@ -117,12 +111,12 @@ def test_sample_tokens_under_qemu(sampling_program, dtype, vocab, temperature, t
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [5, 1500, 3001])
-def test_eos_log_prob_under_qemu(eos_program, dtype, vocab):
+def test_eos_log_prob_under_qemu(under_qemu, dtype, vocab):
     end, suppressed, rows = (0, vocab - 1), (1, vocab // 2), 300  # more rows than a tile holds
     logits = (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * 6).to(dtype)
     excluded = sorted({*end, *suppressed})
     data = struct.pack(f"{7 + len(excluded)}q", rows, vocab, DTYPES[dtype], 2, len(excluded), *end, *excluded)
-    done = bytearray(run(eos_program, data + logits.view(torch.uint8).numpy().tobytes()))
+    done = under_qemu("eos_log_prob", data + logits.view(torch.uint8).numpy().tobytes())
     from_logits, from_hidden = torch.frombuffer(done, dtype=torch.float32).view(2, rows)
     with use_backend("reference"):
         exact = eos_log_prob_from_logits(logits, end, suppress_tokens=suppressed)
@@ -139,13 +133,13 @@ QGFD_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1.1e
     ("heads", "length", "dim", "recurrence", "causal"),
     [(8, 70, 40, "power", False), (2, 150, 16, "restart", True), (1, 3, 9, "power", False)],
 )
-def test_qgfd_under_qemu(qgfd_program, dtype, heads, length, dim, recurrence, causal):
+def test_qgfd_under_qemu(under_qemu, dtype, heads, length, dim, recurrence, causal):
     """Eight heads keep their weights; two share the threads, and make them again."""
     generator = torch.Generator().manual_seed(length)
     operands = [torch.randn(heads, length, dim, generator=generator).to(dtype) for _ in range(4)]
     data = struct.pack("8q", heads, length, dim, DTYPES[dtype], 3, 1 if recurrence == "restart" else 2, 2, causal)
     data += b"".join(t.view(torch.uint8).numpy().tobytes() for t in operands)
-    done = torch.frombuffer(bytearray(run(qgfd_program, data)), dtype=dtype).view(4, length, heads, dim)
+    done = torch.frombuffer(under_qemu("qgfd", data), dtype=dtype).view(4, length, heads, dim)
     leaves = [t.double().requires_grad_() for t in operands[:3]]
     out = qgfd_reference.qgfd_attention(
         *(t[None] for t in leaves), steps=2, alpha=0.5, recurrence=recurrence, scale=0.25, is_causal=causal

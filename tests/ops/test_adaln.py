@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastdiff import BackendError, use_backend
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops import _adaln_backends, _native, adaln, gated_residual_adaln
-from ops.harness import NATIVE, ROWS
+from ops.harness import A_DEVICE, NATIVE, ROWS, check_operators, check_schemas
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
@@ -158,10 +158,8 @@ def test_autocast_gives_the_autocast_dtype_and_keeps_the_residual(row):
     assert stream.dtype == torch.float32 and out.dtype == torch.bfloat16
 
 
-@native
+@pytest.mark.parametrize("row", A_DEVICE, ids=lambda r: r.name)
 def test_opcheck(row):
-    if row.name not in ("cpu-baseline", "cuda"):
-        pytest.skip(f"{row.name}: opcheck looks at the operator, not at its kernels")
     x, b = (randn(2, 6, 16, seed=s).to(row.device) for s in (0, 1))
     m, f, w = randn(2, 16).to(row.device), randn(1, 3, 16).to(row.device), randn(16).to(row.device)
     stats = [randn(12).to(row.device), randn(12).abs().to(row.device)]
@@ -179,16 +177,11 @@ def test_opcheck(row):
             "gated_residual_adaln_forward_out": (x, b, f, m, f, w, w, rms, 1e-6, None, stream, out),
             "gated_residual_adaln_backward": (b, None, x, mean, stats[1], b, f, *backward),
         }
-        assert set(calls) == set(_adaln_backends.SCHEMAS)
-        for name, args in calls.items():
-            torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, args)
+        check_operators(_adaln_backends.SCHEMAS, calls)
 
 
 def test_schemas_in_python_and_cpp_are_the_same():
-    for name, schema in _adaln_backends.SCHEMAS.items():
-        written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
-        parsed = torch._C.parse_schema(name + schema)
-        assert written == str(parsed).removeprefix(name)
+    check_schemas(_adaln_backends.SCHEMAS)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -227,7 +220,7 @@ def test_only_wanted_gradients_are_made(row):
         first.sum().backward()
 
 
-@pytest.mark.skipif(_native.cpu_module is None, reason="fastdiff._C was not built")
+@pytest.mark.skipif(_native.cpu_module is None, reason="NOT TESTED: fastdiff._C was not built")
 @pytest.mark.parametrize("isa", _native.cpu_module.isa_names() if _native.cpu_module else [])
 def test_raw_launch_functions_take_numpy_arrays_in_any_chunk_order(isa):
     generator = np.random.default_rng(0)
@@ -270,11 +263,9 @@ def test_offsets_beyond_two_to_the_31_elements():
         assert torch.equal(out[:, -filled:], adaln(x[:, -filled:].contiguous(), None, None))
 
 
-@native
+@pytest.mark.parametrize("row", [r for r in NATIVE if r.backend == "cpu"], ids=lambda r: r.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_outputs_that_bypass_the_caches_are_the_same(row, dtype):
-    if row.backend != "cpu":
-        pytest.skip(f"{row.name}: the CPU kernels alone stream large outputs")
     dim, tokens = 1024, (48 << 20) // (1024 * dtype.itemsize) + 3
     block = randn(1, 97, dim, dtype=dtype)
     x, shift = block.repeat(1, tokens // 97 + 1, 1)[:, :tokens].contiguous(), randn(1, dim, seed=1)

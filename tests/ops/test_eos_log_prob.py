@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdiff.ops import (
-    _eos_length_backends,
+    _eos_log_prob_backends,
     eos_log_prob,
     eos_log_prob_from_logits,
     lm_head_sample,
     sample_tokens,
 )
-from ops.harness import BF16, F16, F32, NATIVE, ROWS
+from ops.harness import BF16, F16, F32, NATIVE, ROWS, check_operators, check_schemas
 
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
 every = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
@@ -205,15 +205,11 @@ def test_opcheck():
         "eos_log_prob": (randn(2, 3, 8), randn(50, 8), randn(50), end, excluded),
         "eos_log_prob_from_logits": (randn(2, 3, 40), end, excluded),
     }
-    assert set(calls) == set(_eos_length_backends.SCHEMAS)
-    for name, args in calls.items():
-        torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, args)
+    check_operators(_eos_log_prob_backends.SCHEMAS, calls)
 
 
 def test_schemas_in_python_and_cpp_are_the_same():
-    for name, schema in _eos_length_backends.SCHEMAS.items():
-        written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
-        assert written == str(torch._C.parse_schema(name + schema)).removeprefix(name)
+    check_schemas(_eos_log_prob_backends.SCHEMAS)
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit

@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
+from fastdiff.ops import _native
 from ops.harness import (
     F32,
     NATIVE,
@@ -12,8 +13,10 @@ from ops.harness import (
     Dtypes,
     Inputs,
     Operator,
+    across_threads,
     as_leaves,
     call,
+    cover,
     gradients,
     relative_error,
     to_double,
@@ -21,23 +24,31 @@ from ops.harness import (
 from ops.operators import OPERATORS
 
 VALUES = [
-    pytest.param(op, case, dtypes, id=f"{op.name}-{case.name}-{dtypes}")
+    pytest.param(op, case, dtypes, row, id=f"{op.name}-{case.name}-{dtypes}-{row.name}", marks=marks)
     for op in OPERATORS
-    for case in op.cases
-    for dtypes in op.dtypes
+    for row, case, dtypes, marks in cover(op.cases, op.dtypes)
 ]
 BATCHES = [pytest.param(op, dtypes, id=f"{op.name}-{dtypes}") for op in OPERATORS for dtypes in op.dtypes if op.batch]
-rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
 operators = pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+def test_instruction_sets(isa):
+    if f"cpu-{isa}" not in {row.name for row in ROWS}:
+        pytest.skip(
+            f"NOT TESTED: the CPU kernels for {isa}: this CPU lacks its instructions, or fastdiff._C is not built"
+        )
+    (row,) = (row for row in ROWS if row.isa == isa)
+    with row.active():
+        assert _native.cpu_module.isa() == isa
 
 
 def leaves_of(operator: Operator, inputs: Inputs) -> Inputs:
     return as_leaves(inputs) if operator.differentiable else inputs
 
 
-@rows
-@pytest.mark.parametrize(("operator", "case", "dtypes"), VALUES)
+@pytest.mark.parametrize(("operator", "case", "dtypes", "row"), VALUES)
 def test_values_and_gradients(operator, case, row, dtypes):
     row.skip_unless_runnable(operator.name)
     inputs = leaves_of(operator, case.make(dtypes, row.device))
@@ -72,21 +83,15 @@ def test_values_and_gradients(operator, case, row, dtypes):
 def test_results_do_not_depend_on_threads_or_on_the_run(operator, row):
     row.skip_unless_runnable(operator.name)
     case = operator.case(operator.many)
-    threads = torch.get_num_threads()
 
-    def run(n: int) -> list[Tensor]:
-        torch.set_num_threads(n)
+    def run() -> list[Tensor]:
         inputs = leaves_of(operator, case.make(Dtypes(F32, F32), row.device))
         with row.active():
             results = call(operator, inputs, Dtypes(F32, F32))
             return [*results, *gradients(results, inputs, seed=9).values()]
 
-    try:
-        first = run(1)
-        for n in (1, 2, 3, 5):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(n), strict=True)), f"{n} threads"
-    finally:
-        torch.set_num_threads(threads)
+    first, *others = across_threads(run)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @native

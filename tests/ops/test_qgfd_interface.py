@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import BackendError, backends, use_backend
 from fastdiff.ops import _native, _qgfd_backends, qgfd_attention, qgfd_attention_dense, qgfd_values
-from ops.harness import BF16, F32, NATIVE, ROWS
+from ops.harness import A_DEVICE, BF16, F32, NATIVE, ROWS, check_operators, check_schemas
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
@@ -76,20 +76,14 @@ def operator_calls(device: str) -> dict[str, tuple]:
     }
 
 
-@native
+@pytest.mark.parametrize("row", A_DEVICE, ids=lambda r: r.name)
 def test_opcheck(row):
-    if row.name not in ("cpu-baseline", "cuda"):
-        pytest.skip(f"{row.name}: opcheck looks at the operators, not at their kernels")
     calls = operator_calls(row.device)
-    assert set(calls) == set(_qgfd_backends.SCHEMAS)
-    for name, args in calls.items():
-        torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, args)
+    check_operators(_qgfd_backends.SCHEMAS, calls)
 
 
 def test_schemas_in_python_and_cpp_are_the_same():
-    for name, schema in _qgfd_backends.SCHEMAS.items():
-        written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
-        assert torch._C.parse_schema(name + schema) == torch._C.parse_schema(name + written)
+    check_schemas(_qgfd_backends.SCHEMAS)
 
 
 MANGLED = {
@@ -114,7 +108,7 @@ MANGLED = {
 @pytest.mark.parametrize("what", MANGLED)
 def test_a_direct_call_does_not_read_out_of_bounds(what):
     if _native.cpu_missing:
-        pytest.skip(_native.cpu_missing)
+        pytest.skip(f"NOT TESTED: {_native.cpu_missing}")
     names = "query key value key_mask row_begin row_end scale hops first_mixed last_mixed alpha".split()
     arguments = dict(zip(names, operator_calls("cpu")["qgfd_forward"], strict=True))
     name, mangle = MANGLED[what]

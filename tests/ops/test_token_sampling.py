@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdiff import use_backend
+from fastdiff.kernels.common import philox
 from fastdiff.kernels.token_sampling import reference
 from fastdiff.ops import _token_sampling_backends, lm_head_sample, sample_tokens
-from ops.harness import BF16, F16, F32, NATIVE, ROWS
-from ops.sampling_cases import explain
+from ops.harness import BF16, F16, F32, NATIVE, ROWS, check_operators, check_schemas
+from ops.token_sampling_cases import explain
 
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
 every = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
@@ -170,7 +171,7 @@ def test_a_row_alone_is_the_row_in_any_batch_and_order(row):
 def ends() -> Tensor:
     """The positions, of a million, whose uniform is the smallest and the largest, at seed 1, sequence 0, step 0."""
     positions, zero = torch.arange(1_000_000), torch.tensor(0)
-    u = reference.uniform53(reference.philox(torch.tensor(1), zero, positions, zero, reference.DRAW_TOKEN))
+    u = philox.uniform53(philox.philox(torch.tensor(1), zero, positions, zero, philox.DRAW_TOKEN))
     assert u.min() < 4e-6 and u.max() > 1 - 4e-6
     return torch.stack([u.argmin(), u.argmax()])
 
@@ -375,15 +376,11 @@ def test_opcheck():
         "sample_tokens": (logits, torch.rand(6), 0.0, 4, 0.9, *tail),
         "lm_head_sample": (logits, randn(50, 40), randn(50), None, 1.0, *tail),
     }
-    assert set(calls) == set(_token_sampling_backends.SCHEMAS)
-    for name, args in calls.items():
-        torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, args)
+    check_operators(_token_sampling_backends.SCHEMAS, calls)
 
 
 def test_schemas_in_python_and_cpp_are_the_same():
-    for name, schema in _token_sampling_backends.SCHEMAS.items():
-        written = str(getattr(torch.ops.fastdiff, name).default._schema).removeprefix(f"fastdiff::{name}")
-        assert written == str(torch._C.parse_schema(name + schema)).removeprefix(name)
+    check_schemas(_token_sampling_backends.SCHEMAS)
 
 
 def test_offsets_beyond_two_to_the_31_elements():

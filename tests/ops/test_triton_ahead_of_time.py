@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels: triton is not installed (the extra 'triton')")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET is set: nothing can be compiled", allow_module_level=True)
+    pytest.skip("NOT TESTED: TRITON_INTERPRET is set, so nothing can be compiled", allow_module_level=True)
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import triton_aot as aot  # noqa: E402  (its folder must be on the path first)
 
@@ -17,18 +17,19 @@ AUTOCAST = (aot.F32, aot.BF16, aot.BF16)
 
 def test_every_kernel_is_among_the_variants():
     from fastdiff.kernels.adaln import triton_device as adaln
-    from fastdiff.kernels.eos_length import triton_device as eos
-    from fastdiff.kernels.masked_loss import triton_device as loss
+    from fastdiff.kernels.eos_log_prob import triton_device as eos
+    from fastdiff.kernels.masked_linear_cross_entropy import triton_device as loss
     from fastdiff.kernels.qgfd import triton_backward_device as qgfd_backward
     from fastdiff.kernels.qgfd import triton_device as qgfd
+    from fastdiff.kernels.scale_shift import triton_kernels as scale_shift
     from fastdiff.kernels.token_sampling import triton_device as sampling
     from fastdiff.kernels.token_sampling import triton_threshold_device as threshold
-    from fastdiff.kernels.token_sampling import triton_unmask_device as unmask
+    from fastdiff.kernels.unmask import triton_device as unmask
 
-    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd, qgfd_backward)
+    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd, qgfd_backward, scale_shift)
     kernels = {(module.__name__, name) for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(variant.module, variant.kernel) for variant in aot.labelled_variants()}
-    assert found == kernels and len(kernels) == 24
+    assert found == kernels and len(kernels) == 25
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -46,10 +47,12 @@ def test_another_batch_or_length_compiles_nothing_new(vocab, full):
     assert all(set(aot.sampling_variants(case, length=length)) == first for length in (1, 7, 100, 1023))
     first = set(aot.unmask_variants(2, 0, full, length=256))
     assert all(set(aot.unmask_variants(2, 0, full, length=length)) == first for length in (1, 81, 1023, 8192))
-    first = set(aot.masked_loss_variants(vocab, aot.BF16, full, True, rows=1024))
-    assert all(set(aot.masked_loss_variants(vocab, aot.BF16, full, True, rows=rows)) == first for rows in (1, 5, 999))
-    first = set(aot.eos_length_variants(vocab, aot.BF16, length=64))
-    assert all(set(aot.eos_length_variants(vocab, aot.BF16, length=length)) == first for length in (1, 7, 1023))
+    first = set(aot.cross_entropy_variants(vocab, aot.BF16, full, True, rows=1024))
+    assert all(set(aot.cross_entropy_variants(vocab, aot.BF16, full, True, rows=rows)) == first for rows in (1, 5, 999))
+    first = set(aot.eos_log_prob_variants(vocab, aot.BF16, length=64))
+    assert all(set(aot.eos_log_prob_variants(vocab, aot.BF16, length=length)) == first for length in (1, 7, 1023))
+    first = set(aot.scale_shift_variants(1152, aot.BF16, tokens=64))
+    assert all(set(aot.scale_shift_variants(1152, aot.BF16, tokens=tokens)) == first for tokens in (1, 7, 1023))
 
 
 @pytest.mark.parametrize("masks", ["", "begin end", "keys"])
@@ -76,8 +79,9 @@ def test_another_seed_or_temperature_compiles_nothing_new():
 
 def some_variants() -> list[aot.Variant]:
     sampling = aot.sampling_variants(aot.SamplingCase(126464, aot.BF16, 0.7, (50, 0.9), full=True))
-    others = aot.unmask_variants(2, 3, full=True) + aot.masked_loss_variants(50257, aot.F32, True, True)
-    others += aot.eos_length_variants(126464, aot.BF16) + aot.attention_variants(aot.AttentionCase(64, aot.BF16))
+    others = aot.unmask_variants(2, 3, full=True) + aot.cross_entropy_variants(50257, aot.F32, True, True)
+    others += aot.eos_log_prob_variants(126464, aot.BF16) + aot.attention_variants(aot.AttentionCase(64, aot.BF16))
+    others += aot.scale_shift_variants(1152, aot.BF16)
     return aot.adaln_variants(aot.Case(1152, AUTOCAST)) + sampling + others
 
 

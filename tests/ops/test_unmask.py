@@ -1,5 +1,6 @@
 """unmask_ on every backend: equal to the reference, to the published rules, and unharmed by bad input."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import BackendError, use_backend
 from fastdiff.ops import TokenSample, sample_tokens, unmask_
-from ops.harness import NATIVE, ROWS
+from ops.harness import NATIVE, ROWS, across_threads, cover
 from ops.unmask_cases import KINDS, MASK, NUMBERS, ORDERS, RULES, Problem, numbers, problem
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
@@ -35,10 +36,13 @@ def same(a, b) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ the reference
-@rows
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("order", ORDERS)
-@every_rule
+@pytest.mark.parametrize(
+    ("row", "rule", "order", "kind"),
+    [
+        pytest.param(row, rule, order, kind, id=f"{row.name}-{rule}-{order}-{kind}", marks=marks)
+        for row, (rule, order), kind, marks in cover(list(itertools.product(RULES, ORDERS)), KINDS)
+    ],
+)
 def test_every_rule_and_order_equals_the_reference(row, rule, order, kind):
     row.skip_unless_runnable("unmask_")
     p = problem(kind, 7, 83)
@@ -223,16 +227,13 @@ def test_a_row_is_the_same_alone_and_in_any_batch(row, rule, order):
 @every_rule
 def test_results_do_not_depend_on_threads(row, rule):
     row.skip_unless_runnable("unmask_")
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 3, 5):
-            torch.set_num_threads(n)
-            with row.active():
-                results.append([run(problem(kind, 24, 1500), rule, "entropy", seed=4) for kind in ("plain", "rows")])
-    finally:
-        torch.set_num_threads(threads)
-    assert all(same(a, b) for r in results for a, b in zip(results[0], r, strict=True))
+
+    def results():
+        with row.active():
+            return [run(problem(kind, 24, 1500), rule, "entropy", seed=4) for kind in ("plain", "rows")]
+
+    first, *others = across_threads(results)
+    assert all(same(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def test_seed_and_step_and_sequence_change_what_is_random():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.token_sampling import reference
+from fastdiff.kernels.unmask import reference
 from fastdiff.ops.token_sampling import TokenSample
 
 RULES = ("count", "threshold", "factor", "entropy_budget", "ancestral")

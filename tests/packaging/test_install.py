@@ -96,7 +96,7 @@ def test_the_cuda_module_loads_without_a_gpu():
     if os.environ.get("FASTDIFF_CUDA") == "1":
         assert _native.cuda_module is not None, _native.cuda_missing  # CI builds it: it must be there
     elif _native.cuda_module is None:
-        pytest.skip(f"NOT TESTED: {_native.cuda_missing}")
+        pytest.skip(f"NOT TESTED: the CUDA module: {_native.cuda_missing}")
     assert "87" in _native.cuda_module.architectures.split(",")
     import torch
 
@@ -120,7 +120,7 @@ def test_instruction_set_files_use_no_std_headers():
 
 
 def test_every_dependency_that_is_installed_is_pinned():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    tomllib = pytest.importorskip("tomllib", reason="NOT TESTED: Python 3.10 has no tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     wanted = project["dependencies"] + [d for group in project["optional-dependencies"].values() for d in group]

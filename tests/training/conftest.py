@@ -33,6 +33,17 @@ TINY = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache folder for all runs; the classifier that lies there is trained for four epochs instead of fifteen."""
+    from fastdiff.evaluation.classifier import Schedule
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(Schedule, "for_size", staticmethod(lambda images: Schedule(epochs=4, batch_size=64)))
+        yield
+
+
 @pytest.fixture
 def tiny_yaml(tmp_path) -> Path:
     """The tiny recipe as a file."""

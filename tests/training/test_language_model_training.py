@@ -40,13 +40,6 @@ TINY = {
 SENTENCES = "The crow sat on a wall. It saw water in a jar. It dropped stones into it! Then the crow drank.\n\n"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_yaml(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
@@ -326,7 +319,6 @@ def test_two_processes_and_accumulation_equal_one(make_trainer, tiny_yaml, tmp_p
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=240,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -32,13 +32,6 @@ TRAINING = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """JSONL of pairs: the first letter of a prompt says how many tokens answer it, z more than the window holds."""

@@ -76,7 +76,7 @@ def test_a_modality_from_recipe_to_number(train_run, modality, capsys):
     measured = json.loads((run / "evaluation.json").read_text())[modality]
     if modality == "image":
         assert 0 <= measured["samples"]["class_accuracy"] <= 1 < measured["samples"]["frechet_distance"]
-        assert measured["held_out"]["class_accuracy"] > 0.8
+        assert measured["held_out"]["class_accuracy"] > 0.7  # seen: 0.96; 0.1 by chance
     elif modality == "tabular":
         assert measured["rows_synthetic"] == 20 and measured["real"]["value"] > 0.8
     else:  # an untrained denoiser is farther from the training examples than held-out ones are
@@ -186,7 +186,7 @@ def test_two_processes_equal_one(data, tmp_path):
     arguments = [[str(recipe), "--training.output_dir", str(folder)] for folder in folders]
     train.main(arguments[0])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, "-m", "fastdiff.train", *arguments[1]], check=True, capture_output=True, timeout=280)
+    subprocess.run([*launch, "-m", "fastdiff.train", *arguments[1]], check=True, capture_output=True)
     curves = []
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -292,7 +292,7 @@ BAD = {
         "a mixed batch of 2 modalities needs at least 2",
     ),
     "hub id of a table": (
-        ("tabular",), {"tabular": {"backbone_name": "t5-small"}}, "modality 'tabular' has no Hugging Face backbone",
+        ("tabular",), {"tabular": {"backbone_name": "t5-small"}}, "modality 'tabular' has no Hugging Face encoder",
     ),
     "no folder": (("audio",), {"audio_data": {"folder": "/nowhere"}}, "audio_data.folder is '/nowhere', which is not"),
     "out of range": (("video",), {"video_data": {"num_frames": 0}}, "video_data.num_frames is 0; expected at least 1"),

@@ -55,7 +55,7 @@ DEATHS = ("3", "5", "12", "while-writing")
 def killed(tmp_path, tiny_yaml):
     """Folders of runs that died by SIGKILL, by the way they died."""
     command = [sys.executable, "-c", KILLER, str(tmp_path), ",".join(DEATHS), str(tiny_yaml), *map(str, STEPS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return {death: tmp_path / death for death in DEATHS}
 
@@ -90,12 +90,12 @@ def test_a_longer_run_goes_on(tmp_path, make_trainer, curve):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends(tmp_path, make_trainer, curve, same_files, number):
-    trainer = make_trainer(tmp_path / "run")
+    trainer, before = make_trainer(tmp_path / "run"), signal.getsignal(number)
     batch = trainer.task.batch
     trainer.task.batch = lambda step, slots: (step == 6 and os.kill(os.getpid(), number), batch(step, slots))[1]
     outcome = trainer.train()
     assert not outcome.finished and outcome.steps == 7 and outcome.checkpoint.name == "step_7"
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == before
     assert len(curve(tmp_path / "run")) == 7
     resumed = make_trainer(tmp_path / "run", "--training.resume", "true").train()
     whole = make_trainer(tmp_path / "whole").train()
@@ -137,7 +137,6 @@ def test_two_processes_equal_one(tmp_path, tiny_yaml, make_trainer, curve):
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=240,
         cwd=root,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )

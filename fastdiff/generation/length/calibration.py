@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CALIBRATION_FILE = "length_calibration.json"
-_HASHED_VALUES = 65_536  # of a tensor
+_HASHED_VALUES = 65_536  # per tensor
 _SPECIAL_TOKENS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
 _AGAIN = "calibrate again for this one (python -m fastdiff.evaluate RUN --length does so), or delete the file"
 
@@ -46,7 +46,7 @@ class Calibration:
     Attributes:
         rule, window, length_format, end_token_ids, parameter: those of the predictor; parameter is None for rules
             whose number the calibration replaces.
-        scores: a pair each, in rising order; infinite for answers that don't fit into the window with their EoS.
+        scores: one per pair, in rising order; infinite for answers that don't fit into the window with their EoS.
         model_hash, tokenizer_hash: `model_hash` and `fastdiff.data.tokenization.tokenizer_fingerprint`.
         head_hash: `model_hash` of the learned head, None for rules without one.
     """
@@ -103,7 +103,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 def save_calibrations(path: str | os.PathLike, calibrations: Sequence[Calibration]) -> Path:
-    """Writes calibrations, one a rule, as JSON: whole or not at all, in place of those that were there.
+    """Writes calibrations, one per rule, as JSON: whole or not at all, in place of those that were there.
 
     Args:
         path: a checkpoint's folder, in which the file is length_calibration.json, or a file.
@@ -113,7 +113,7 @@ def save_calibrations(path: str | os.PathLike, calibrations: Sequence[Calibratio
     entries = {}
     for calibration in calibrations:
         if calibration.rule in entries:
-            raise ValueError(f"calibrations: got two of the rule {calibration.rule!r}; expected one a rule")
+            raise ValueError(f"calibrations: got two of the rule {calibration.rule!r}; expected one per rule")
         entry = dataclasses.asdict(calibration)
         entry["scores"] = [score if math.isfinite(score) else None for score in calibration.scores]
         entries[calibration.rule] = entry

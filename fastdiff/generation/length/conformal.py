@@ -32,9 +32,9 @@ def calibrate(
 
     Under these conditions:
 
-    - The new pair and the calibration pairs are exchangeable, such as independent draws from one distribution. Pairs of
-      other prompts, tasks or languages than those in use give no guarantee; nor do the pairs that trained the model or
-      a head.
+    - The new pair and the calibration pairs are exchangeable, such as independent draws from one distribution. There is
+      no guarantee if calibration pairs differ in kind (prompts, task, language) from those met in use, or were used to
+      train the model or a head.
     - The rule, its number, the window and the coverage were chosen on other data than these pairs.
     - Model, tokenizer, window, format and end tokens are the same in use: loading checks it.
     - It is about the lengths of reference answers, in tokens before EoS, not of what the model would write.
@@ -46,10 +46,10 @@ def calibrate(
 
     Args:
         predictor: the rule to calibrate, with or without a calibration of its own, which does not count.
-        pairs: (prompt ids, answer ids without EoS), of at least `pairs_needed(coverage)` pairs.
-        coverage: in (0, 1).
-        tokenizer: whose tokens they are; its hash is kept.
-        batch_size: prompts a forward pass.
+        pairs: (prompt ids, answer ids without EoS), at least `pairs_needed(coverage)` of them.
+        coverage: share of answers that bounds are to hold for, in (0, 1).
+        tokenizer: the tokenizer of these ids; its hash is kept.
+        batch_size: prompts per forward pass.
         progress: shows a bar.
 
     Raises:

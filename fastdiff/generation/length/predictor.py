@@ -30,7 +30,7 @@ class LengthPrediction:
     """Bounds of a batch.
 
     Attributes:
-        bounds: a row each, 0 … W tokens before EoS; W: nothing is cropped.
+        bounds: one per row, 0 … W tokens before EoS; W: nothing is cropped.
         probe: the pass over the whole window that was read; None for "constant", which needs none, and "daedal" and
             "rho", whose rows have windows of their own.
         passes: forward passes made.
@@ -144,11 +144,11 @@ class LengthPredictor:
 
         Args:
             input_ids, attention_mask: the prompts, padded on the left or the right; each is seen as it is alone.
-            window: masks a row; None is the predictor's.
+            window: masks per row; None is the predictor's.
             encoder_hidden_states, encoder_attention_mask: what the prompts' condition was encoded to.
             prompt_mean: `mean_embedding(model, ids, mask)` of the encoder's input, where there is an encoder.
 
-        A model with a timestep embedding is told time 1, all masks.
+        A model with a timestep embedding gets time 1, all masks.
         Raises TypeError or ValueError, naming the argument, where a prompt is empty or leaves no room for the window.
         """
         return probe_window(
@@ -187,7 +187,7 @@ class LengthPredictor:
         """Bounds of a batch of prompts, each row's its own. Arguments and errors as in `probe`.
 
         One pass; none for "constant". "daedal" and "rho" pass growing or shrinking windows of the rows that are not
-        done, at most one pass a step of 8 tokens.
+        done, at most one pass per step of 8 tokens.
         """
         mask = check_window(self.model, input_ids, attention_mask, self.window)  # before any pass of a smaller window
         if self.rule in rules.EXPANSION_RULES:
@@ -213,7 +213,7 @@ class LengthPredictor:
         if rule in rules.EXPANSION_RULES:
             raise ValueError(f"probe: the rule {rule!r} makes passes of its own; call the predictor with the prompts")
         if ends.shape[1] != self.window:
-            raise ValueError(f"probe: got one of {ends.shape[1]} masks a row; expected window = {self.window}")
+            raise ValueError(f"probe: got one of {ends.shape[1]} masks per row; expected window = {self.window}")
         if rule == "cdf":
             return rules.cdf_levels(ends, self.length_format)
         if rule == "crossing":

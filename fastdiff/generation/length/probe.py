@@ -55,7 +55,7 @@ def probe_window(
     encoder_mask = check_encoder_inputs(model, len(input_ids), None, encoder_attention_mask, encoder_hidden_states)
     canvas = Canvas(input_ids, mask, window, model.config.mask_token_id, model.config.pad_token_id)
     offsets = torch.arange(window, device=input_ids.device) - int(model.config.logit_shift)
-    inputs: dict[str, Any] = {"output_columns": (canvas.starts[:, None] + offsets).clamp(min=0)}
+    inputs: dict[str, Any] = {"output_columns": (canvas.window_start[:, None] + offsets).clamp(min=0)}
     if model.config.timestep_embedding:
         inputs["timesteps"] = torch.ones(len(input_ids), device=input_ids.device)
     if encoder_hidden_states is not None:

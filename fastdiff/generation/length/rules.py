@@ -6,6 +6,8 @@ Offsets i = 0 … W - 1 count the window's tokens; EoS at offset i means a lengt
   bound is the first offset whose level is above a threshold. The score of a length is the highest level before it, so
   that bound ≥ length exactly where score ≤ threshold.
 - A predicted length, float64 `[B]`. The bound is the prediction plus a threshold; the score is length - prediction.
+
+The two learned heads, a token classifier and a regressor, are those of the project diffusion-llms.
 """
 
 import math
@@ -70,7 +72,7 @@ def crossing_levels(end_log_prob: Tensor, width: int = CROSSING_WINDOW) -> Tenso
 
 
 def classifier_levels(logits: Tensor) -> Tensor:  # [B, W] -> float64 [B, W]
-    """Levels of the running maximum of sigmoid(logits): a token classifier's P(length ≤ i) (system 004)."""
+    """Levels of the running maximum of sigmoid(logits): a token classifier's P(length ≤ i) (diffusion-llms)."""
     return functional.softplus(logits.double()).cummax(1).values
 
 
@@ -92,7 +94,7 @@ def quantile_lengths(end_log_prob: Tensor, quantile: float) -> Tensor:  # [B, W]
 
 
 def regression_lengths(expected: Tensor, window: int) -> Tensor:  # [B] -> float64 [B]
-    """A regressor's expected lengths, rounded up to tokens, within the window (system 004)."""
+    """A regressor's expected lengths, rounded up to tokens, within the window (diffusion-llms)."""
     return expected.double().ceil().clamp(0, window)
 
 
@@ -173,5 +175,5 @@ def as_lengths(lengths: Tensor | Sequence[int], rows: int, device: torch.device)
     """Lengths in tokens as a tensor. Raises ValueError for another number of them, or negative ones."""
     lengths = torch.as_tensor(lengths, device=device)
     if lengths.shape != (rows,) or lengths.is_floating_point() or bool((lengths < 0).any()):
-        raise ValueError(f"lengths: got {lengths.tolist()}; expected {rows} integers of 0 or above, one a row")
+        raise ValueError(f"lengths: got {lengths.tolist()}; expected {rows} integers of 0 or above, one per row")
     return lengths.long()

@@ -126,7 +126,7 @@ def _print_samples(
                 if several:
                     print(f"--- prompt {sample.row + 1}, sample {sample.copy + 1}")
                 before = sample.prompt if sample.filled is None else sample.filled
-                print(_printable(before + ("\n" if apart else "") + sample.text), flush=True)
+                print(printable(before + ("\n" if apart else "") + sample.text), flush=True)
                 if not sample.text:
                     print("(no text: it begins with an end token)", file=sys.stderr)
                 filled = {} if sample.filled is None else {"filled": sample.filled}
@@ -203,7 +203,7 @@ def _view(generator: Any) -> Any:
     return DenoisingView(generator.tokenizer, generator.mask_token_id, rows=_WATCHED, keep=False)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text without control characters, which a model may generate and a terminal would obey."""
     return "".join(
         c if c in "\n\t" or c.isprintable() or not c.isascii() else "\N{REPLACEMENT CHARACTER}" for c in text

@@ -40,7 +40,7 @@ class TabularAdapterConfig(AdapterConfig):
         self.at_least(1, "category_sizes")
         if self.backbone_name is not None or self.backbone_config is not None:
             raise ValueError(
-                f"backbone_name: got {self.backbone_name!r}; modality 'tabular' has no Hugging Face backbone: "
+                f"backbone_name: got {self.backbone_name!r}; modality 'tabular' has no Hugging Face encoder: "
                 "leave it out"
             )
 

@@ -1,0 +1,1 @@
+"""scale_shift: the example operator, reference and Triton kernel."""

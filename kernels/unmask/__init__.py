@@ -1,0 +1,1 @@
+"""unmask_: commits the best of a masked diffusion language model's sampled tokens."""
