@@ -17,34 +17,41 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
+    def modulate(self, x, shift, scale):
+        return self.norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+    def add_and_modulate(self, x, branch, gate, shift, scale):
+        x = x + gate[:, None] * branch
+        return x, self.modulate(x, shift, scale)
+
     def forward(self, x, c):  # [B, N, D], [B, D]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        y = self.norm(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.attention(y, y, y, need_weights=False)[0]
-        return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
+        y = self.modulate(x, shift1, scale1)
+        x, y = self.add_and_modulate(x, self.attention(y, y, y, need_weights=False)[0], gate1, shift2, scale2)
+        return x + gate2[:, None] * self.mlp(y)
 
 
 class FastBlock(Block):
-    """The same parameters and the same numbers. The six chunks are read in place, nothing is copied."""
+    """The same parameters and the same numbers, in one read and one write; the six chunks are read in place."""
 
-    def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
-        y = adaln(x, shift1, scale1)
-        branch = self.attention(y, y, y, need_weights=False)[0]
-        x, y = gated_residual_adaln(x, branch, gate1, shift2, scale2)  # adds, normalises and modulates in one pass
-        return x + gate2[:, None] * self.mlp(y)
+    def modulate(self, x, shift, scale):
+        return adaln(x, shift, scale)
+
+    def add_and_modulate(self, x, branch, gate, shift, scale):
+        return gated_residual_adaln(x, branch, gate, shift, scale)
 
 
 def main(batch=8, tokens=256, dim=384, seconds=2.0):
     plain, fast = Block(dim, dim // 64), FastBlock(dim, dim // 64)
     fast.load_state_dict(plain.state_dict())
-    x, c = torch.randn(batch, tokens, dim), torch.randn(batch, dim)
-    difference = (plain(x, c) - fast(x, c)).abs().max().item()
-    print(f"[{batch}, {tokens}, {dim}]: largest difference {difference:.1e}")
-    for block in (plain, fast):
-        timer = Timer("block(x, c).sum().backward()", globals=dict(block=block, x=x, c=c))  # on one thread
-        median = timer.blocked_autorange(min_run_time=seconds).median
-        print(f"{type(block).__name__:9} {1000 * median:.1f} ms, forward and backward")
+    x, c = torch.randn(batch, tokens, dim, requires_grad=True), torch.randn(batch, dim)
+    print(
+        f"largest difference {(difference := (plain(x, c) - fast(x, c)).abs().max().item()):.1e}; forward + backward:"
+    )
+    for statement in ("block(x, c).sum().backward()", "block.add_and_modulate(x, x, c, c, c)[1].sum().backward()"):
+        timers = [Timer(statement, globals={"block": block, "x": x, "c": c}) for block in (plain, fast)]  # one thread
+        medians = [1000 * timer.blocked_autorange(min_run_time=seconds).median for timer in timers]
+        print(f"{statement:57} {medians[0]:7.2f} ms plain, {medians[1]:7.2f} ms with fastdiff")
     return difference
 
 

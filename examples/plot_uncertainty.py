@@ -25,11 +25,9 @@ def main(run="runs/example_numbers", prompt="4096", output="uncertainty.png", ma
     pieces = [tokenizer.decode(token) for token in ids[0, len(given) :].tolist()]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(entropy, cmap="viridis", vmin=0, aspect="auto")
+    image = axes.imshow(entropy.numpy(), cmap="viridis", vmin=0, aspect="auto")
     axes.set_xticks(range(len(pieces)), [repr(piece) for piece in pieces], rotation=45, ha="right")
-    axes.set(
-        title=f"{prompt} → {loaded.tokenizer.decode(ids[0, len(given) :], skip_special_tokens=True)}", ylabel="step"
-    )
+    axes.set(title=f"{prompt} → {tokenizer.decode(ids[0, len(given) :], skip_special_tokens=True)}", ylabel="step")
     figure.colorbar(image, label="entropy, nats (white: chosen)")
     figure.savefig(output, dpi=120)
     for step, row in enumerate(entropy):

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -103,7 +102,7 @@ def test_the_readme_lists_them_all():
     assert sorted(name for name, _ in listed) == NAMES and all(name == target for name, target in listed)
 
 
-def test_one_runs_from_the_command_line(tmp_path):
-    command = [sys.executable, FOLDER / "train_language_model.py", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0
+def test_one_runs_from_the_command_line(numbers_run, tmp_path):
+    command = [sys.executable, FOLDER / "stream_decoding.py", numbers_run, "12"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("12 is "), done.stderr
