@@ -20,7 +20,7 @@ from fastdiff.training.run_folder import locate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig
+    from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig, Streamer
     from fastdiff.generation.length import LengthPredictor
     from fastdiff.models.masked_lm import MaskedDiffusionLM
 
@@ -52,6 +52,7 @@ class LanguageModel(Run):
         num_samples: int = 1,
         batch_size: int = 16,
         chat: bool = False,
+        streamer: "Streamer | None" = None,
         **options: Any,
     ) -> "list[Continuation]":
         """Continues prompts, and fills mask tokens in them.
@@ -61,6 +62,8 @@ class LanguageModel(Run):
             num_samples: samples of each prompt.
             batch_size: samples decoded at once; it does not change them.
             chat: each prompt is a user's message, put into the tokenizer's chat template.
+            streamer: called after each step of each batch, as streamer(token_ids, step); see
+                `fastdiff.generation.generate`.
             options: fields of `MaskedDiffusionGenerationConfig`; what is not given is what the run's recipe says, or
                 the saved folder's generation_config.json.
 
@@ -83,7 +86,10 @@ class LanguageModel(Run):
         config = MaskedDiffusionGenerationConfig(**decoding | unset)
         generator = TextGenerator(self.model, self.tokenizer, config, load_length_predictor(self, config))
         rows = generator.encode(prompts, chat=chat, unconditional=True)
-        batches = generator.generate(prompts, rows, num_samples=num_samples, batch_size=batch_size)
+        make_streamer = None if streamer is None else lambda *_: streamer
+        batches = generator.generate(
+            prompts, rows, num_samples=num_samples, batch_size=batch_size, streamer=make_streamer
+        )
         return [sample for batch in batches for sample in batch]
 
     def usage(self) -> str:
