@@ -18,7 +18,7 @@ class EpochStream:
 
     def __init__(self, size: int, batch_size: int, seed: int):
         if size < 1 or batch_size < 1:
-            raise ValueError(f"size is {size} and batch_size {batch_size}; expected both at least 1")
+            raise ValueError(f"size: got {size}, and batch_size {batch_size}; expected both at least 1")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
 

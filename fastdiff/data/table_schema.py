@@ -152,7 +152,7 @@ class TableSchema:
         expected = len(self.numbers), len(self.categories)
         if numbers.ndim != 2 or categories.ndim != 2 or (numbers.shape[1], categories.shape[1]) != expected:
             raise ValueError(
-                f"numbers has shape {tuple(numbers.shape)} and categories {tuple(categories.shape)}; expected "
+                f"numbers: got shape {tuple(numbers.shape)} and categories {tuple(categories.shape)}; expected "
                 f"[R, {expected[0]}] and [R, {expected[1]}]"
             )
         if len(numbers) != len(categories):
@@ -190,7 +190,7 @@ class TableSchema:
         names, target = tuple(fields["names"]), fields["target"]
         columns = [column.name for column in (*numbers, *categories)]
         if len(columns) != len(names) or set(columns) != set(names) or target not in (None, *names):
-            raise ValueError(f"names has {list(names)} and target {target!r}; expected the columns {columns}")
+            raise ValueError(f"names: got {list(names)} with target {target!r}; expected the columns {columns}")
         return cls(numbers, categories, names, target)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -250,7 +250,7 @@ def _column(name: str, values: Sequence[Any], category: bool) -> np.ndarray:
     plain = isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
     values = values if plain else np.asarray(values, dtype=object)
     if values.ndim != 1:
-        raise ValueError(f"column {name!r} has shape {list(values.shape)}; expected a value a row, or leave it out")
+        raise ValueError(f"column {name!r} has shape {list(values.shape)}; expected a value per row, or leave it out")
     missing = np.isnan(values) if plain else np.array([_is_missing(value) for value in values], dtype=bool)
     if missing.any():
         raise ValueError(

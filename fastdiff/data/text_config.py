@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastdiff.errors import named
+
 TextName = Literal["shakespeare", "fortunes", "text_folder", "jsonl", "datasets", "numbers", "glosses"]
 PAIR_SOURCES = ("numbers", "glosses", "jsonl", "datasets")
 SampleKind = Literal["documents", "pairs", "first_sentence", "first_and_last", "plain_line"]
@@ -66,26 +68,30 @@ class TextDataConfig:
     def __post_init__(self):
         if not 1 <= self.min_length <= self.max_length:
             raise ValueError(
-                f"data.min_length is {self.min_length} and data.max_length {self.max_length}; expected "
-                "1 <= min_length <= max_length"
+                f"{named('min_length')}: got {self.min_length} and {named('max_length')} {self.max_length}; "
+                "expected 1 <= min_length <= max_length"
             )
         for name in ("max_prompt_length", "max_digits", "num_pairs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
         if self.max_digits > 18:
-            raise ValueError(f"data.max_digits is {self.max_digits}; expected at most 18")
+            raise ValueError(f"{named('max_digits')}: got {self.max_digits}; expected at most 18")
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+            raise ValueError(
+                f"{named('held_out_fraction')}: got {self.held_out_fraction}; expected a number between 0 and 1"
+            )
         if not self.languages or len(set(self.languages)) < len(self.languages):
-            raise ValueError(f"data.languages is {self.languages}; expected different codes of num2words, such as en")
+            raise ValueError(
+                f"{named('languages')}: got {self.languages}; expected different codes of num2words, such as en"
+            )
         if self.name in ("numbers", "glosses") and self.sample != "pairs":
-            raise ValueError(f"data.sample is {self.sample!r}; the data set {self.name} needs 'pairs'")
+            raise ValueError(f"{named('sample')}: got {self.sample!r}; the data set {self.name} needs 'pairs'")
         if self.sample == "pairs" and self.name not in PAIR_SOURCES:
             raise ValueError(
-                f"data.sample is 'pairs'; {self.name} has documents: expected one of {', '.join(PAIR_SOURCES)}"
+                f"{named('sample')}: got 'pairs'; {self.name} has documents: expected one of {', '.join(PAIR_SOURCES)}"
             )
         if self.name in ("text_folder", "jsonl", "datasets") and not self.path:
-            raise ValueError(f"data.path is missing; {self.name} needs the file, folder or id")
+            raise ValueError(f"{named('path')}: got none; {self.name} needs the file, folder or id")
 
 
 @dataclass
@@ -103,4 +109,6 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.vocab_size < 300:
-            raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}; expected at least 300: bytes, special tokens")
+            raise ValueError(
+                f"{named('vocab_size')}: got {self.vocab_size}; expected at least 300: bytes, special tokens"
+            )

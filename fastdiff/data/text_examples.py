@@ -11,6 +11,7 @@ from fastdiff.data.labelled import LabelledData
 from fastdiff.data.text_batches import document_windows, pair_windows
 from fastdiff.data.text_config import TextDataConfig
 from fastdiff.data.text_parts import TextData, TextPart
+from fastdiff.errors import named
 
 
 class TextWindows:
@@ -29,7 +30,8 @@ class TextWindows:
         self.part, self.config, self.tokenizer, self._fingerprint = part, config, tokenizer, fingerprint
         if part.conditions is None and part.targets.num_tokens < config.max_length:
             raise ValueError(
-                f"data.max_length is {config.max_length}; {part.targets.path} has {part.targets.num_tokens} tokens"
+                f"{named('max_length')}: got {config.max_length}; {part.targets.path} has {part.targets.num_tokens} "
+                "tokens"
             )
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ from fastdiff.data.config import DataConfig
 from fastdiff.data.datasets import IMAGE_SUFFIXES, load_mnist5k, stratified_split
 from fastdiff.data.images import ArrayImages, FileImages
 from fastdiff.data.labelled import ExampleSet, LabelledData
+from fastdiff.errors import named
 
 
 @dataclass
@@ -51,23 +52,28 @@ class VideoDataConfig:
     def __post_init__(self):
         for name in ("num_frames", "frame_size", "digit_size", "videos_per_digit"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
         if self.name == "moving_digits" and self.digit_size > self.frame_size:
             raise ValueError(
-                f"data.digit_size is {self.digit_size}; expected at most data.frame_size, which is {self.frame_size}"
+                f"{named('digit_size')}: got {self.digit_size}; expected at most frame_size, {self.frame_size}"
             )
         if self.seed < 0:
-            raise ValueError(f"data.seed is {self.seed}; expected 0 or more")
+            raise ValueError(f"{named('seed')}: got {self.seed}; expected 0 or more")
         if not 0 <= self.max_speed < float("inf"):
-            raise ValueError(f"data.max_speed is {self.max_speed}; expected a number of pixels a frame, 0 or more")
+            raise ValueError(f"{named('max_speed')}: got {self.max_speed}; expected pixels per frame, 0 or more")
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+            raise ValueError(
+                f"{named('held_out_fraction')}: got {self.held_out_fraction}; expected a number between 0 and 1"
+            )
         if self.name == "video_folder" and not self.folder:
             raise ValueError(
-                "data.folder is missing; video_folder needs a folder with a subfolder a class, in it one a video"
+                f"{named('folder')}: got none; video_folder needs a folder with a subfolder per class, in it one per "
+                "video"
             )
         if self.name == "moving_digits" and self.folder:
-            raise ValueError(f"data.folder is {self.folder!r}, but moving_digits is made of MNIST-5k; leave it out")
+            raise ValueError(
+                f"{named('folder')}: got {self.folder!r} with moving_digits, which is made of MNIST-5k; leave it out"
+            )
 
 
 class MovingDigits:
@@ -179,19 +185,19 @@ def load_video_data(config: VideoDataConfig) -> VideoData:
         return VideoData(config.name, train, held_out, digits.class_names, shape)
     if config.name == "video_folder":
         return _video_folder(config)
-    raise ValueError(f"data.name is {config.name!r}; expected one of moving_digits, video_folder")
+    raise ValueError(f"{named('name')}: got {config.name!r}; expected one of moving_digits, video_folder")
 
 
 def _video_folder(config: VideoDataConfig) -> VideoData:
     root = Path(config.folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
-            f"data.folder is {config.folder!r}, which is not a folder; pass one with a subfolder a class, in it one a "
-            "video"
+            f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder per "
+            "class, in it one per video"
         )
     classes = _subfolders(root)
     if not classes:
-        raise ValueError(f"data.folder {config.folder!r} has no subfolders; expected a subfolder a class")
+        raise ValueError(f"{named('folder')}: got {config.folder!r}, which has no subfolders; expected one per class")
     videos: list[list[list[Path]]] = []  # of each folder of frames, its clips
     labels = []
     for label, folder in enumerate(classes):
@@ -219,7 +225,7 @@ def _clips(video: Path, num_frames: int) -> list[list[Path]]:
 
     frames = sorted(file for file in video.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if len(frames) < num_frames:
-        raise ValueError(f"{video} has {len(frames)} frames; expected at least data.num_frames = {num_frames}")
+        raise ValueError(f"{video} has {len(frames)} frames; expected at least {named('num_frames')} = {num_frames}")
     first = None
     for frame in frames:
         try:

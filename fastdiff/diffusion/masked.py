@@ -157,7 +157,7 @@ class MaskedDiffusion:
             if len(wrong):
                 row = int(wrong[0])
                 most = int(maskable[row].sum())
-                raise ValueError(f"counts[{row}] is {int(counts[row])}; expected 0 to {most}, its maskable tokens")
+                raise ValueError(f"counts[{row}]: got {int(counts[row])}; expected 0 to {most}, its maskable tokens")
         keys = _uniform(input_ids.shape, generator).to(input_ids.device).masked_fill(~maskable, 2.0)
         ranks = keys.argsort(dim=1, stable=True).argsort(dim=1)  # maskable tokens come first, in random order
         mask = (ranks < counts.to(ranks.device)[:, None]) & maskable
@@ -197,7 +197,7 @@ class MaskedDiffusion:
             already = ((input_ids == self.mask_token_id) & maskable).nonzero()
             if len(already):
                 raise ValueError(
-                    f"input_ids{already[0].tolist()} is the mask token {self.mask_token_id}, which clean text never "
+                    f"input_ids{already[0].tolist()}: got the mask token {self.mask_token_id}, which clean text never "
                     "has; remove it or set maskable to False there"
                 )
         return maskable

@@ -75,19 +75,19 @@ def encode_batches(encode: Encode, batches: Iterable[dict[str, Tensor]]) -> Tens
         if states.ndim != 3 or (mask is not None and mask.shape != states.shape[:2]):
             shape = None if mask is None else tuple(mask.shape)
             raise ValueError(
-                f"encode gave states of shape {tuple(states.shape)} and a mask of {shape}; expected [B, L, D] and "
+                f"encode: gave states of shape {tuple(states.shape)} and a mask of {shape}; expected [B, L, D] and "
                 "[B, L] or None"
             )
         weight = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.float()
         if not bool((weight.sum(1) > 0).all()):
-            raise ValueError("encode gave a mask with a row of False alone; expected a token in every example")
+            raise ValueError("encode: gave a mask with a row of False alone; expected a token in every example")
         kept = states.float().masked_fill(weight[..., None] == 0, 0)  # padding may be anything, NaN too
         features.append((kept.sum(1) / weight.sum(1, keepdim=True)).cpu())
     if not features:
         raise ValueError("batches: got none; expected at least one")
     features = torch.cat(features)
     if not bool(features.isfinite().all()):
-        raise ValueError("encode gave states that are not finite; the samples or the encoder have diverged")
+        raise ValueError("encode: gave states that are not finite; the samples or the encoder have diverged")
     return features
 
 
@@ -120,8 +120,8 @@ def compare_with_real(
     count = min(len(samples), len(held_out), len(train) // 2)
     if count < 2 or draws < 1:
         raise ValueError(
-            f"got {len(samples)} samples, {len(train)} training and {len(held_out)} held-out examples, {draws} draws; "
-            "expected at least 2, 4, 2 and 1"
+            f"samples: got {len(samples)} of them, {len(train)} training and {len(held_out)} held-out examples, "
+            f"{draws} draws; expected at least 2, 4, 2 and 1"
         )
     generator = np.random.default_rng(seed)
     distances: dict[str, list[float]] = {"samples": [], "held_out": [], "floor": []}

@@ -77,7 +77,7 @@ def likelihood_bound(
         TypeError, ValueError: shapes, dtypes or ids do not fit, or there is nothing to mask; the message names it.
     """
     if num_samples < 2 or batch_size < 1:
-        raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; expected at least 2 and 1")
+        raise ValueError(f"num_samples: got {num_samples} and batch_size {batch_size}; expected at least 2 and 1")
     texts = _Texts(sequences, maskable, attention_mask)
     condition = None if encoder_input_ids is None else _Texts(encoder_input_ids, None, encoder_attention_mask)
     texts.check(model, process, condition)

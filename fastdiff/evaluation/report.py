@@ -85,7 +85,7 @@ def evaluate_samples(samples: Tensor, labels: Tensor, data: ImageData, classifie
     """
     if len(samples) < 2 or tuple(samples.shape[1:]) != tuple(data.image_shape) or len(labels) != len(samples):
         raise ValueError(
-            f"samples has shape {tuple(samples.shape)} and labels {tuple(labels.shape)}; expected [N, "
+            f"samples: got shape {tuple(samples.shape)} and labels {tuple(labels.shape)}; expected [N, "
             f"{', '.join(map(str, data.image_shape))}] with N >= 2, and [N]"
         )
     reference, _ = classify(classifier, data.train)

@@ -95,9 +95,9 @@ def train_on_synthetic_test_on_real(
         raise ValueError("numbers: got no rows; expected synthetic ones")
     schema = data.schema
     if schema.target is None:
-        raise ValueError("the table's schema has no target; expected a column to predict: TableSchema.fit(…, target=…)")
+        raise ValueError("schema: it has no target; expected a column to predict: TableSchema.fit(…, target=…)")
     if len(schema.names) < 2:
-        raise ValueError(f"the table has the column {schema.target!r} alone; expected others to predict it from")
+        raise ValueError(f"schema: got the column {schema.target!r} alone; expected others to predict it from")
     synthetic = TableRows(*schema.encode(schema.decode(numbers, categories)))
     test, truth = _inputs_and_target(data.held_out, schema)
     predictions = {}

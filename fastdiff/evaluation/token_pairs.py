@@ -42,7 +42,7 @@ def known_pairs(samples: Tensor, data: TextExamples, *, seed: int = 0) -> KnownP
     Raises ValueError for fewer tokens a sample.
     """
     if samples.ndim != 2 or samples.shape[1] < 2:
-        raise ValueError(f"samples has shape {list(samples.shape)}; expected [N, L] with 2 tokens or more each")
+        raise ValueError(f"samples: got shape {list(samples.shape)}; expected [N, L] with 2 tokens or more each")
     vocabulary = data.train.part.targets.vocab_size
     tokens = np.asarray(data.train.part.targets.tokens).astype(np.int64)
     known = np.unique(tokens[:-1] * vocabulary + tokens[1:])

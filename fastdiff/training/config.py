@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastdiff.errors import named
+
 
 @dataclass
 class TrainingConfig:
@@ -65,14 +67,16 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("batch_size", "accumulation_steps", "max_steps", "checkpoint_every", "keep_last", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "preview_every", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected 0 or more")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"training.betas is {list(self.betas)}; expected two numbers, each at least 0 and below 1")
+            raise ValueError(
+                f"{named('betas')}: got {list(self.betas)}; expected two numbers, each at least 0 and below 1"
+            )
         for name in ("ema_decay", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; expected a number from 0 to 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected a number from 0 to 1")
         if self.resume and self.overwrite:
-            raise ValueError("training.resume and training.overwrite are both true; pass one of them")
+            raise ValueError(f"{named('resume')}: got true, and {named('overwrite')} too; pass one of them")

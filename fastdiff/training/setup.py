@@ -36,11 +36,11 @@ def check_trackers(names: list[str]) -> None:
     """Raises where accelerate does not know a tracker, or its package is not installed."""
     for name in names:
         if name not in _TRACKER_PACKAGES:
-            raise ValueError(f"training.trackers has {name!r}; expected one of {', '.join(_TRACKER_PACKAGES)}")
+            raise ValueError(f"training.trackers: got {name!r}; expected one of {', '.join(_TRACKER_PACKAGES)}")
         packages = _TRACKER_PACKAGES[name]
         if not any(importlib.util.find_spec(package) for package in packages):
             raise ModuleNotFoundError(
-                f"training.trackers has {name!r}, whose package is not installed; run: pip install {packages[0]}"
+                f"training.trackers: got {name!r}, whose package is not installed; run: pip install {packages[0]}"
             )
 
 

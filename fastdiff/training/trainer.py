@@ -69,7 +69,7 @@ class Trainer:
         processes, parts = self.accelerator.num_processes, config.accumulation_steps
         if config.batch_size < processes * parts:
             raise ValueError(
-                f"training.batch_size is {config.batch_size}; expected at least processes x "
+                f"training.batch_size: got {config.batch_size}; expected at least processes x "
                 f"accumulation_steps = {processes} x {parts}"
             )
         self.names = {parameter: name for name, parameter in task.model.named_parameters()}

@@ -38,7 +38,7 @@ def save_sample_grid(
     labels = torch.as_tensor(labels).cpu()
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images) or len(images) != len(labels):
         raise ValueError(
-            f"images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
+            f"images: got shape {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
             "[N, 1 or 3, H, W] with N >= 1, and [N]"
         )
     rows: list[tuple[int, Tensor]] = []  # label, images of the row

@@ -22,7 +22,7 @@ def save_length_scatter(
     """
     if not len(lengths) or len(predicted) != len(lengths):
         raise ValueError(
-            f"got {len(predicted)} predicted and {len(lengths)} true lengths; expected as many, at least 1"
+            f"predicted: got {len(predicted)} lengths and {len(lengths)} true ones; expected as many, at least 1"
         )
     most = max(max(predicted), max(lengths), 1)
     figure = Figure(figsize=(5.2, 5.0), layout="constrained")

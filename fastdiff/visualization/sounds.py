@@ -93,10 +93,10 @@ def save_spectrograms(
 
 def _rows(waveforms: Tensor) -> np.ndarray:  # float64 [N, S]
     if waveforms.ndim not in (1, 2) or not waveforms.numel():
-        raise ValueError(f"waveforms has shape {tuple(waveforms.shape)}; expected [S] or [N, S], not empty")
+        raise ValueError(f"waveforms: got shape {tuple(waveforms.shape)}; expected [S] or [N, S], not empty")
     rows = waveforms.detach().cpu().double().numpy()
     if not np.isfinite(rows).all():
-        raise ValueError("waveforms has values that are not finite; the model that made them has diverged")
+        raise ValueError("waveforms: got values that are not finite; the model that made them has diverged")
     return np.atleast_2d(rows)
 
 

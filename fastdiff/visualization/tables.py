@@ -57,7 +57,7 @@ def save_marginals(
     """
     if set(real) != set(synthetic) or not _rows(real, "real") or not _rows(synthetic, "synthetic"):
         raise ValueError(
-            f"real has the columns {list(real)} and synthetic {list(synthetic)}; expected the same ones, with rows"
+            f"real: got the columns {list(real)} and synthetic {list(synthetic)}; expected the same ones, with rows"
         )
     columns = min(columns, len(real))
     lines = -(-len(real) // columns)
@@ -86,7 +86,7 @@ def _count(synthetic: Mapping[str, np.ndarray]) -> str:
 def _rows(table: Mapping[str, np.ndarray], name: str) -> int:
     lengths = {len(values) for values in table.values()}
     if len(lengths) != 1:
-        raise ValueError(f"{name} has columns of {sorted(lengths)} rows; expected at least one, all of one length")
+        raise ValueError(f"{name}: got columns of {sorted(lengths)} rows; expected at least one, all of one length")
     return lengths.pop()
 
 

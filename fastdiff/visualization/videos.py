@@ -38,7 +38,7 @@ def save_video_gif(
     videos = _checked(videos[None] if videos.ndim == 4 else videos)
     if frames_per_second <= 0 or scale < 1 or columns < 1:
         raise ValueError(
-            f"frames_per_second is {frames_per_second}, scale {scale}, columns {columns}; expected positive numbers"
+            f"frames_per_second: got {frames_per_second}, scale {scale}, columns {columns}; expected positive numbers"
         )
     frames = [Image.fromarray(_tiled(videos[:, f], columns)) for f in range(videos.shape[1])]
     size = (frames[0].width * scale, frames[0].height * scale)
@@ -75,7 +75,7 @@ def save_contact_sheet(
 
 def _checked(videos: Tensor) -> Tensor:
     if videos.ndim != 5 or videos.shape[2] not in (1, 3) or not videos.numel():
-        raise ValueError(f"videos has shape {tuple(videos.shape)}; expected [N, F, 1 or 3, H, W], not empty")
+        raise ValueError(f"videos: got shape {tuple(videos.shape)}; expected [N, F, 1 or 3, H, W], not empty")
     return videos.detach().cpu()
 
 

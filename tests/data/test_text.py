@@ -107,7 +107,7 @@ def test_a_tokenizer_that_is_there_already(cache, tmp_path):
     assert by_object.fingerprint == by_name.fingerprint == first.fingerprint
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="the tokenizer has no EoS token"):
+    with pytest.raises(ValueError, match="tokenizer: it has no EoS token"):
         load_text_data(NUMBERS, tokenizer)
 
 
@@ -138,7 +138,7 @@ def long_prompts(folder):
 def test_too_little_text_for_a_window(cache, tmp_path):
     (tmp_path / "a.txt").write_text("a few\nwords\n")
     config = TextDataConfig(name="text_folder", path=str(tmp_path), max_length=100)
-    with pytest.raises(ValueError, match=r"part 'train' of .* has 7 tokens; .*data.max_length = 100"):
+    with pytest.raises(ValueError, match=r"part 'train' of .* has 7 tokens; .*max_length = 100"):
         load_text_data(config, CHARACTERS)
 
 

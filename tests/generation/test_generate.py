@@ -85,7 +85,7 @@ def test_the_path_of_a_gpu_gives_the_same(model, monkeypatch, rule, scale):
     assert again.statistics.forward_passes == expected.statistics.forward_passes
     with torch.no_grad():
         model.head_weight[5] = torch.nan
-    with pytest.raises(ValueError, match="logits have no distribution"):
+    with pytest.raises(ValueError, match="logits: the model gave no distribution"):
         generate(model, *padded(rows), options)
 
 

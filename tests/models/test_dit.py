@@ -286,5 +286,5 @@ def test_bad_configurations_are_one_line(build, match):
     with pytest.raises(ValueError, match=match) as caught:
         build()
     assert "\n" not in str(caught.value)
-    with pytest.raises(TypeError, match="DiTConfig has no field width"):
+    with pytest.raises(TypeError, match="DiTConfig: got width; expected its fields"):
         DiT.from_preset("DiT-S/2", width=3)

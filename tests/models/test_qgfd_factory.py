@@ -165,7 +165,7 @@ def test_bad_names_are_one_line(checkpoints, tmp_path):
         ("audio", "image", "vit", "wav2vec2, hubert"),
         ("video", "audio", "wav2vec2", "vit, deit"),
     ):
-        match = f"is a model of type '{kind}'; modality '{modality}' takes one of .*{known}"
+        match = f"got .*, a model of type '{kind}'; modality '{modality}' takes one of .*{known}"
         one_line(ValueError, match, lambda m=modality, o=other: create_qgfd_model(m, str(checkpoints[o])))
     one_line(ValueError, "'tabular' has no Hugging Face encoder", lambda: create_qgfd_model("tabular", "t5-small"))
     one_line(

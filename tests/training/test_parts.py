@@ -118,5 +118,5 @@ def test_metrics_are_cut_at_the_checkpoint(tmp_path):
     ],
 )
 def test_values_out_of_range(field, value):
-    with pytest.raises(ValueError, match=f"training.{field} is {value}; expected"):
+    with pytest.raises(ValueError, match=f"training.{field}: got {value}; expected"):
         TrainingConfig(**{field: value})

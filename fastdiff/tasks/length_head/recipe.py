@@ -34,8 +34,6 @@ class LengthHeadRecipe:
 
     def __post_init__(self):
         if not self.run:
-            raise ValueError(
-                "run is missing; expected the folder of a finished run of pairs, such as runs/mdlm_numbers"
-            )
+            raise ValueError("run: got none; expected the folder of a finished run of pairs, such as runs/mdlm_numbers")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; expected at least 1 token")
+            raise ValueError(f"window: got {self.window}; expected at least 1 token")

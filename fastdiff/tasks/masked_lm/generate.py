@@ -170,7 +170,9 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
     if file is not None:
         path = Path(file)
         if not path.is_file():
-            raise FileNotFoundError(f"--prompt-file {file!r} is not a file; expected prompts, one a line, or JSONL")
+            raise FileNotFoundError(
+                f"--prompt-file: got {file!r}, which is not a file; expected prompts, one per line, or JSONL"
+            )
         try:
             text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
@@ -180,7 +182,7 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
     if not prompts and unconditional and file is None:
         prompts = [""]
     if not prompts:
-        raise ValueError("no prompt given; expected --prompt TEXT, --prompt-file FILE or --unconditional")
+        raise ValueError("prompt: got none; expected --prompt TEXT, --prompt-file FILE or --unconditional")
     return prompts
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from fastdiff.data.text_config import TextDataConfig, TokenizerConfig
 from fastdiff.diffusion.masked import MaskedDiffusionConfig
+from fastdiff.errors import named
 from fastdiff.training.config import TrainingConfig
 
 
@@ -71,12 +72,12 @@ class ObjectiveConfig:
     def __post_init__(self):
         if not 0 <= self.fully_masked_fraction <= 1:
             raise ValueError(
-                f"objective.fully_masked_fraction is {self.fully_masked_fraction}; expected a number from 0 to 1"
+                f"{named('fully_masked_fraction')}: got {self.fully_masked_fraction}; expected a number from 0 to 1"
             )
         if self.annealing_steps < 0:
-            raise ValueError(f"objective.annealing_steps is {self.annealing_steps}; expected 0 or more")
+            raise ValueError(f"{named('annealing_steps')}: got {self.annealing_steps}; expected 0 or more")
         if self.likelihood_samples < 2:
-            raise ValueError(f"objective.likelihood_samples is {self.likelihood_samples}; expected at least 2")
+            raise ValueError(f"{named('likelihood_samples')}: got {self.likelihood_samples}; expected at least 2")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from fastdiff.data import (
 )
 from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
+from fastdiff.errors import named
 from fastdiff.models.qgfd.adapters import (
     MODALITIES,
     AudioAdapterConfig,
@@ -49,11 +50,11 @@ class QGFDObjectiveConfig:
 
     def __post_init__(self):
         if self.order not in ("in_turn", "mixed"):
-            raise ValueError(f"objective.order is {self.order!r}; expected 'in_turn' or 'mixed'")
+            raise ValueError(f"{named('order')}: got {self.order!r}; expected 'in_turn' or 'mixed'")
         if not 0 <= self.reconstruction_weight < math.inf:
-            raise ValueError(f"objective.reconstruction_weight is {self.reconstruction_weight}; expected 0 or more")
+            raise ValueError(f"{named('reconstruction_weight')}: got {self.reconstruction_weight}; expected 0 or more")
         if self.validation_samples < 1:
-            raise ValueError(f"objective.validation_samples is {self.validation_samples}; expected at least 1")
+            raise ValueError(f"{named('validation_samples')}: got {self.validation_samples}; expected at least 1")
 
 
 @dataclass
@@ -74,9 +75,9 @@ class QGFDSamplingConfig(SamplerConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"sampling.num_samples is {self.num_samples}; expected at least 1")
+            raise ValueError(f"{named('num_samples')}: got {self.num_samples}; expected at least 1")
         if self.evaluation_samples < 0 or self.evaluation_samples == 1:
-            raise ValueError(f"sampling.evaluation_samples is {self.evaluation_samples}; expected 0, or at least 2")
+            raise ValueError(f"{named('evaluation_samples')}: got {self.evaluation_samples}; expected 0, or at least 2")
 
 
 @dataclass
@@ -144,13 +145,12 @@ def check_recipe(recipe: QGFDRecipe) -> None:
     """Raises ValueError where the parts of a recipe do not fit each other."""
     if not recipe.modalities:
         raise ValueError(
-            f"the recipe has no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in "
-            "image: {}"
+            f"recipe: got no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in image: {{}}"
         )
     check_sampler(recipe.sampling, recipe.diffusion)
     count = len(recipe.modalities)
     if recipe.objective.order == "mixed" and recipe.training.batch_size < count:
         raise ValueError(
-            f"training.batch_size is {recipe.training.batch_size}; a mixed batch of {count} modalities needs at least "
-            f"{count}"
+            f"training.batch_size: got {recipe.training.batch_size}; a mixed batch of {count} modalities needs at "
+            f"least {count}"
         )

@@ -161,7 +161,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> dict[str, 
     """A text to condition on, as `Shown.prompts` has it. Raises ValueError for one without tokens."""
     ids = encode_texts(tokenizer, [text])[0]
     if not ids:
-        raise ValueError(f"--prompt is {text!r}, which has no tokens; expected some text")
+        raise ValueError(f"--prompt: got {text!r}, which has no tokens; expected some text")
     return {"condition_ids": torch.tensor([ids]), "condition_mask": torch.ones(1, len(ids), dtype=torch.bool)}
 
 

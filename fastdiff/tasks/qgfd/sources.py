@@ -15,8 +15,8 @@ from fastdiff.data import (
     load_video_data,
 )
 from fastdiff.data.text_examples import text_examples
+from fastdiff.errors import section
 from fastdiff.models.qgfd.adapters.huggingface import check_type, load_processor
-from fastdiff.recipes import naming_section
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_source(recipe: QGFDRecipe, modality: str, tokenizer: "PreTrainedTokeniz
         FileNotFoundError, ModuleNotFoundError, OSError, ValueError: it is missing or unusable, or does not fit the
             recipe's adapter; one line.
     """
-    with naming_section(f"{modality}_data"):
+    with section(f"{modality}_data"):
         source = _LOADERS[modality](recipe, tokenizer)
     _check_fields(recipe, modality, source)
     return source
@@ -86,8 +86,8 @@ def check_backbones(recipe: QGFDRecipe) -> None:
         rate, data = load_processor(backbone, name).sampling_rate, recipe.audio_data
         if rate != data.sampling_rate:
             raise ValueError(
-                f"audio_data.sampling_rate is {data.sampling_rate}; the encoder {backbone} hears {rate} Hz: set it to "
-                f"that, and audio_data.num_samples from {data.num_samples} to "
+                f"audio_data.sampling_rate: got {data.sampling_rate}; the encoder {backbone} expects {rate} Hz "
+                f"audio: set it to that, and audio_data.num_samples from {data.num_samples} to "
                 f"{round(data.num_samples * rate / data.sampling_rate)} for windows that last as long"
             )
 
@@ -143,5 +143,6 @@ def _check_fields(recipe: QGFDRecipe, modality: str, source: Source) -> None:
         both = (given, given) if name == "image_size" and isinstance(given, int) else given
         if given != getattr(defaults, name) and both != value:
             raise ValueError(
-                f"{modality}.{name} is {given}; the data set {source.data.name} has {value}: leave it out of the recipe"
+                f"{modality}.{name}: got {given}; the data set {source.data.name} has {value}: leave it out of the "
+                "recipe"
             )
