@@ -114,7 +114,7 @@ def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
 def check_recipe_file(recipe: type, path: Path) -> None:
     """Checks that a file is YAML, and has no other sections and fields than the dataclass `recipe`.
 
-    Fields of `recipe` that are no dataclasses themselves, such as `task`, stand in the file beside the sections. A
+    Fields of `recipe` that are not dataclasses themselves, such as `task`, stand in the file beside the sections. A
     section that may be left out may be null.
 
     Raises:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")  # initcheck would report torch's own kernels too
-SANITIZER_FAILURE = 86  # the exit status that compute-sanitizer is told to give
+SANITIZER_FAILURE = 86  # the exit status that compute-sanitizer is asked to give
 TAIL_LINES = 40  # of a failing command, in the report
 
 

@@ -27,13 +27,13 @@ class AudioDataConfig:
     Attributes:
         name: "spoken_digits" (0 … 9 by espeak-ng, 13 speakers, 4 accents, 2 pitches, 3 speeds: 3 120 sounds; two
             speakers are held out), "alsa" (the nine WAV files of Debian's alsa-utils, a class each; the end of each is
-            held out) or "audio_folder" (WAV files, one subfolder a class; whole files are held out).
-        folder: of audio_folder; of alsa, instead of /usr/share/sounds/alsa.
+            held out) or "audio_folder" (WAV files, one subfolder per class; whole files are held out).
+        folder: the folder of audio_folder; for alsa, a folder instead of /usr/share/sounds/alsa.
         sampling_rate: Hz. Sounds of other rates are resampled, which a line on stderr says.
-        num_samples: of a window: shorter sounds are followed by zeros. A longer spoken digit is cut, and counted on
-            stderr (none at the 0.512 s of the default); longer files give several windows.
-        hop: samples from one window of a file to the next; not of spoken_digits.
-        held_out_fraction: of the files of each class, of audio_folder.
+        num_samples: length of a window; shorter sounds are followed by zeros. A longer spoken digit is cut, and counted
+            on stderr (none at the 0.512 s of the default); longer files give several windows.
+        hop: samples from one window of a file to the next; not used by spoken_digits.
+        held_out_fraction: share of each class's files that audio_folder holds out.
     """
 
     name: Literal["spoken_digits", "alsa", "audio_folder"] = "spoken_digits"

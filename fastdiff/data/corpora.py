@@ -207,7 +207,9 @@ def _record(row: dict[str, Any], fields: tuple[str, ...], where: str) -> str | P
         if not isinstance(row[field], str):
             raise ValueError(f"{where}: field {field!r} is {type(row[field]).__name__}; expected a string")
         if not row[field].isascii() and any("\ud800" <= char <= "\udfff" for char in row[field]):
-            raise ValueError(f"{where}: field {field!r} has half of a surrogate pair, which is no character; repair it")
+            raise ValueError(
+                f"{where}: field {field!r} has half of a surrogate pair, which is not a character; repair it"
+            )
     values = [row[field] for field in fields]
     return Pair(*values) if len(values) == 2 else values[0]
 

@@ -13,7 +13,7 @@ class EpochStream:
     Args:
         size: number of samples.
         batch_size: samples a step, over all processes.
-        seed: of the permutations.
+        seed: seed of the permutations.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int):

@@ -23,9 +23,9 @@ class NumberColumn:
     """A column of numbers, standardised.
 
     Attributes:
-        name: of the column.
-        mean, deviation: of the training part, in the column's units.
-        decimals: with which values are written in the source, as far as float32 can carry them; samples are rounded
+        name: the column's name.
+        mean, deviation: mean and standard deviation in the training part, in the column's units.
+        decimals: number of decimals of the values in the source, as far as float32 can carry them; samples are rounded
             to as many.
     """
 
@@ -52,7 +52,7 @@ class TableSchema:
 
     Attributes:
         numbers, categories: the columns, in the order of a batch's "numbers" and "categories".
-        names: of all columns in the order of the source.
+        names: all columns' names in the order of the source.
         target: the column that is predicted from the others when samples are judged; None where there is none.
     """
 
@@ -246,7 +246,7 @@ def checked_columns(table: Mapping[str, Sequence[Any]], categories: Sequence[str
 
 
 def _column(name: str, values: Sequence[Any], category: bool) -> np.ndarray:
-    """float64 [R], or names of categories, dtype object [R], where they are asked for or the values are no numbers."""
+    """float64 [R], or names of categories, dtype object [R], where they are asked for or the values are not numbers."""
     plain = isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
     values = values if plain else np.asarray(values, dtype=object)
     if values.ndim != 1:

@@ -31,11 +31,11 @@ class TabularDataConfig:
         name: "iris" (150 flowers, 4 numbers, species), "wine" (178, 13 numbers, cultivar), "breast_cancer" (569, 30
             numbers, diagnosis), "diabetes" (442, 9 numbers, sex; the target, progression, is a number), all four
             bundled with scikit-learn, or "csv" (a file with a line of names, values separated by commas).
-        path: of the csv file.
-        target: of csv: the column that a classifier predicts when samples are judged; None for the last one.
-        categories: of csv: columns of numbers that are categories, such as a target of 0 and 1.
+        path: the CSV file of csv.
+        target: for csv, the column that a classifier predicts when samples are judged; None for the last one.
+        categories: for csv, columns of numbers that are categories, such as a target of 0 and 1.
         drop: columns left out, such as identifiers.
-        held_out_fraction: of the rows (of each class, where the target is a category); the split is fixed.
+        held_out_fraction: share of the rows (of each class's, where the target is a category); the split is fixed.
     """
 
     name: Literal["iris", "wine", "breast_cancer", "diabetes", "csv"] = "wine"

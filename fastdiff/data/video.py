@@ -24,18 +24,20 @@ class VideoDataConfig:
 
     Attributes:
         name: "moving_digits" (digits of MNIST-5k that move with constant velocity and bounce off the edges) or
-            "video_folder" (a subfolder a class, in it a subfolder a video, in it the frames as images in the order of
+            "video_folder" (a subfolder per class, in it one per video, in it the frames as images in the order of
             their names).
-        folder: of video_folder.
-        num_frames: of a video. Of video_folder, longer ones give several, one after the other; the rest is left out.
+        folder: the folder of video_folder.
+        num_frames: frames of a video. A longer one of video_folder gives several, one after the other; the rest is left
+            out.
         frame_size: edge of a frame in pixels; video_folder crops its frames (centre square) and resizes them to it. The
             frames of one video must have one size.
         digit_size: edge in pixels to which the 28x28 of a digit are scaled; moving_digits alone.
         max_speed: pixels a frame, of moving_digits: speeds are drawn from half of it to all of it.
-        videos_per_digit: of moving_digits, each with its own motion: 4 500 digits to train on, 500 held out.
-        seed: of the motions.
+        videos_per_digit: for moving_digits, videos of each digit, each with its own motion: 4 500 digits to train on,
+            500 held out.
+        seed: seed of the motions.
         channels: 3 for colour or 1 for grey, of video_folder.
-        held_out_fraction: of the videos of each class, of video_folder.
+        held_out_fraction: share of each class's videos that video_folder holds out.
     """
 
     name: Literal["moving_digits", "video_folder"] = "moving_digits"
@@ -140,7 +142,7 @@ class FolderVideos:
     Args:
         clips: N lists of as many frames.
         labels: int64 [N].
-        image_size, channels: of what `batch` returns.
+        image_size, channels: size and channels of what `batch` returns.
     """
 
     def __init__(self, clips: Sequence[Sequence[Path]], labels: Tensor, image_size: int, channels: int):

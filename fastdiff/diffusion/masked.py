@@ -132,7 +132,7 @@ class MaskedDiffusion:
         """
         maskable = self._check(input_ids, maskable)
         if t.shape != input_ids.shape[:1]:
-            raise ValueError(f"t: got shape {list(t.shape)}; expected [{len(input_ids)}], one time a sequence")
+            raise ValueError(f"t: got shape {list(t.shape)}; expected [{len(input_ids)}], one time per sequence")
         u = _uniform(input_ids.shape, generator).to(input_ids.device)
         mask = (u < self.mask_rate(t.double())[:, None]) & maskable
         return MaskedTokens(input_ids.masked_fill(mask, self.mask_token_id), mask, self.weight(t.float()))
@@ -151,7 +151,7 @@ class MaskedDiffusion:
         """
         maskable = self._check(input_ids, maskable)
         if counts.shape != input_ids.shape[:1]:
-            raise ValueError(f"counts: got shape {list(counts.shape)}; expected [{len(input_ids)}], one a sequence")
+            raise ValueError(f"counts: got shape {list(counts.shape)}; expected [{len(input_ids)}], one per sequence")
         if counts.device.type == "cpu":
             wrong = ((counts < 0) | (counts > maskable.sum(1).to(counts.device))).nonzero()
             if len(wrong):

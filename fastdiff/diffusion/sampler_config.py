@@ -15,11 +15,11 @@ class SamplerConfig:
 
     Attributes:
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance; 1 is none.
+        guidance_scale: strength of classifier-free guidance; 1 is none.
         guidance_interval: the part of the course of noise levels, from 0 (clean) to 1 (noise), in which guidance acts.
         sampler: "euler", "ddpm", "ddim", "dpm-solver++" or "renoise", as fits the diffusion; null takes the first that
             does.
-        seed: of the first sample's noise; the others count on from it.
+        seed: seed of the first sample's noise; the others count on from it.
     """
 
     num_inference_steps: int = 25

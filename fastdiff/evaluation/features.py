@@ -22,9 +22,9 @@ class FrechetComparison:
         count: examples on either side of every distance; distances of other counts can't be compared with these.
         features: width of the space.
         draws: how often the sets were drawn.
-        samples: of the samples.
-        held_out: of real examples that were held out of training.
-        floor: of other real training examples: what a perfect model would get at this count.
+        samples: distance of the samples.
+        held_out: distance of real examples that were held out of training.
+        floor: distance of other real training examples, which is what a perfect model would get at this count.
         samples_range, held_out_range, floor_range: lowest and highest of the draws.
     """
 
@@ -61,7 +61,7 @@ def encode_batches(encode: Encode, batches: Iterable[dict[str, Tensor]]) -> Tens
 
     Args:
         encode: takes a batch to states [B, L, D] and a mask bool [B, L] (True = a token) or None for all.
-        batches: of examples.
+        batches: batches of examples.
 
     Returns:
         float32 [N, D], on the CPU.
@@ -111,8 +111,8 @@ def compare_with_real(
 
     Args:
         samples, train, held_out: [S, D], [M, D], [K, D], as `encode_batches` gives them.
-        draws: of the sets, at random.
-        seed: of the draws.
+        draws: how often the sets are drawn at random.
+        seed: seed of the draws.
 
     Raises:
         ValueError: shapes that do not fit, or fewer than 2 (of train, 4) examples.

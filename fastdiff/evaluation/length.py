@@ -117,8 +117,8 @@ def bootstrap_ratios(
 
     Args:
         above, below: float64 [K, N].
-        resamples: of N rows each, drawn with replacement.
-        seed: of the draws.
+        resamples: resamples of N rows each, drawn with replacement.
+        seed: seed of the draws.
         confidence: share of the resamples within an interval.
 
     A resample whose denominator is 0 says nothing and is left out.

@@ -22,9 +22,9 @@ class Scores:
         images: how many.
         class_accuracy: share that the classifier takes for the class of their label.
         accuracy_by_class: the same, class by class.
-        frechet_distance: to the real training images, in the classifier's features.
-        nearest_neighbour_median: of the pixel distances to the nearest training image.
-        nearest_neighbour_minimum: of the same.
+        frechet_distance: Fréchet distance to the real training images, in the classifier's features.
+        nearest_neighbour_median: median of the pixel distances to the nearest training image.
+        nearest_neighbour_minimum: minimum of these distances.
     """
 
     images: int
@@ -78,7 +78,7 @@ def evaluate_samples(samples: Tensor, labels: Tensor, data: ImageData, classifie
         samples: [N, C, H, W] in [-1, 1] (clipped to it).
         labels: [N] the classes asked for.
         data: real images.
-        classifier: of this data set.
+        classifier: a classifier of this data set.
 
     Raises:
         ValueError: fewer than 2 samples, or shapes that do not fit the data.

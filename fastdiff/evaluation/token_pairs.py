@@ -15,10 +15,10 @@ class KnownPairs:
     """Shares of pairs of neighbouring tokens that are neighbours somewhere in the text to train on.
 
     Attributes:
-        samples: of the samples.
-        held_out: of as many held-out windows: what a perfect model would get.
-        shuffled: of the samples' tokens in random order, over all of them: what a model would get that knows the
-            tokens' frequencies alone.
+        samples: share in the samples.
+        held_out: share in as many held-out windows, which is what a perfect model would get.
+        shuffled: share after all of the samples' tokens were put in random order, which is what a model would get that
+            knows the tokens' frequencies alone.
     """
 
     samples: float

@@ -117,7 +117,7 @@ class FastdiffLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
+        """The name in the harness's caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -204,7 +204,7 @@ class FastdiffLM(TemplateLM):
         return {"encoder_input_ids": ids, "encoder_attention_mask": seen}
 
     def _greedy(self, rows: Sequence[_Row]) -> list[bool]:
-        """Whether filling the whole continuation, a token a step and the most confident first, gives it back."""
+        """Whether filling the whole continuation, one token per step and the most confident first, gives it back."""
         config = MaskedDiffusionGenerationConfig(max_new_tokens=0, seed=0)
         same = [True] * len(rows)
         wanted = sorted((row for row in rows if bool(row.maskable.any())), key=lambda row: int(row.maskable.sum()))

@@ -172,7 +172,8 @@ def _read_ids(name: str, ids: Sequence[int] | Tensor, vocab: int, device: torch.
         if ids.ndim > 1:
             raise ValueError(f"{name}: got shape {list(ids.shape)}; expected one dimension")
         if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return ids.reshape(-1).sort().values  # unread: each once, and below the vocabulary, is the caller's word
+            # not checked here: the caller must pass unique ids below the vocabulary size
+            return ids.reshape(-1).sort().values
         ids = ids.reshape(-1).tolist()
     if hasattr(ids, "tolist"):
         ids = ids.tolist()  # NumPy's
@@ -195,5 +196,5 @@ def _ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _cached_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied to the device once: a copy a call could not be captured in a graph."""
+    """Copied to the device once: a copy at each call could not be captured in a graph."""
     return torch.tensor(ids, dtype=torch.int64, device=device)

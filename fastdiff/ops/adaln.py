@@ -37,7 +37,7 @@ def adaln(
         weight, bias: the norm's own affine parameters, `[D]`, or None.
         norm: "layer" (LayerNorm) or "rms" (RMSNorm).
         eps: added to the variance.
-        out: written in place of a new tensor; no gradient flows then.
+        out: written instead of a new tensor; no gradient flows then.
 
     Returns:
         A tensor of x's shape and dtype; under autocast in the autocast dtype.
@@ -91,7 +91,7 @@ def gated_residual_adaln(
         gate, shift, scale: as shift and scale of `adaln`; each may have its own shape and dtype.
         weight, bias, norm, eps: as for `adaln`. The statistics are those of the stored, rounded r.
         gate_activation: None, or "tanh" to gate with tanh(gate), taken in fp32.
-        residual_out, out: written in place of new tensors (both or neither; `residual_out` may be `residual`
+        residual_out, out: written instead of new tensors (both or neither; `residual_out` may be `residual`
             itself); no gradient flows then.
 
     Returns:

@@ -50,10 +50,10 @@ def masked_linear_cross_entropy(
         weight, bias: the head, in hidden's dtype; under autocast all are cast as F.linear casts them.
         targets: the ids before masking; rows that are not masked may hold anything (-100, say).
         mask: True where a row takes part.
-        row_weight: a factor a row, such as 1/t; it gets no gradient.
+        row_weight: a factor per row, such as 1/t; it gets no gradient.
         suppress_tokens: ids that leave the distribution (the mask token); the targets of masked rows may not be among
             them.
-        label_smoothing: in [0, 1).
+        label_smoothing: a number in [0, 1).
 
     Returns:
         (loss, row_loss): a float32 number, to be divided by the normaliser of your choice, and each row's loss in

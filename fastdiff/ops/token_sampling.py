@@ -48,7 +48,7 @@ def sample_tokens(
     positions: Tensor | None = None,  # [L] or [...]
     invalid: str = "raise",
 ) -> TokenSample:  # each [...]
-    """Draws one token a row exactly, in one pass over the vocabulary, with its confidence, entropy and margin.
+    """Draws one token per row exactly, in one pass over the vocabulary, with its confidence, entropy and margin.
 
     Args:
         logits: `[R, V]`, `[B, L, V]` or any leading shape; the last dimension contiguous (else it is copied), other
@@ -60,8 +60,8 @@ def sample_tokens(
         suppress_tokens: ids that leave the distribution, their logits unread (the mask token, say). A tensor of ids is
             not looked at under torch.compile and in graph capture: there it must name each once.
         end_token_ids: ids whose joint probability is wanted: `end_log_prob` (-inf for an empty list).
-        seed, step: of the random numbers; ints, or int64 tensors of one number on logits' device (for graph capture).
-            seed None takes one from torch's generator.
+        seed, step: what the random numbers are made from; ints, or int64 tensors of one number on logits' device (for
+            graph capture). seed None takes one from torch's generator.
         sequence_ids, positions: what the random numbers belong to, int64 of logits' leading shape, or `[B]` and `[L]`;
             by default row r of `[R, V]` is sequence r at position 0, row (b, l) of `[B, L, V]` sequence b, position l.
             The same seed, step, sequence and position draw the same token from the same logits, alone and in any
@@ -176,7 +176,7 @@ class _Call:
         self.positions = self._of_rows("positions", positions, first=False)
 
     def _of_rows(self, name: str, t: Tensor | None, first: bool) -> Tensor | None:
-        """int64, one a row, flat."""
+        """int64, one per row, flat."""
         if t is None:
             return None
         check_integers(name, t, self.device)

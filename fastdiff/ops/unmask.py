@@ -76,9 +76,9 @@ def unmask_(
             given `sequence_ids=rows // L, positions=rows % L`.
         block_start, block_end: the positions that may be committed, block_start ≤ l < block_end: int, or int64 `[B]`.
         active: bool `[B]`; rows where it is False are left alone.
-        seed: of what is random: order "random" and rule "ancestral". An int or an int64 tensor of one element; None
-            draws one from torch's generator. The same seed gives the same result on every backend, in every batch; it
-            may be the sampler's, whose draws are others.
+        seed: seed of what is random, order "random" and rule "ancestral". An int or an int64 tensor of one element;
+            None draws one from torch's generator. The same seed gives the same result on every backend, in every batch;
+            it may be the sampler's, whose draws are others.
         step: which denoising step it is, so that each has random numbers of its own: an int below 2^32, or a tensor.
         sequence_ids: int64 `[B]`, names a row for its random numbers; b by default.
         Under torch.compile pass what changes from step to step (numbers, seed, step) as tensors: it compiles once.

@@ -167,7 +167,7 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a step, in order; a resumed run first drops the lines after its checkpoint."""
+    """metrics.jsonl: one line per step, in order; a resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, path: Path, steps_done: int):
         kept = [line for line in read_metrics(path) if line["step"] <= steps_done] if path.exists() else []

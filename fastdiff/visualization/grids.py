@@ -27,8 +27,8 @@ def save_sample_grid(
     Args:
         images: float [N, C, H, W] in [-1, 1] (values beyond are clipped), C 1 or 3.
         labels: N class labels; classes appear in the order of their labels.
-        class_names: by label.
-        path: of the PNG.
+        class_names: names by label.
+        path: path of the PNG.
         columns: images a row; a class with more takes several rows.
         title: above the grid.
 

@@ -13,8 +13,8 @@ def save_length_scatter(
     """Writes a PNG with a dot an answer: its true length and the expected one; on the line they are equal.
 
     Args:
-        predicted, lengths: in tokens, as many of both.
-        path: of the PNG.
+        predicted, lengths: numbers of tokens, as many of both.
+        path: path of the PNG.
         title: above the picture.
 
     Raises:

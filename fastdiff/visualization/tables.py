@@ -41,14 +41,14 @@ def save_marginals(
     columns: int = 4,
     title: str | None = None,
 ) -> Path:
-    """Writes a PNG with a panel a column: histograms of numbers (20 bins, as densities), shares of categories.
+    """Writes a PNG with a panel per column: histograms of numbers (20 bins, as densities), shares of categories.
 
     Numbers are drawn over the range of the real ones, widened by a quarter on either side; synthetic ones beyond it are
     counted above the panel. The 11 commonest real categories have bars of their own where there are more than 12.
 
     Args:
         real, synthetic: columns by name, as `TableSchema.decode` gives them: float [R], or names of categories [R].
-        path: of the PNG.
+        path: path of the PNG.
         columns: panels a row.
         title: above them all.
 

@@ -19,7 +19,7 @@ class TextSample:
 
     Attributes:
         prompt: what was given.
-        pieces: the new text, a piece a token.
+        pieces: the new text, a piece per token.
         steps: the step that chose each piece, from 0.
     """
 

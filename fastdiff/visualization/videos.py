@@ -26,7 +26,7 @@ def save_video_gif(
 
     Args:
         videos: float [F, C, H, W] or [N, F, C, H, W] in [-1, 1] (values beyond are clipped), C 1 or 3.
-        path: of the GIF.
+        path: path of the GIF.
         columns: videos a row.
         frames_per_second: a GIF counts in hundredths of a second: frames last 100/frames_per_second of them, rounded,
             at least 2.
@@ -53,12 +53,12 @@ def save_video_gif(
 def save_contact_sheet(
     videos: Tensor, path: str | Path, *, names: Sequence[str] | None = None, title: str | None = None
 ) -> Path:
-    """Writes a PNG with a row a video, its frames from left to right.
+    """Writes a PNG with a row per video, its frames from left to right.
 
     Args:
         videos: float [N, F, C, H, W] in [-1, 1] (values beyond are clipped), C 1 or 3.
-        path: of the PNG.
-        names: at the left of each row; numbers from 1 if None.
+        path: path of the PNG.
+        names: written at the left of each row; numbers from 1 if None.
         title: above the rows.
 
     Raises:

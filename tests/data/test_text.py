@@ -17,7 +17,7 @@ NUMBERS = TextDataConfig(name="numbers", sample="pairs", max_digits=3, num_pairs
 
 @pytest.fixture
 def stories(tmp_path):
-    """150 stories of four sentences, one a line."""
+    """150 stories of four sentences, one per line."""
     path = tmp_path / "stories.jsonl"
     lines = [{"text": f"Tom had {i} cats. They slept. He woke them. All {i} ran."} for i in range(150)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -126,7 +126,7 @@ def load(folder, **fields):
 def test_folder_of_frames(films, channels):
     data = load(films, channels=channels)
     assert data.class_names == ("cats", "dogs") and data.video_shape == (3, channels, 8, 8)
-    assert len(data.train) == 8 and len(data.held_out) == 4  # two clips a video; a video a class is held out
+    assert len(data.train) == 8 and len(data.held_out) == 4  # two clips per video; one video per class is held out
     seen = []
     for part in (data.train, data.held_out):
         batch = part.batch(range(len(part)))

@@ -145,7 +145,7 @@ def test_early_stop_ends_a_row_at_the_end_token_of_a_full_block(model):
     ("schedule", "time_of"),
     [("linear", lambda r: r), ("cosine", lambda r: 2 / math.pi * torch.acos(1 - r)), ("polynomial", torch.sqrt)],
 )
-def test_a_model_with_timesteps_is_told_the_time_of_the_masked_share(schedule, time_of):
+def test_a_model_with_timesteps_gets_the_time_of_the_masked_share(schedule, time_of):
     model = randomise(tiny("mdlm", timestep_embedding=True, mask_schedule=schedule), 0)
     (row,) = prompts(0, 3)
     x = torch.cat([row, torch.full((1, 4), MASK)], 1)

@@ -17,7 +17,7 @@ class SamplingConfig(SamplerConfig):
     """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
 
     Attributes:
-        images_per_class: in samples.png.
+        images_per_class: images of each class in samples.png.
     """
 
     images_per_class: int = 8
@@ -33,7 +33,7 @@ class DiTRecipe:
     """Everything a run of fastdiff.train that trains a DiT is made from.
 
     Attributes:
-        task: tells it from other recipes; may be left out.
+        task: names the kind of recipe; may be left out.
         model: the DiT.
         diffusion: what it predicts, at which noise levels.
         data: the images.

@@ -92,7 +92,7 @@ class DiTTask:
         return {}
 
     def preview(self, model: nn.Module, path: Path) -> None:
-        """A labelled grid of samples, a row a class (20 classes at most)."""
+        """A labelled grid of samples, one row per class (20 classes at most)."""
         from fastdiff.visualization import save_sample_grid  # matplotlib: a second that other uses need not wait
 
         sampling, names = self.config.sampling, self.data.class_names[:20]

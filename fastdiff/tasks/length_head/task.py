@@ -31,7 +31,7 @@ _VALIDATED, _ROWS = 512, 32  # held-out pairs measured, and how many at once
 
 
 class LengthHeadTask:
-    """A head that learns the lengths of answers from a frozen language model, as the trainer sees it (system 004).
+    """A head that learns the lengths of answers from a frozen language model, as the trainer sees it.
 
     The classifier learns 1[length ≤ offset] at every offset of a fully masked window of random length (binary cross
     entropy, the mean over offsets), the regression log(1 + length) (Huber's loss). An answer that does not fit into the

@@ -32,16 +32,16 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class LengthOptions:
-    """What the evaluation is told, checked.
+    """Options of the evaluation, checked.
 
     Attributes:
         window: tokens of an answer with its EoS; None: data.max_length of the run's recipe.
-        coverage: that the rules are calibrated for.
+        coverage: the coverage that the rules are calibrated for.
         num_pairs: held-out pairs, evenly spaced; one half calibrates, the other half is measured.
-        expansion_pairs: of them, for "daedal" and "rho", which make many passes; 0 leaves these out.
+        expansion_pairs: how many of them are for "daedal" and "rho", which make many passes; 0 leaves these out.
         heads: runs of learned heads, at most one of a kind.
         batch_size: prompts a forward pass.
-        seed: of the split into halves and of the bootstrap.
+        seed: seed of the split into halves and of the bootstrap.
     """
 
     window: int | None = None

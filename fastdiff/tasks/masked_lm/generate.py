@@ -36,7 +36,8 @@ class GenerateOptions(RunOptions):
         chat: each prompt is a user's message, put into the tokenizer's chat template
         num_samples: number of samples for each prompt
         batch_size: samples decoded at once; it does not change them
-        length_format: for --length auto with a checkpoint whose config does not say how answers ended in training
+        length_format: needed for --length auto with a checkpoint whose config does not say how answers ended in
+            training
         watch: show the text as it takes shape
         output: a .jsonl file to write the samples to
         dtype: float32, bfloat16 or float16; default: as stored
@@ -110,9 +111,9 @@ def _print_samples(
     records: list[dict[str, Any]],
     apart: bool,
 ) -> None:
-    """Prints and records each sample when it is done. `apart`: prompts are no part of the text."""
+    """Prints and records each sample when it is done. `apart`: prompts are not part of the text."""
     rows = generator.encode(prompts, chat=options.chat, unconditional=options.unconditional)
-    # a prompt that is no part of the text stands on a line of its own
+    # a prompt that is not part of the text stands on a line of its own
     apart = options.chat or generator.has_encoder or apart
     several = len(prompts) * options.num_samples > 1
     view = _view(generator) if options.watch else None

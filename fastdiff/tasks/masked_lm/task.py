@@ -80,7 +80,7 @@ class MaskedLMTask:
         t = self.process.sample_times(size, generator(seed, step, _TIMES))
         full = torch.rand(size, generator=generator(seed, step, _FULL)) < recipe.objective.fully_masked_fraction
         t = torch.where(full, 1.0, t)
-        # a model adapted from another may have an ordinary token as its mask token: where text has it, it is no label
+        # an adapted model's mask token may be an ordinary one: where text has it, it is not a label
         maskable = maskable & (clean != self.process.mask_token_id)
         if recipe.objective.end_masking == "visible":
             maskable = maskable & ~first_of_each_row(is_end)

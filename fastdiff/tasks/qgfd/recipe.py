@@ -33,9 +33,9 @@ class QGFDObjectiveConfig:
     """What is trained, and how modalities take turns.
 
     Attributes:
-        order: of several modalities: "in_turn" (a step's batch is of one of them, and the next step's of the next) or
-            "mixed" (each batch has samples of all).
-        reconstruction_weight: of the adapters' reconstruction loss beside the diffusion's.
+        order: how several modalities alternate: "in_turn" (a step's batch is of one of them, and the next step's of the
+            next) or "mixed" (each batch has samples of all).
+        reconstruction_weight: weight of the adapters' reconstruction loss beside the diffusion's.
         adapters_from: a run, or one of its checkpoints, whose adapters (encoders and decoders) are taken as they are
             and not trained: the second stage of latent diffusion. Then reconstruction_weight is 0.
         condition_on_labels: whether images, sounds and videos are conditioned on their classes.
@@ -62,9 +62,9 @@ class QGFDSamplingConfig(SamplerConfig):
     """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
 
     Attributes:
-        num_samples: that a preview shows, of each class where there are classes; null: 8 images of a class, one sound
+        num_samples: samples in a preview, of each class where there are classes; null: 8 images of a class, one sound
             or video of a class, 6 texts, as many rows of a table as it is trained on.
-        evaluation_samples: that the run is measured by at its end (`fastdiff.evaluate`); 0 for no measuring.
+        evaluation_samples: samples for the measures at the run's end (`fastdiff.evaluate`); 0 for none.
     """
 
     num_inference_steps: int = 50
@@ -87,12 +87,12 @@ class QGFDRecipe:
     Sizes that the data decides (of images, windows, tables, vocabularies, classes) are left out of the adapters.
 
     Attributes:
-        task: tells it from other recipes.
+        task: names the kind of recipe.
         backbone: the denoiser, shared where there are several modalities.
         diffusion: what it predicts, at which noise levels.
         objective: what is trained.
         text: adapter of text; null for no text. The same holds of the other modalities.
-        tokenizer: of text, where its adapter has no Hugging Face backbone, which brings its own.
+        tokenizer: the tokenizer of text, where its adapter has no Hugging Face backbone, which brings its own.
         text_data: its texts.
         image: adapter of images.
         image_data: its images.

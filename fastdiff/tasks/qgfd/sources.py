@@ -32,7 +32,7 @@ class Source:
     Attributes:
         data: its examples.
         processor: what `create_qgfd_model` takes: the tokenizer of text, the columns of a table; else None.
-        fields: of the adapter's configuration, those that the data decides.
+        fields: the fields of the adapter's configuration that the data decides.
     """
 
     data: LabelledData
@@ -44,7 +44,7 @@ def load_source(recipe: QGFDRecipe, modality: str, tokenizer: "PreTrainedTokeniz
     """Loads the data of a modality.
 
     Args:
-        tokenizer: of text, where there is one already, such as a finished run's.
+        tokenizer: the tokenizer of text where there is one already, such as a finished run's.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, OSError, ValueError: it is missing or unusable, or does not fit the
@@ -74,7 +74,7 @@ def build_model(recipe: QGFDRecipe, sources: dict[str, Source]) -> "QGFDModel":
 def check_backbones(recipe: QGFDRecipe) -> None:
     """Looks at the Hugging Face encoders that a recipe names, before any data is loaded.
 
-    Raises FileNotFoundError where one is not to be had, ValueError where it is of another modality or rate.
+    Raises FileNotFoundError where one cannot be loaded, ValueError where it is of another modality or rate.
     """
     for name in recipe.modalities:
         backbone = getattr(recipe, name).backbone_name
