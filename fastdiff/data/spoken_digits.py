@@ -27,7 +27,7 @@ _META, _SAMPLES, _LIMITS = "meta.json", "samples.npy", "limits.npy"
 
 @dataclass(frozen=True)
 class Voice:
-    """How espeak-ng speaks: -v accent+speaker -p pitch (0 … 99) -s speed (words a minute)."""
+    """How espeak-ng speaks: -v accent+speaker -p pitch (0 … 99) -s speed (words per minute)."""
 
     accent: str
     speaker: str

@@ -32,7 +32,7 @@ class VideoDataConfig:
         frame_size: edge of a frame in pixels; video_folder crops its frames (centre square) and resizes them to it. The
             frames of one video must have one size.
         digit_size: edge in pixels to which the 28x28 of a digit are scaled; moving_digits alone.
-        max_speed: pixels a frame, of moving_digits: speeds are drawn from half of it to all of it.
+        max_speed: pixels per frame, of moving_digits: speeds are drawn from half of it to all of it.
         videos_per_digit: for moving_digits, videos of each digit, each with its own motion: 4 500 digits to train on,
             500 held out.
         seed: seed of the motions.

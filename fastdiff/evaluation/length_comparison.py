@@ -96,7 +96,7 @@ def read_rules(
 
     Args:
         predictors: predictors of one model and window, one per rule.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
         progress: shows a bar.
 
     Raises what `LengthPredictor.probe` raises.

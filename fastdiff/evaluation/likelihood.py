@@ -52,7 +52,7 @@ def likelihood_bound(
     seed: int = 0,
     progress: bool = False,
 ) -> LikelihoodBound:
-    """The Monte-Carlo bound on the texts' negative log-likelihood, in nats a token (LLaDA, Nie et al. 2025, B.5).
+    """The Monte-Carlo bound on the texts' negative log-likelihood, in nats per token (LLaDA, Nie et al. 2025, B.5).
 
     A draw takes a sequence with n maskable tokens and k ~ U{1 … n}, masks exactly k of them, and has the value n/k
     times their cross entropies; its mean is the bound of the sequence. The estimate is a ratio: the values' sum over

@@ -39,7 +39,7 @@ class KnownPairs:
 def known_pairs(samples: Tensor, data: TextExamples, *, seed: int = 0) -> KnownPairs:
     """Measures samples, int64 [N, L] with L of 2 or more, of the data's vocabulary.
 
-    Raises ValueError for fewer tokens a sample.
+    Raises ValueError for fewer tokens per sample.
     """
     if samples.ndim != 2 or samples.shape[1] < 2:
         raise ValueError(f"samples: got shape {list(samples.shape)}; expected [N, L] with 2 tokens or more each")

@@ -76,7 +76,7 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep freed blocks for the next step instead of giving them back to the kernel.
 
     By default each activation of more than 128 KiB may be mapped anew, page by page, in every step: on 2 cores the
-    demo's model trains at 495 images/s so and at 665 with the pages kept. Returns True where the C library took the setting.
+    demo's model trains at 495 images/s so and at 665 with the pages kept. Returns whether the C library took it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

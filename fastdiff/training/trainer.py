@@ -210,7 +210,7 @@ class Trainer:
         return [mine[share(len(mine), parts, part)] for part in range(parts)]
 
     def _flush(self, stop: bool) -> bool:
-        """Reads the losses since the last flush, checks and logs them; returns True where any process was asked to stop."""
+        """Reads the losses since the last flush, checks and logs them; True where any is to stop."""
         steps = [step for step, _, _ in self._pending]
         losses = torch.stack([loss for _, loss, _ in self._pending] + [self._pending[-1][1].new_tensor(float(stop))])
         norms = torch.stack([norm for _, _, norm in self._pending]).tolist()

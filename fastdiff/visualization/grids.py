@@ -22,14 +22,14 @@ def save_sample_grid(
     columns: int = 8,
     title: str | None = None,
 ) -> Path:
-    """Writes a PNG with one block of rows a class, the class's name at the left.
+    """Writes a PNG with one block of rows per class, the class's name at the left.
 
     Args:
         images: float [N, C, H, W] in [-1, 1] (values beyond are clipped), C 1 or 3.
         labels: N class labels; classes appear in the order of their labels.
         class_names: names by label.
         path: path of the PNG.
-        columns: images a row; a class with more takes several rows.
+        columns: images per row; a class with more takes several rows.
         title: above the grid.
 
     Raises:

@@ -55,7 +55,7 @@ def save_spectrograms(
         sampling_rate: Hz.
         path: path of the PNG.
         names: above each panel.
-        columns: panels a row.
+        columns: panels per row.
         title: above them all.
 
     Raises:

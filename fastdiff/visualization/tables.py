@@ -49,7 +49,7 @@ def save_marginals(
     Args:
         real, synthetic: columns by name, as `TableSchema.decode` gives them: float [R], or names of categories [R].
         path: path of the PNG.
-        columns: panels a row.
+        columns: panels per row.
         title: above them all.
 
     Raises:

@@ -7,7 +7,11 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-_COLUMNS, _LINE, _CHARACTER = 110, 0.19, 0.0753  # characters a line; inches a line and a character of 9-point monospace
+_COLUMNS, _LINE, _CHARACTER = (
+    110,
+    0.19,
+    0.0753,
+)  # characters per line; inches per line and per character of 9-point monospace
 _MOST_LINES = 14  # of a text; what follows is left out
 _NOTHING = "(nothing but end tokens)"
 _SHADES = colormaps["viridis"]

@@ -27,7 +27,7 @@ def save_video_gif(
     Args:
         videos: float [F, C, H, W] or [N, F, C, H, W] in [-1, 1] (values beyond are clipped), C 1 or 3.
         path: path of the GIF.
-        columns: videos a row.
+        columns: videos per row.
         frames_per_second: a GIF counts in hundredths of a second: frames last 100/frames_per_second of them, rounded,
             at least 2.
         scale: pixels of the GIF a pixel of the videos, along each edge.

@@ -60,7 +60,7 @@ def products(
     a, b, acc, a_base, a_rows, a_stride, a_count, b_base, b_rows, b_stride, b_count,
     D: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """acc + a b^T of two loaded tiles; fp32 ones, which registers must hold, are read again, CHUNK columns a time."""
+    """acc + a b^T of two loaded tiles; fp32 ones, which registers must hold, are read again in CHUNK columns."""
     if CHUNK == DIM:
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     else:

@@ -27,7 +27,7 @@ def models():
 
 
 def model_and_rows(models, seed):
-    """Rows of three lengths, one with a mask of its own at its beginning: it begins its blocks a step later."""
+    """Rows of three lengths, one with a mask of its own at its beginning: it begins its blocks one step later."""
     model = randomise(models[ARCHITECTURES[seed % 5]], seed, HEADS[seed // 5 % 3])
     first, last = prompts(seed, 2 + seed % 3, 6)
     return model, [first, torch.tensor([[MASK, 9, 8, 7]]), last]

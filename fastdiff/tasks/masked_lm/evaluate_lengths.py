@@ -40,7 +40,7 @@ class LengthOptions:
         num_pairs: held-out pairs, evenly spaced; one half calibrates, the other half is measured.
         expansion_pairs: how many of them are for "daedal" and "rho", which make many passes; 0 leaves these out.
         heads: runs of learned heads, at most one of a kind.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
         seed: seed of the split into halves and of the bootstrap.
     """
 
