@@ -168,7 +168,8 @@ def test_an_interrupted_build_leaves_nothing(cache, monkeypatch):
     left = [path.name for path in (cache / "tokens").iterdir() if not path.name.endswith(".lock")]
     assert left == []
     (lock,) = (cache / "tokens").iterdir()
-    killed = cache / "tokens" / f"{lock.name.removesuffix('.lock')}.123.writing"  # what a killed process leaves
+    name = lock.name.removeprefix(".").removesuffix(".lock")
+    killed = cache / "tokens" / f".writing-{name}"  # what a killed process leaves
     killed.mkdir()
     (killed / "train_targets.tokens").write_bytes(b"half")
     assert len(load_text_data(NUMBERS, CHARACTERS).train) == 180 and not killed.exists()

@@ -160,7 +160,7 @@ def test_unwritable_run_folder(tmp_path, make_trainer):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="training.output_dir: got .* is a file or lies in one"):
         make_trainer(tmp_path / "file" / "run")
-    with pytest.raises(PermissionError, match="training.output_dir '/proc/run' cannot be written"):
+    with pytest.raises(PermissionError, match="training.output_dir: got '/proc/run', which cannot be written"):
         make_trainer("/proc/run")
 
 
