@@ -60,7 +60,7 @@ def _sample(function: Callable[[], object], calls: int) -> float:
 
 
 def in_turns(benchmark, contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds a call of each contender.
+    """Median seconds per call of each contender.
 
     A round calls each once (short ones several times), and another one goes first each time: whatever else the
     machine does meets all alike. `benchmark` is pytest-benchmark's fixture, which runs the rounds.

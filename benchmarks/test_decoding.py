@@ -4,9 +4,9 @@ GPT-2's size, random weights: prompt 64, 448 new tokens, blocks of 32, 2 steps a
 weights are never sure of a token, so that rules of confidence belong to the second case. FASTDIFF_DECODING_STEPS (2)
 are the steps a block, FASTDIFF_DECODING_BLOCKS (14) the blocks, fewer for a quick look; the case's name has both.
 
-FASTDIFF_NUMBERS_RUN=folder adds a trained model (recipe mdlm_numbers): held-out prompts, one token a step in the public
-loop and the exact mode, and exact matches beside tokens/s. Batches have prompts of one length: the public loop takes
-no others. FASTDIFF_NUMBERS_PROMPTS (64) are as many prompts.
+FASTDIFF_NUMBERS_RUN=folder adds a trained model (recipe mdlm_numbers): held-out prompts, one token per step in the
+public loop and the exact mode, and exact matches beside tokens/s. Batches have prompts of one length: the public loop
+takes no others. FASTDIFF_NUMBERS_PROMPTS (64) are as many prompts.
 
 Both cases first compare the tokens of the public loop and of the exact mode.
 """
@@ -57,7 +57,7 @@ def test_gpt2_small(benchmark, report):
     report(rates(case, seconds, new, {"exact": 1.6}))
 
 
-@pytest.mark.skipif(RUN is None, reason="FASTDIFF_NUMBERS_RUN names no run of recipe mdlm_numbers")
+@pytest.mark.skipif(RUN is None, reason="FASTDIFF_NUMBERS_RUN does not name a run of the recipe mdlm_numbers")
 @pytest.mark.parametrize("batch", [1, 16])
 def test_numbers(batch, benchmark, report):
     from fastdiff.tasks.masked_lm.run import load_language_model

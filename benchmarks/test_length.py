@@ -1,7 +1,7 @@
 """Length prediction: useful tokens/s (those before the end token) of windows of fixed and of predicted length.
 
 FASTDIFF_LENGTH_RUN=folder is a run of recipe length_numbers with a calibration (`python -m fastdiff.evaluate RUN
---length` makes it): held-out prompts, a window of 256 tokens, blocks of 16, one token a step but where a threshold is
+--length` makes it): held-out prompts, a window of 256 tokens, blocks of 16, one token per step but where a threshold is
 named. FASTDIFF_LENGTH_PROMPTS (16) are as many prompts; batches have prompts of one length, since the public loop takes
 no others. "one block" are bounds forced to a single block: rows must grow. test_length_answers.py has exact matches.
 """
@@ -15,7 +15,9 @@ from decoding_cases import contender, ended, held_out, length_modes, public
 RUN = os.environ.get("FASTDIFF_LENGTH_RUN")
 PROMPTS = int(os.environ.get("FASTDIFF_LENGTH_PROMPTS", "16"))
 NEW, BLOCK, COVERAGE, ROUNDS = 256, 16, 0.95, 2
-WITH_RUN = pytest.mark.skipif(RUN is None, reason="FASTDIFF_LENGTH_RUN names no run of recipe length_numbers")
+WITH_RUN = pytest.mark.skipif(
+    RUN is None, reason="FASTDIFF_LENGTH_RUN does not name a run of the recipe length_numbers"
+)
 
 
 def useful(batches: list, eos: int) -> int:

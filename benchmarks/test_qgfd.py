@@ -81,7 +81,7 @@ def test_forward(length, steps, dtype, benchmark, report):
 @torch.no_grad()
 @pytest.mark.parametrize(("steps", "least"), [(1, 30.0), (4, 40.0)])
 def test_definition_of_long_sequences(steps, least, benchmark, report):
-    """The definition takes 10 seconds a step here, so that it has fewer rounds."""
+    """The definition takes 10 seconds per step here, so that it has fewer rounds."""
     inputs = operands(4096, F32)
     check(inputs, steps)
     ways = {"fastdiff": ours, "dense": qgfd_baselines.dense}

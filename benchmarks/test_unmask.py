@@ -19,7 +19,7 @@ ROUNDS = {"count": 40, "threshold": 5, "factor": 20, "entropy_budget": 40, "ance
 NUMBERS = {"count": 16, "threshold": 0.9, "factor": 1.5, "entropy_budget": 0.15, "ancestral": 1 / 64}
 ARGUMENTS = {rule: rule for rule in NUMBERS} | {"ancestral": "probability"}
 ORDERS = {"entropy_budget": "entropy"}  # confidence elsewhere
-LOOP_TARGET = {"loop": 20.0}  # MDLM's step is no loop: nothing is aimed at there
+LOOP_TARGET = {"loop": 20.0}  # MDLM's step is not a loop: nothing is aimed at there
 
 
 def inputs(masked: str) -> tuple[Tensor, TokenSample]:

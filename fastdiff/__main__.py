@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def usage() -> str:
-    """The commands, one a line."""
+    """The commands, one per line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {about}" for name, about in COMMANDS.items()]
     return "\n".join(

@@ -170,7 +170,7 @@ def _without_none(kind: Any) -> Any:
 def _add_generation_options(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     """Adds an option for each field that the parser does not have yet; what is not given is not in its result.
 
-    `defaults` are told in the help where they are others than the configuration's.
+    The help names those of `defaults` that differ from the configuration's.
     """
     from fastdiff.generation.config import LENGTHS, MaskedDiffusionGenerationConfig
     from fastdiff.ops.unmask import ORDERS, RULES

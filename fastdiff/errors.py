@@ -1,8 +1,30 @@
-"""Errors that people read: one line each."""
+"""Errors that people read: one line each, `name: got X; expected Y; do Z`."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+_section: ContextVar[str | None] = ContextVar("section", default=None)
 
 
 class TrainingError(RuntimeError):
     """A run that failed on its way; the message is one line and says what of it is left."""
+
+
+@contextlib.contextmanager
+def section(name: str) -> Iterator[None]:
+    """Within the block, `named` speaks of fields of this section of a recipe; an inner block replaces an outer one."""
+    token = _section.set(name)
+    try:
+        yield
+    finally:
+        _section.reset(token)
+
+
+def named(field: str) -> str:
+    """How a message calls a field of a configuration: "image_data.folder" in that section, else "folder"."""
+    within = _section.get()
+    return field if within is None else f"{within}.{field}"
 
 
 def one_line(message: object) -> str:

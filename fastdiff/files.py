@@ -100,7 +100,7 @@ def make_folder_once(folder: Path, is_complete: Callable[[Path], bool], fill: Ca
     """Makes a cached folder; processes that ask for the same one at once wait for the one that makes it.
 
     Args:
-        folder: in the cache.
+        folder: a folder in the cache.
         is_complete: whether `folder` is there and whole.
         fill: writes the files into the folder that it is given.
 

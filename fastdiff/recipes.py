@@ -1,10 +1,9 @@
 """Recipes: YAML files and command-line options, as dataclasses."""
 
-import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -12,7 +11,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError
 from jsonargparse import ArgumentParser as _ArgumentParser
 
-from fastdiff.errors import one_line
+from fastdiff.errors import one_line, section
 from fastdiff.shipped import find_recipe
 
 Recipe = TypeVar("Recipe")
@@ -115,7 +114,7 @@ def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
 def check_recipe_file(recipe: type, path: Path) -> None:
     """Checks that a file is YAML, and has no other sections and fields than the dataclass `recipe`.
 
-    Fields of `recipe` that are no dataclasses themselves, such as `task`, stand in the file beside the sections. A
+    Fields of `recipe` that are not dataclasses themselves, such as `task`, stand in the file beside the sections. A
     section that may be left out may be null.
 
     Raises:
@@ -126,29 +125,29 @@ def check_recipe_file(recipe: type, path: Path) -> None:
     optional = {field.name for field in dataclasses.fields(recipe) if field.default is None}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {content!r}; expected the sections {', '.join(sections)}")
-    for section, fields in content.items():
-        section, _, field = str(section).partition(".")  # "model.depth: 2" is "model: {depth: 2}"
-        if section not in sections:
-            raise ValueError(f"{path}: there is no section {section!r}; expected {', '.join(sections)}")
-        if sections[section] is None:
+    for part, fields in content.items():
+        part, _, field = str(part).partition(".")  # "model.depth: 2" is "model: {depth: 2}"
+        if part not in sections:
+            raise ValueError(f"{path}: there is no section {part!r}; expected {', '.join(sections)}")
+        if sections[part] is None:
             if field or isinstance(fields, dict):
-                raise ValueError(f"{path}: {section} has fields below it; expected one value, as in {section}: VALUE")
+                raise ValueError(f"{path}: {part} has fields below it; expected one value, as in {part}: VALUE")
             continue
-        if fields is None and section in optional:
+        if fields is None and part in optional:
             continue
         fields = {field: fields} if field else fields
         if not isinstance(fields, dict):
             raise ValueError(
-                f"{path}: {section} is {fields!r}; expected fields below it, as in {section}: {{name: value}}; "
+                f"{path}: {part}: got {fields!r}; expected fields below it, as in {part}: {{name: value}}; "
                 "--help lists them"
             )
-        known = [each.name for each in dataclasses.fields(sections[section])]
+        known = [each.name for each in dataclasses.fields(sections[part])]
         for name in fields:
             name = str(name).partition(".")[0]  # "sampling.generation.seed: 1"
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
-                advice = f"did you mean {section}.{close[0]}? " if close else ""
-                raise ValueError(f"{path}: there is no field {section}.{name}; {advice}--help lists the fields")
+                advice = f"did you mean {part}.{close[0]}? " if close else ""
+                raise ValueError(f"{path}: there is no field {part}.{name}; {advice}--help lists the fields")
 
 
 def read_recipe_file(path: Path) -> Any:
@@ -166,26 +165,13 @@ def build(recipe: type[Recipe], values: Any) -> Recipe:
     """Dataclasses from jsonargparse's namespace; their own checks run here."""
     parts = {}
     for field in dataclasses.fields(recipe):
-        value, section = getattr(values, field.name), _section(field.type)
-        if section is None or value is None:
+        value, config = getattr(values, field.name), _section(field.type)
+        if config is None or value is None:
             parts[field.name] = value
             continue
-        with naming_section(field.name):
-            parts[field.name] = section(**vars(value))
+        with section(field.name):  # for the names in their errors
+            parts[field.name] = config(**vars(value))
     return recipe(**parts)
-
-
-@contextlib.contextmanager
-def naming_section(name: str) -> Iterator[None]:
-    """Errors of data sets speak of "data.folder"; within the block, for a section "audio_data", of that one's."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        message = re.sub(r"\bdata\.(?=[a-z_])", f"{name}.", str(error))
-        if not name.endswith("_data") or message == str(error):
-            raise
-        kind = next(k for k in (FileNotFoundError, ModuleNotFoundError, ValueError) if isinstance(error, k))
-        raise kind(message) from None
 
 
 def _section(kind: Any) -> type | None:

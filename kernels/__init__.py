@@ -1,1 +1,1 @@
-"""The kernels: one folder an operator, all its backends side by side."""
+"""The kernels: one folder per operator, all its backends side by side."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")  # initcheck would report torch's own kernels too
-SANITIZER_FAILURE = 86  # the exit status that compute-sanitizer is told to give
+SANITIZER_FAILURE = 86  # the exit status that compute-sanitizer is asked to give
 TAIL_LINES = 40  # of a failing command, in the report
 
 
@@ -61,7 +61,7 @@ def sanitizer_workload() -> None:
     from fastdiff.backends import use_backend
 
     torch.manual_seed(0)
-    for dim in (7, 64, 1152, 3072, 8200):  # scalar; many rows a block; registers, small and large; streamed
+    for dim in (7, 64, 1152, 3072, 8200):  # scalar; many rows per block; registers, small and large; streamed
         for dtype in (torch.float32, torch.bfloat16):
             x, branch = (torch.randn(2, 6, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
             modulation = torch.randn(2, 3, 3 * dim, device="cuda", dtype=dtype, requires_grad=True)

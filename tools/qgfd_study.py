@@ -134,7 +134,7 @@ def interval(values: list[float], form: str) -> str:
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """A panel a modality: loss against the noise on the input, a line a number of hops, a thin one a seed."""
+    """A panel per modality: loss against the noise on the input, a line per number of hops, a thin one per seed."""
     from matplotlib.figure import Figure
 
     from fastdiff.visualization.figures import save_figure

@@ -188,7 +188,7 @@ class SamplingCase:
 
     vocab: int
     dtype: torch.dtype
-    temperature: float | None  # None: one a row
+    temperature: float | None  # None: one per row
     top: tuple[int, float] = (0, 1.0)
     full: bool = False  # every optional operand
 

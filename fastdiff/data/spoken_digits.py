@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdiff.data.waveforms import read_wav
+from fastdiff.errors import named
 from fastdiff.files import cache_folder, make_folder_once
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -26,7 +27,7 @@ _META, _SAMPLES, _LIMITS = "meta.json", "samples.npy", "limits.npy"
 
 @dataclass(frozen=True)
 class Voice:
-    """How espeak-ng speaks: -v accent+speaker -p pitch (0 … 99) -s speed (words a minute)."""
+    """How espeak-ng speaks: -v accent+speaker -p pitch (0 … 99) -s speed (words per minute)."""
 
     accent: str
     speaker: str
@@ -78,7 +79,7 @@ def _is_complete(folder: Path) -> bool:
 def _espeak_version() -> str:
     if shutil.which("espeak-ng") is None:
         raise FileNotFoundError(
-            "data.name is 'spoken_digits', which the program espeak-ng speaks, and it is not installed; run: "
+            f"{named('name')}: got 'spoken_digits', which the program espeak-ng speaks, and it is not installed; run: "
             "apt-get install espeak-ng"
         )
     text = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout

@@ -13,12 +13,12 @@ class EpochStream:
     Args:
         size: number of samples.
         batch_size: samples a step, over all processes.
-        seed: of the permutations.
+        seed: seed of the permutations.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int):
         if size < 1 or batch_size < 1:
-            raise ValueError(f"size is {size} and batch_size {batch_size}; expected both at least 1")
+            raise ValueError(f"size: got {size}, and batch_size {batch_size}; expected both at least 1")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
 

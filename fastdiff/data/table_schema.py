@@ -23,9 +23,9 @@ class NumberColumn:
     """A column of numbers, standardised.
 
     Attributes:
-        name: of the column.
-        mean, deviation: of the training part, in the column's units.
-        decimals: with which values are written in the source, as far as float32 can carry them; samples are rounded
+        name: the column's name.
+        mean, deviation: mean and standard deviation in the training part, in the column's units.
+        decimals: number of decimals of the values in the source, as far as float32 can carry them; samples are rounded
             to as many.
     """
 
@@ -52,7 +52,7 @@ class TableSchema:
 
     Attributes:
         numbers, categories: the columns, in the order of a batch's "numbers" and "categories".
-        names: of all columns in the order of the source.
+        names: all columns' names in the order of the source.
         target: the column that is predicted from the others when samples are judged; None where there is none.
     """
 
@@ -152,7 +152,7 @@ class TableSchema:
         expected = len(self.numbers), len(self.categories)
         if numbers.ndim != 2 or categories.ndim != 2 or (numbers.shape[1], categories.shape[1]) != expected:
             raise ValueError(
-                f"numbers has shape {tuple(numbers.shape)} and categories {tuple(categories.shape)}; expected "
+                f"numbers: got shape {tuple(numbers.shape)} and categories {tuple(categories.shape)}; expected "
                 f"[R, {expected[0]}] and [R, {expected[1]}]"
             )
         if len(numbers) != len(categories):
@@ -190,7 +190,7 @@ class TableSchema:
         names, target = tuple(fields["names"]), fields["target"]
         columns = [column.name for column in (*numbers, *categories)]
         if len(columns) != len(names) or set(columns) != set(names) or target not in (None, *names):
-            raise ValueError(f"names has {list(names)} and target {target!r}; expected the columns {columns}")
+            raise ValueError(f"names: got {list(names)} with target {target!r}; expected the columns {columns}")
         return cls(numbers, categories, names, target)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -246,11 +246,11 @@ def checked_columns(table: Mapping[str, Sequence[Any]], categories: Sequence[str
 
 
 def _column(name: str, values: Sequence[Any], category: bool) -> np.ndarray:
-    """float64 [R], or names of categories, dtype object [R], where they are asked for or the values are no numbers."""
+    """float64 [R], or names of categories, dtype object [R], where they are asked for or the values are not numbers."""
     plain = isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
     values = values if plain else np.asarray(values, dtype=object)
     if values.ndim != 1:
-        raise ValueError(f"column {name!r} has shape {list(values.shape)}; expected a value a row, or leave it out")
+        raise ValueError(f"column {name!r} has shape {list(values.shape)}; expected a value per row, or leave it out")
     missing = np.isnan(values) if plain else np.array([_is_missing(value) for value in values], dtype=bool)
     if missing.any():
         raise ValueError(

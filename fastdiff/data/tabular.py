@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdiff.data.datasets import stratified_split
 from fastdiff.data.labelled import LabelledData
 from fastdiff.data.table_schema import TableSchema, checked_columns
+from fastdiff.errors import named
 
 Table = Mapping[str, np.ndarray]  # columns by name: numbers [R], or str (dtype object) [R]
 
@@ -30,11 +31,11 @@ class TabularDataConfig:
         name: "iris" (150 flowers, 4 numbers, species), "wine" (178, 13 numbers, cultivar), "breast_cancer" (569, 30
             numbers, diagnosis), "diabetes" (442, 9 numbers, sex; the target, progression, is a number), all four
             bundled with scikit-learn, or "csv" (a file with a line of names, values separated by commas).
-        path: of the csv file.
-        target: of csv: the column that a classifier predicts when samples are judged; None for the last one.
-        categories: of csv: columns of numbers that are categories, such as a target of 0 and 1.
+        path: the CSV file of csv.
+        target: for csv, the column that a classifier predicts when samples are judged; None for the last one.
+        categories: for csv, columns of numbers that are categories, such as a target of 0 and 1.
         drop: columns left out, such as identifiers.
-        held_out_fraction: of the rows (of each class, where the target is a category); the split is fixed.
+        held_out_fraction: share of the rows (of each class's, where the target is a category); the split is fixed.
     """
 
     name: Literal["iris", "wine", "breast_cancer", "diabetes", "csv"] = "wine"
@@ -46,11 +47,16 @@ class TabularDataConfig:
 
     def __post_init__(self):
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+            raise ValueError(
+                f"{named('held_out_fraction')}: got {self.held_out_fraction}; expected a number between 0 and 1"
+            )
         if self.name == "csv" and not self.path:
-            raise ValueError("data.path is missing; csv needs the file")
+            raise ValueError(f"{named('path')}: got none; csv needs the file")
         if self.name != "csv" and (self.path or self.target or self.categories):
-            raise ValueError(f"data.path, data.target and data.categories are of csv; leave them out of {self.name}")
+            given = next(name for name in ("path", "target", "categories") if getattr(self, name))
+            raise ValueError(
+                f"{named(given)}: got {getattr(self, given)!r} with {self.name}; it is for csv: leave it out"
+            )
 
 
 class TableRows:
@@ -100,7 +106,7 @@ def load_tabular_data(config: TabularDataConfig) -> TabularData:
             is constant, or has more than 256 categories; one line that names it.
     """
     if config.name not in _SOURCES:
-        raise ValueError(f"data.name is {config.name!r}; expected one of {', '.join(_SOURCES)}")
+        raise ValueError(f"{named('name')}: got {config.name!r}; expected one of {', '.join(_SOURCES)}")
     table, target = _SOURCES[config.name](config)
     if len(table) < 2:
         raise ValueError(
@@ -111,7 +117,7 @@ def load_tabular_data(config: TabularDataConfig) -> TabularData:
     if unknown:
         raise ValueError(f"{_where(config)} has no column {unknown[0]!r}; it has {', '.join(table)}")
     if target in config.drop:
-        raise ValueError(f"data.drop names {target!r}, which is the target; name another target")
+        raise ValueError(f"{named('drop')}: got {target!r}, which is the target; name another target")
     table = {name: values for name, values in table.items() if name not in config.drop}
     categories = [name for name in config.categories if name not in config.drop]
     with _naming(_where(config)):
@@ -135,7 +141,7 @@ def _naming(where: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{where}: {error}: name it in data.drop") from None
+        raise ValueError(f"{where}: {error}: name it in {named('drop')}") from None
 
 
 def _split(name: str, target: np.ndarray, held_out_fraction: float, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +152,7 @@ def _split(name: str, target: np.ndarray, held_out_fraction: float, where: str) 
         if counts.min() < 2:
             raise ValueError(
                 f"{where}: {str(classes[counts.argmin()])!r}, a class of the target {name!r}, has one row alone; "
-                "expected at least 2 (one is held out): name another column as data.target, or remove the row"
+                f"expected at least 2 (one is held out): set {named('target')} to another column, or remove the row"
             )
     else:
         labels = np.zeros(len(target), dtype=np.int64)
@@ -160,8 +166,8 @@ def _bundled(name: str, target: str, target_names: bool = True) -> Callable[[Tab
             from sklearn import datasets
         except ModuleNotFoundError:
             raise ModuleNotFoundError(
-                f"data.name is {name!r}, which is in the package scikit-learn, which is not installed; run: pip "
-                "install scikit-learn"
+                f"{named('name')}: got {name!r}, whose package scikit-learn is not installed; run: pip install "
+                "scikit-learn"
             ) from None
         options = {"scaled": False} if name == "diabetes" else {}
         bunch = getattr(datasets, f"load_{name}")(**options)
@@ -182,11 +188,11 @@ def _csv(config: TabularDataConfig) -> tuple[Table, str]:
         import pandas as pd
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "data.name is 'csv', which the package pandas reads, which is not installed; run: pip install pandas"
+            f"{named('name')}: got 'csv', whose package pandas is not installed; run: pip install pandas"
         ) from None
     path = Path(config.path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"data.path is {config.path!r}, which is not a file; pass a CSV file")
+        raise FileNotFoundError(f"{named('path')}: got {config.path!r}, which is not a file; expected a CSV file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than there are names

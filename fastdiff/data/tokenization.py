@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdiff.data.text_config import TokenizerConfig
+from fastdiff.errors import named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -41,16 +42,16 @@ def load_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> "PreTra
         return _wrap(_character_tokenizer(documents))
     from transformers import AutoTokenizer
 
-    expected = "expected 'bpe', 'characters' or a Hugging Face tokenizer's folder or hub id as --tokenizer.name"
+    expected = "expected 'bpe', 'characters' or a Hugging Face tokenizer's folder or hub id"
     path = Path(config.name).expanduser()
     if not path.is_dir() and config.name.startswith(("/", "./", "../", "~")):
-        raise FileNotFoundError(f"tokenizer.name is {config.name!r}, which is not a folder; {expected}")
+        raise FileNotFoundError(f"{named('name')}: got {config.name!r}, which is not a folder; {expected}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else config.name)
     except Exception as error:  # of many kinds: no such id, no network, no tokenizer in the folder
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
-            f"tokenizer.name is {config.name!r}, which cannot be loaded ({reason}); {expected}"
+            f"{named('name')}: got {config.name!r}, which cannot be loaded ({reason}); {expected}"
         ) from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, name) is None]
     tokenizer.add_special_tokens({name: SPECIAL_TOKENS[name] for name in missing})

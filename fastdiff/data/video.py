@@ -15,6 +15,7 @@ from fastdiff.data.config import DataConfig
 from fastdiff.data.datasets import IMAGE_SUFFIXES, load_mnist5k, stratified_split
 from fastdiff.data.images import ArrayImages, FileImages
 from fastdiff.data.labelled import ExampleSet, LabelledData
+from fastdiff.errors import named
 
 
 @dataclass
@@ -23,18 +24,20 @@ class VideoDataConfig:
 
     Attributes:
         name: "moving_digits" (digits of MNIST-5k that move with constant velocity and bounce off the edges) or
-            "video_folder" (a subfolder a class, in it a subfolder a video, in it the frames as images in the order of
+            "video_folder" (a subfolder per class, in it one per video, in it the frames as images in the order of
             their names).
-        folder: of video_folder.
-        num_frames: of a video. Of video_folder, longer ones give several, one after the other; the rest is left out.
+        folder: the folder of video_folder.
+        num_frames: frames of a video. A longer one of video_folder gives several, one after the other; the rest is left
+            out.
         frame_size: edge of a frame in pixels; video_folder crops its frames (centre square) and resizes them to it. The
             frames of one video must have one size.
         digit_size: edge in pixels to which the 28x28 of a digit are scaled; moving_digits alone.
-        max_speed: pixels a frame, of moving_digits: speeds are drawn from half of it to all of it.
-        videos_per_digit: of moving_digits, each with its own motion: 4 500 digits to train on, 500 held out.
-        seed: of the motions.
+        max_speed: pixels per frame, of moving_digits: speeds are drawn from half of it to all of it.
+        videos_per_digit: for moving_digits, videos of each digit, each with its own motion: 4 500 digits to train on,
+            500 held out.
+        seed: seed of the motions.
         channels: 3 for colour or 1 for grey, of video_folder.
-        held_out_fraction: of the videos of each class, of video_folder.
+        held_out_fraction: share of each class's videos that video_folder holds out.
     """
 
     name: Literal["moving_digits", "video_folder"] = "moving_digits"
@@ -51,23 +54,28 @@ class VideoDataConfig:
     def __post_init__(self):
         for name in ("num_frames", "frame_size", "digit_size", "videos_per_digit"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
         if self.name == "moving_digits" and self.digit_size > self.frame_size:
             raise ValueError(
-                f"data.digit_size is {self.digit_size}; expected at most data.frame_size, which is {self.frame_size}"
+                f"{named('digit_size')}: got {self.digit_size}; expected at most frame_size, {self.frame_size}"
             )
         if self.seed < 0:
-            raise ValueError(f"data.seed is {self.seed}; expected 0 or more")
+            raise ValueError(f"{named('seed')}: got {self.seed}; expected 0 or more")
         if not 0 <= self.max_speed < float("inf"):
-            raise ValueError(f"data.max_speed is {self.max_speed}; expected a number of pixels a frame, 0 or more")
+            raise ValueError(f"{named('max_speed')}: got {self.max_speed}; expected pixels per frame, 0 or more")
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; expected a number between 0 and 1")
+            raise ValueError(
+                f"{named('held_out_fraction')}: got {self.held_out_fraction}; expected a number between 0 and 1"
+            )
         if self.name == "video_folder" and not self.folder:
             raise ValueError(
-                "data.folder is missing; video_folder needs a folder with a subfolder a class, in it one a video"
+                f"{named('folder')}: got none; video_folder needs a folder with a subfolder per class, in it one per "
+                "video"
             )
         if self.name == "moving_digits" and self.folder:
-            raise ValueError(f"data.folder is {self.folder!r}, but moving_digits is made of MNIST-5k; leave it out")
+            raise ValueError(
+                f"{named('folder')}: got {self.folder!r} with moving_digits, which is made of MNIST-5k; leave it out"
+            )
 
 
 class MovingDigits:
@@ -134,7 +142,7 @@ class FolderVideos:
     Args:
         clips: N lists of as many frames.
         labels: int64 [N].
-        image_size, channels: of what `batch` returns.
+        image_size, channels: size and channels of what `batch` returns.
     """
 
     def __init__(self, clips: Sequence[Sequence[Path]], labels: Tensor, image_size: int, channels: int):
@@ -179,19 +187,19 @@ def load_video_data(config: VideoDataConfig) -> VideoData:
         return VideoData(config.name, train, held_out, digits.class_names, shape)
     if config.name == "video_folder":
         return _video_folder(config)
-    raise ValueError(f"data.name is {config.name!r}; expected one of moving_digits, video_folder")
+    raise ValueError(f"{named('name')}: got {config.name!r}; expected one of moving_digits, video_folder")
 
 
 def _video_folder(config: VideoDataConfig) -> VideoData:
     root = Path(config.folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
-            f"data.folder is {config.folder!r}, which is not a folder; pass one with a subfolder a class, in it one a "
-            "video"
+            f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder per "
+            "class, in it one per video"
         )
     classes = _subfolders(root)
     if not classes:
-        raise ValueError(f"data.folder {config.folder!r} has no subfolders; expected a subfolder a class")
+        raise ValueError(f"{named('folder')}: got {config.folder!r}, which has no subfolders; expected one per class")
     videos: list[list[list[Path]]] = []  # of each folder of frames, its clips
     labels = []
     for label, folder in enumerate(classes):
@@ -219,7 +227,7 @@ def _clips(video: Path, num_frames: int) -> list[list[Path]]:
 
     frames = sorted(file for file in video.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if len(frames) < num_frames:
-        raise ValueError(f"{video} has {len(frames)} frames; expected at least data.num_frames = {num_frames}")
+        raise ValueError(f"{video} has {len(frames)} frames; expected at least {named('num_frames')} = {num_frames}")
     first = None
     for frame in frames:
         try:

@@ -132,7 +132,7 @@ class MaskedDiffusion:
         """
         maskable = self._check(input_ids, maskable)
         if t.shape != input_ids.shape[:1]:
-            raise ValueError(f"t: got shape {list(t.shape)}; expected [{len(input_ids)}], one time a sequence")
+            raise ValueError(f"t: got shape {list(t.shape)}; expected [{len(input_ids)}], one time per sequence")
         u = _uniform(input_ids.shape, generator).to(input_ids.device)
         mask = (u < self.mask_rate(t.double())[:, None]) & maskable
         return MaskedTokens(input_ids.masked_fill(mask, self.mask_token_id), mask, self.weight(t.float()))
@@ -151,13 +151,13 @@ class MaskedDiffusion:
         """
         maskable = self._check(input_ids, maskable)
         if counts.shape != input_ids.shape[:1]:
-            raise ValueError(f"counts: got shape {list(counts.shape)}; expected [{len(input_ids)}], one a sequence")
+            raise ValueError(f"counts: got shape {list(counts.shape)}; expected [{len(input_ids)}], one per sequence")
         if counts.device.type == "cpu":
             wrong = ((counts < 0) | (counts > maskable.sum(1).to(counts.device))).nonzero()
             if len(wrong):
                 row = int(wrong[0])
                 most = int(maskable[row].sum())
-                raise ValueError(f"counts[{row}] is {int(counts[row])}; expected 0 to {most}, its maskable tokens")
+                raise ValueError(f"counts[{row}]: got {int(counts[row])}; expected 0 to {most}, its maskable tokens")
         keys = _uniform(input_ids.shape, generator).to(input_ids.device).masked_fill(~maskable, 2.0)
         ranks = keys.argsort(dim=1, stable=True).argsort(dim=1)  # maskable tokens come first, in random order
         mask = (ranks < counts.to(ranks.device)[:, None]) & maskable
@@ -197,7 +197,7 @@ class MaskedDiffusion:
             already = ((input_ids == self.mask_token_id) & maskable).nonzero()
             if len(already):
                 raise ValueError(
-                    f"input_ids{already[0].tolist()} is the mask token {self.mask_token_id}, which clean text never "
+                    f"input_ids{already[0].tolist()}: got the mask token {self.mask_token_id}, which clean text never "
                     "has; remove it or set maskable to False there"
                 )
         return maskable

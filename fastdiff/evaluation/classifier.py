@@ -22,7 +22,7 @@ class Classifier(nn.Module):
     """A convolutional network for small images of any size.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         num_classes: number of classes.
     """
 

@@ -22,9 +22,9 @@ class FrechetComparison:
         count: examples on either side of every distance; distances of other counts can't be compared with these.
         features: width of the space.
         draws: how often the sets were drawn.
-        samples: of the samples.
-        held_out: of real examples that were held out of training.
-        floor: of other real training examples: what a perfect model would get at this count.
+        samples: distance of the samples.
+        held_out: distance of real examples that were held out of training.
+        floor: distance of other real training examples, which is what a perfect model would get at this count.
         samples_range, held_out_range, floor_range: lowest and highest of the draws.
     """
 
@@ -61,7 +61,7 @@ def encode_batches(encode: Encode, batches: Iterable[dict[str, Tensor]]) -> Tens
 
     Args:
         encode: takes a batch to states [B, L, D] and a mask bool [B, L] (True = a token) or None for all.
-        batches: of examples.
+        batches: batches of examples.
 
     Returns:
         float32 [N, D], on the CPU.
@@ -75,19 +75,19 @@ def encode_batches(encode: Encode, batches: Iterable[dict[str, Tensor]]) -> Tens
         if states.ndim != 3 or (mask is not None and mask.shape != states.shape[:2]):
             shape = None if mask is None else tuple(mask.shape)
             raise ValueError(
-                f"encode gave states of shape {tuple(states.shape)} and a mask of {shape}; expected [B, L, D] and "
+                f"encode: gave states of shape {tuple(states.shape)} and a mask of {shape}; expected [B, L, D] and "
                 "[B, L] or None"
             )
         weight = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.float()
         if not bool((weight.sum(1) > 0).all()):
-            raise ValueError("encode gave a mask with a row of False alone; expected a token in every example")
+            raise ValueError("encode: gave a mask with a row of False alone; expected a token in every example")
         kept = states.float().masked_fill(weight[..., None] == 0, 0)  # padding may be anything, NaN too
         features.append((kept.sum(1) / weight.sum(1, keepdim=True)).cpu())
     if not features:
         raise ValueError("batches: got none; expected at least one")
     features = torch.cat(features)
     if not bool(features.isfinite().all()):
-        raise ValueError("encode gave states that are not finite; the samples or the encoder have diverged")
+        raise ValueError("encode: gave states that are not finite; the samples or the encoder have diverged")
     return features
 
 
@@ -111,8 +111,8 @@ def compare_with_real(
 
     Args:
         samples, train, held_out: [S, D], [M, D], [K, D], as `encode_batches` gives them.
-        draws: of the sets, at random.
-        seed: of the draws.
+        draws: how often the sets are drawn at random.
+        seed: seed of the draws.
 
     Raises:
         ValueError: shapes that do not fit, or fewer than 2 (of train, 4) examples.
@@ -120,8 +120,8 @@ def compare_with_real(
     count = min(len(samples), len(held_out), len(train) // 2)
     if count < 2 or draws < 1:
         raise ValueError(
-            f"got {len(samples)} samples, {len(train)} training and {len(held_out)} held-out examples, {draws} draws; "
-            "expected at least 2, 4, 2 and 1"
+            f"samples: got {len(samples)} of them, {len(train)} training and {len(held_out)} held-out examples, "
+            f"{draws} draws; expected at least 2, 4, 2 and 1"
         )
     generator = np.random.default_rng(seed)
     distances: dict[str, list[float]] = {"samples": [], "held_out": [], "floor": []}

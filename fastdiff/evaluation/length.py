@@ -73,15 +73,15 @@ def length_measures(
     bounds, lengths = np.asarray(bounds, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
     if bounds.ndim != 1 or bounds.shape != lengths.shape or not len(bounds):
         raise ValueError(
-            f"got bounds of shape {list(bounds.shape)} and lengths of shape {list(lengths.shape)}; expected [N] of both"
+            f"bounds: got shape {list(bounds.shape)} with lengths of shape {list(lengths.shape)}; expected [N] of both"
         )
     if bounds.min() < 0 or bounds.max() > window or lengths.min() < 0:
         raise ValueError(
-            f"got bounds {bounds.min()} to {bounds.max()} and lengths from {lengths.min()} on; expected bounds of "
+            f"bounds: got {bounds.min()} to {bounds.max()} and lengths from {lengths.min()} on; expected bounds of "
             f"0 to the window, {window}, and lengths of 0 or more"
         )
     if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected at least 1")
+        raise ValueError(f"resamples: got {resamples}; expected at least 1")
     fits, one = lengths < window, np.ones(len(bounds))
     correct = bounds >= np.minimum(lengths, window)
     tight, surplus = correct & fits, (bounds - lengths).astype(np.float64)
@@ -117,8 +117,8 @@ def bootstrap_ratios(
 
     Args:
         above, below: float64 [K, N].
-        resamples: of N rows each, drawn with replacement.
-        seed: of the draws.
+        resamples: resamples of N rows each, drawn with replacement.
+        seed: seed of the draws.
         confidence: share of the resamples within an interval.
 
     A resample whose denominator is 0 says nothing and is left out.

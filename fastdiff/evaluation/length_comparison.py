@@ -64,9 +64,9 @@ class RuleComparison:
 
     Attributes:
         rule: its name.
-        calibration: from the calibration pairs.
-        threshold: of `calibration` at the coverage that was asked for.
-        bounds, lengths: of the test pairs, from that threshold, in tokens.
+        calibration: what the calibration pairs gave.
+        threshold: threshold of `calibration` at the coverage that was asked for.
+        bounds, lengths: bounds by that threshold and true lengths of the test pairs, in tokens.
         calibrated: what these bounds are worth.
         published_threshold, published: the rule with its own number, uncalibrated; None for "constant", which has none.
         tradeoff: (coverage, saved share, correctness) on the test pairs, at rising coverage.
@@ -95,8 +95,8 @@ def read_rules(
     and "rho" make passes of their own.
 
     Args:
-        predictors: of one model and window, a rule each.
-        batch_size: prompts a forward pass.
+        predictors: predictors of one model and window, one per rule.
+        batch_size: prompts per forward pass.
         progress: shows a bar.
 
     Raises what `LengthPredictor.probe` raises.
@@ -165,7 +165,7 @@ def compare_rule(
 
 
 def _passes(predictor: LengthPredictor, reading: Tensor) -> Tensor:  # int64 [N]
-    """Forward passes that each row goes through: of the expanding rules, one a window up to the one it stays with."""
+    """Forward passes that each row goes through; with the expanding rules, one per window until it stays."""
     if predictor.rule == "constant":
         return torch.zeros(len(reading), dtype=torch.int64)
     if predictor.rule not in length_rules.EXPANSION_RULES:

@@ -22,7 +22,7 @@ class LikelihoodBound:
 
     Attributes:
         nats_per_token: the bound of all sequences over their maskable tokens.
-        standard_error: of nats_per_token, from the draws; the texts count as given.
+        standard_error: standard error of nats_per_token, from the draws; the texts count as given.
         perplexity: exp(nats_per_token).
         perplexity_standard_error: perplexity · standard_error (delta method).
         tokens: maskable tokens in the sequences.
@@ -52,7 +52,7 @@ def likelihood_bound(
     seed: int = 0,
     progress: bool = False,
 ) -> LikelihoodBound:
-    """The Monte-Carlo bound on the texts' negative log-likelihood, in nats a token (LLaDA, Nie et al. 2025, B.5).
+    """The Monte-Carlo bound on the texts' negative log-likelihood, in nats per token (LLaDA, Nie et al. 2025, B.5).
 
     A draw takes a sequence with n maskable tokens and k ~ U{1 … n}, masks exactly k of them, and has the value n/k
     times their cross entropies; its mean is the bound of the sequence. The estimate is a ratio: the values' sum over
@@ -62,7 +62,7 @@ def likelihood_bound(
 
     Args:
         model: a `fastdiff.models.MaskedDiffusionLM`, or one wrapped by peft; it is put in eval mode meanwhile.
-        process: gives the masks; a model with a timestep embedding is told `process.time_of(k / n)`.
+        process: gives the masks; a model with a timestep embedding gets `process.time_of(k / n)`.
         sequences: clean token ids; a tensor may be padded on the right.
         maskable: True where a token belongs to the text whose likelihood is wanted (not the prompt, not padding).
             None: all that may be attended to.
@@ -70,14 +70,14 @@ def likelihood_bound(
         encoder_input_ids, encoder_attention_mask: condition texts, for a model with an encoder.
         num_samples: draws over all sequences; rounded up to a multiple of the number of groups.
         batch_size: draws computed at once; it changes no result but by rounding.
-        seed: of the draws.
+        seed: seed of the draws.
         progress: shows a bar.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or ids do not fit, or there is nothing to mask; the message names it.
     """
     if num_samples < 2 or batch_size < 1:
-        raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; expected at least 2 and 1")
+        raise ValueError(f"num_samples: got {num_samples} and batch_size {batch_size}; expected at least 2 and 1")
     texts = _Texts(sequences, maskable, attention_mask)
     condition = None if encoder_input_ids is None else _Texts(encoder_input_ids, None, encoder_attention_mask)
     texts.check(model, process, condition)
@@ -105,7 +105,7 @@ def sequence_losses(
 
     Args:
         masked: what `process.mask_for_likelihood` made of `clean`; its weight is the factor.
-        num_maskable: of which k were masked; k / n is the time's mask rate.
+        num_maskable: n, the tokens of which k were masked; k / n is the time's mask rate.
         encoder: `encoder_hidden_states` and `encoder_attention_mask`.
 
     Logits never lie in memory. Raises what `MaskedDiffusionLM.hidden_states` and `masked_linear_cross_entropy` raise.

@@ -20,11 +20,13 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(
-            f"features has shape {tuple(features.shape)} and reference {tuple(reference.shape)}; expected "
+            f"features: got shape {tuple(features.shape)} and reference {tuple(reference.shape)}; expected "
             "[N, F] and [M, F]"
         )
     if len(features) < 2 or len(reference) < 2:
-        raise ValueError(f"got {len(features)} features and {len(reference)} of reference; expected at least 2 of each")
+        raise ValueError(
+            f"features: got {len(features)} and {len(reference)} of reference; expected at least 2 of each"
+        )
     metric = FrechetInceptionDistance(feature=_Given(features.shape[1]))
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)

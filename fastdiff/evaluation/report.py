@@ -22,9 +22,9 @@ class Scores:
         images: how many.
         class_accuracy: share that the classifier takes for the class of their label.
         accuracy_by_class: the same, class by class.
-        frechet_distance: to the real training images, in the classifier's features.
-        nearest_neighbour_median: of the pixel distances to the nearest training image.
-        nearest_neighbour_minimum: of the same.
+        frechet_distance: Fréchet distance to the real training images, in the classifier's features.
+        nearest_neighbour_median: median of the pixel distances to the nearest training image.
+        nearest_neighbour_minimum: minimum of these distances.
     """
 
     images: int
@@ -78,14 +78,14 @@ def evaluate_samples(samples: Tensor, labels: Tensor, data: ImageData, classifie
         samples: [N, C, H, W] in [-1, 1] (clipped to it).
         labels: [N] the classes asked for.
         data: real images.
-        classifier: of this data set.
+        classifier: a classifier of this data set.
 
     Raises:
         ValueError: fewer than 2 samples, or shapes that do not fit the data.
     """
     if len(samples) < 2 or tuple(samples.shape[1:]) != tuple(data.image_shape) or len(labels) != len(samples):
         raise ValueError(
-            f"samples has shape {tuple(samples.shape)} and labels {tuple(labels.shape)}; expected [N, "
+            f"samples: got shape {tuple(samples.shape)} and labels {tuple(labels.shape)}; expected [N, "
             f"{', '.join(map(str, data.image_shape))}] with N >= 2, and [N]"
         )
     reference, _ = classify(classifier, data.train)

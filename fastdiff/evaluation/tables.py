@@ -36,7 +36,7 @@ class SyntheticReport:
         rows_synthetic, rows_real, rows_test: how many.
         synthetic: trained on synthetic rows.
         real: trained on real rows.
-        baseline: of the real rows' commonest class, or their mean.
+        baseline: the score of the real rows' commonest class, or their mean.
         nearest_synthetic, nearest_test: median distance to the nearest row to train on, of synthetic rows and of the
             test's: numbers standardised, a differing category counts 1. Synthetic rows that are much nearer are copies.
     """
@@ -85,8 +85,8 @@ def train_on_synthetic_test_on_real(
         numbers: float [R, N], standardised, as the model gives them. They are turned back and rounded as in the CSV.
         categories: int [R, K].
         data: the real table.
-        trees: of a forest.
-        seed: of forests and resampling.
+        trees: trees of a forest.
+        seed: seed of forests and resampling.
 
     Raises:
         ValueError: shapes or values that do not fit the table, no rows, no target, or no column beside it.
@@ -95,9 +95,9 @@ def train_on_synthetic_test_on_real(
         raise ValueError("numbers: got no rows; expected synthetic ones")
     schema = data.schema
     if schema.target is None:
-        raise ValueError("the table's schema has no target; expected a column to predict: TableSchema.fit(…, target=…)")
+        raise ValueError("schema: it has no target; expected a column to predict: TableSchema.fit(…, target=…)")
     if len(schema.names) < 2:
-        raise ValueError(f"the table has the column {schema.target!r} alone; expected others to predict it from")
+        raise ValueError(f"schema: got the column {schema.target!r} alone; expected others to predict it from")
     synthetic = TableRows(*schema.encode(schema.decode(numbers, categories)))
     test, truth = _inputs_and_target(data.held_out, schema)
     predictions = {}

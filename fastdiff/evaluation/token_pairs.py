@@ -15,10 +15,10 @@ class KnownPairs:
     """Shares of pairs of neighbouring tokens that are neighbours somewhere in the text to train on.
 
     Attributes:
-        samples: of the samples.
-        held_out: of as many held-out windows: what a perfect model would get.
-        shuffled: of the samples' tokens in random order, over all of them: what a model would get that knows the
-            tokens' frequencies alone.
+        samples: share in the samples.
+        held_out: share in as many held-out windows, which is what a perfect model would get.
+        shuffled: share after all of the samples' tokens were put in random order, which is what a model would get that
+            knows the tokens' frequencies alone.
     """
 
     samples: float
@@ -39,10 +39,10 @@ class KnownPairs:
 def known_pairs(samples: Tensor, data: TextExamples, *, seed: int = 0) -> KnownPairs:
     """Measures samples, int64 [N, L] with L of 2 or more, of the data's vocabulary.
 
-    Raises ValueError for fewer tokens a sample.
+    Raises ValueError for fewer tokens per sample.
     """
     if samples.ndim != 2 or samples.shape[1] < 2:
-        raise ValueError(f"samples has shape {list(samples.shape)}; expected [N, L] with 2 tokens or more each")
+        raise ValueError(f"samples: got shape {list(samples.shape)}; expected [N, L] with 2 tokens or more each")
     vocabulary = data.train.part.targets.vocab_size
     tokens = np.asarray(data.train.part.targets.tokens).astype(np.int64)
     known = np.unique(tokens[:-1] * vocabulary + tokens[1:])

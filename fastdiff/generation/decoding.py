@@ -160,7 +160,7 @@ def generate(
                 streamer(canvas.sequences(), step)
     left = int((canvas.ids == canvas.mask_token_id).sum())  # waits for the device
     if left:
-        raise ValueError("the model's logits have no distribution at some position: all -inf, or NaN or +inf")
+        raise ValueError("logits: the model gave no distribution at some position: all -inf, or NaN or +inf")
     return GenerationOutput(canvas.sequences(), decoding.statistics(time.perf_counter() - started))
 
 

@@ -118,7 +118,7 @@ class TextGenerator:
                 template, mask tokens where they cannot be filled; the message names the prompt.
         """
         if not prompts:
-            raise ValueError("no prompt given; pass at least one")
+            raise ValueError("prompts: got none; pass at least one")
         if chat and not self.tokenizer.chat_template:
             raise ValueError("chat: this tokenizer has no chat template; leave chat out")
         return [self._encode(prompt, f"prompt {i + 1}", chat, unconditional) for i, prompt in enumerate(prompts)]
@@ -136,7 +136,7 @@ class TextGenerator:
                 advice = "expected at least one token"
                 if start is not None and not self.has_encoder:
                     advice += ", or unconditional (--unconditional), which starts from BoS"
-                raise ValueError(f"{name} is empty; {advice}")
+                raise ValueError(f"{name}: got no text; {advice}")
             ids = [start]
         self.check(ids, name)
         return ids
@@ -145,16 +145,18 @@ class TextGenerator:
         """Raises ValueError, naming the prompt, where its tokens leave no room or nothing to generate."""
         masks, longest = list(ids).count(self.mask_token_id), self.model.config.max_position_embeddings
         if self.has_encoder and masks:
-            raise ValueError(f"{name} has mask tokens; this model's prompts go through an encoder, which fills none")
+            raise ValueError(f"{name}: got mask tokens; this model's prompts go through an encoder, which fills none")
         if not self.config.max_new_tokens and not masks:
-            raise ValueError(f"{name} has no mask token {self.mask_text} and max_new_tokens is 0: nothing to generate")
+            raise ValueError(
+                f"{name}: got no mask token {self.mask_text}, and max_new_tokens is 0: nothing to generate"
+            )
         taken, room = 1 if self.has_encoder else len(ids), self.config.max_new_tokens
         if self.length_predictor is not None:  # its pass is over the window that it was calibrated on
             room = max(room, self.length_predictor.window)
         if len(ids) > longest or taken + room > longest:
             what = "max_new_tokens is" if room == self.config.max_new_tokens else "the length predictor's window is"
             raise ValueError(
-                f"{name} has {len(ids)} tokens and {what} {room}; expected at most "
+                f"{name}: got {len(ids)} tokens, and {what} {room}; expected at most "
                 f"{longest} together, the model's positions: shorten the prompt or ask for fewer tokens"
             )
 
@@ -221,7 +223,9 @@ class TextGenerator:
         options: dict[str, Any] = {"copies": [copy for _, _, copy in jobs], "length_predictor": self.length_predictor}
         if self.has_encoder:
             if self.start_token_id is None:
-                raise ValueError("neither model nor tokenizer has a BoS token, from which a model with encoder starts")
+                raise ValueError(
+                    "bos_token_id: neither model nor tokenizer has one, from which a model with encoder starts; set it"
+                )
             options |= {"encoder_input_ids": ids, "encoder_attention_mask": mask}
             ids = torch.full((len(jobs), 1), self.start_token_id, device=device)
             mask = torch.ones_like(ids, dtype=torch.bool)

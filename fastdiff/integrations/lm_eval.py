@@ -85,16 +85,20 @@ class FastdiffLM(TemplateLM):
     ) -> None:
         super().__init__()
         if num_draws < 1 or batch_size < 1:
-            raise ValueError(f"num_draws is {num_draws} and batch_size {batch_size}; expected at least 1")
+            raise ValueError(f"num_draws: got {num_draws} and batch_size {batch_size}; expected at least 1")
         self.text = TextGenerator(model, tokenizer, config or MaskedDiffusionGenerationConfig())
         self.model, self.tokenizer, self._device = model, tokenizer, model.head_weight.device
         self.num_draws, self.batch_size, self.seed = num_draws, batch_size, seed
         self.process = process or MaskedDiffusion(MaskedDiffusionConfig(), self.text.mask_token_id)
         self.max_length: int = model.config.max_position_embeddings
         if not self.text.end_token_ids and not self._own_prefix():
-            raise ValueError("neither tokenizer nor model has a BoS or EoS token, to stand before a text")
+            raise ValueError(
+                "bos_token_id: neither tokenizer nor model has one, nor an EoS token, to stand before a text; set one"
+            )
         if self.text.has_encoder and self.text.start_token_id is None:
-            raise ValueError("neither model nor tokenizer has a BoS token, from which a model with encoder starts")
+            raise ValueError(
+                "bos_token_id: neither model nor tokenizer has one, from which a model with encoder starts; set it"
+            )
 
     # ------------------------------------------------------------------------------------------ tokens
 
@@ -113,7 +117,7 @@ class FastdiffLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
+        """The name in the harness's caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -151,7 +155,7 @@ class FastdiffLM(TemplateLM):
             condition, context = context[-self.max_length :], [self.text.start_token_id]
         if len(continuation) > self.max_length:
             raise ValueError(
-                f"a continuation of {len(continuation)} tokens; expected at most {self.max_length}, the model's "
+                f"continuation: got {len(continuation)} tokens; expected at most {self.max_length}, the model's "
                 "positions"
             )
         room = self.max_length - len(continuation)
@@ -200,7 +204,7 @@ class FastdiffLM(TemplateLM):
         return {"encoder_input_ids": ids, "encoder_attention_mask": seen}
 
     def _greedy(self, rows: Sequence[_Row]) -> list[bool]:
-        """Whether filling the whole continuation, a token a step and the most confident first, gives it back."""
+        """Whether filling the whole continuation, one token per step and the most confident first, gives it back."""
         config = MaskedDiffusionGenerationConfig(max_new_tokens=0, seed=0)
         same = [True] * len(rows)
         wanted = sorted((row for row in rows if bool(row.maskable.any())), key=lambda row: int(row.maskable.sum()))
@@ -298,7 +302,9 @@ def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> TaskMan
         ValueError: a task that lm-eval does not know.
     """
     if include_path is not None and not os.path.isdir(include_path):
-        raise FileNotFoundError(f"--lm-eval-include-path {include_path!r} is not a folder; expected one of task files")
+        raise FileNotFoundError(
+            f"--lm-eval-include-path: got {include_path!r}, which is not a folder; expected one of task files"
+        )
     if include_path is not None:  # reading the thousands of tasks that lm-eval brings takes long
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if all(task in manager.all_tasks for task in tasks):
@@ -307,7 +313,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> TaskMan
     for task in tasks:
         if task not in manager.all_tasks:
             raise ValueError(
-                f"--lm-eval has {task!r}, which lm-eval does not know; `lm-eval ls tasks` lists its tasks, "
+                f"--lm-eval: got {task!r}, which lm-eval does not know; `lm-eval ls tasks` lists its tasks, "
                 "--lm-eval-include-path adds a folder of your own"
             )
     return manager

@@ -179,7 +179,7 @@ def _refuse_unknown(others: dict[str, Any]) -> None:
         if value is not None and value is not False and name not in _IGNORED_ARGUMENTS
     ]
     if "output_attentions" in given:
-        raise ValueError('output_attentions is True; "qgfd" never makes the weights: use attn_implementation="eager"')
+        raise ValueError('output_attentions: got True; "qgfd" never makes the weights: use attn_implementation="eager"')
     if given:
         raise ValueError(
             f'the model gives its attention {", ".join(given)}, which "qgfd" does not have; expected a model without'
@@ -194,7 +194,7 @@ def _read_mask(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) ->
     if mask.ndim == 2:
         if mask.dtype != torch.bool or not causal:
             raise ValueError(
-                f"attention_mask is {mask.dtype} {list(mask.shape)} in a module with is_causal={causal}; expected"
+                f"attention_mask: got {mask.dtype} {list(mask.shape)} in a module with is_causal={causal}; expected"
                 " transformers' own, or a bool mask [B, 1, L_q, L_k], True = attend"
             )
         return {"key_mask": mask, "is_causal": True}

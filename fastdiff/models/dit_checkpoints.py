@@ -108,11 +108,11 @@ def _from_diffusers(config: Mapping[str, Any], state: dict[str, Tensor]) -> tupl
     """
     activation = config.get("activation_fn", "gelu-approximate")
     if activation not in _DIFFUSERS_ACTIVATIONS:
-        raise ValueError(f"activation_fn is {activation!r}; expected one of {', '.join(_DIFFUSERS_ACTIVATIONS)}")
+        raise ValueError(f"activation_fn: got {activation!r}; expected one of {', '.join(_DIFFUSERS_ACTIVATIONS)}")
     if config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
-        raise ValueError(f"norm_type is {config['norm_type']!r}; expected 'ada_norm_zero'")
+        raise ValueError(f"norm_type: got {config['norm_type']!r}; expected 'ada_norm_zero'")
     if config.get("dropout"):
-        raise ValueError(f"dropout is {config['dropout']}; expected 0: this DiT has none")
+        raise ValueError(f"dropout: got {config['dropout']}; expected 0: this DiT has none")
     depth, affine = config["num_layers"], bool(config.get("norm_elementwise_affine", False))
     in_channels = config["in_channels"]
     per_block = not _embedders_equal(state, depth)

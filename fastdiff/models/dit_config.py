@@ -114,5 +114,7 @@ def preset_config(name: str, **overrides: Any) -> DiTConfig:
         raise ValueError(f"name: got {name!r}; expected one of {', '.join(PRESETS)}")
     unknown = set(overrides) - {field.name for field in dataclasses.fields(DiTConfig)}
     if unknown:
-        raise TypeError(f"DiTConfig has no field {', '.join(sorted(unknown))}; see fastdiff.models.DiTConfig")
+        raise TypeError(
+            f"DiTConfig: got {', '.join(sorted(unknown))}; expected its fields; see fastdiff.models.DiTConfig"
+        )
     return DiTConfig(**{**PRESETS[name], **overrides})

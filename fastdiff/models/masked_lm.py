@@ -210,11 +210,11 @@ class MaskedDiffusionLM(PreTrainedModel):
         Args:
             input_ids, attention_mask, inputs: those of `hidden_states`, but for output_columns and the cache's.
             labels: clean tokens where the loss counts, -100 elsewhere.
-            encoder_input_ids: condition text for the model's own encoder, with encoder_attention_mask: in place of
+            encoder_input_ids: condition text for the model's own encoder, with encoder_attention_mask: instead of
                 encoder_hidden_states.
             row_weight: factor of each token's cross entropy, such as `MaskedTokens.weight[:, None]`.
             loss_normalizer: what the sum is divided by; None is the number of labels that count (at least 1).
-            label_smoothing: in [0, 1).
+            label_smoothing: a number in [0, 1).
             return_logits: None is True but in training with labels: the loss never holds the logits in memory.
 
         Returns:
@@ -312,7 +312,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         if self.config.timestep_embedding and timesteps is None:
             raise ValueError("timesteps: got None; this model has a timestep embedding: pass times [B] in [0, 1]")
         if timesteps is not None and timesteps.shape != (batch,):
-            raise ValueError(f"timesteps: got shape {list(timesteps.shape)}; expected [{batch}], one time a sequence")
+            raise ValueError(f"timesteps: got shape {list(timesteps.shape)}; expected [{batch}], one time per sequence")
         if encoder_hidden_states is not None:
             if self.config.cross_attention_dim is None:
                 raise ValueError("encoder_hidden_states: this model has no cross-attention; set cross_attention_dim")

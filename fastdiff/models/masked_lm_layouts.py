@@ -40,7 +40,7 @@ def from_gpt2(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[dict
     _require(config, scale_attn_weights=(True,), add_cross_attention=(False,))
     activation = config.get("activation_function", "gelu_new")
     if activation not in _GPT2_ACTIVATIONS:
-        raise ValueError(f"activation_function {activation!r} is not known; expected {', '.join(_GPT2_ACTIVATIONS)}")
+        raise ValueError(f"activation_function: got {activation!r}; expected {', '.join(_GPT2_ACTIVATIONS)}")
     width = config["n_embd"]
     fields = dict(
         architecture="gpt2",
@@ -127,7 +127,7 @@ def _llama_style(config, state, fields, rope_theta):
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"rotary positions of type {kind!r} are not known; expected 'default'")
+        raise ValueError(f"rope_type: got {kind!r}; expected 'default'")
     fields |= dict(
         hidden_size=config["hidden_size"],
         num_hidden_layers=config["num_hidden_layers"],
@@ -175,7 +175,7 @@ def _require(config: Mapping[str, Any], **known: tuple[Any, ...]) -> None:
     for name, values in known.items():
         value = config.get(name, values[0])
         if value not in values:
-            raise ValueError(f"{name} is {value!r}; expected {values[0]!r}")
+            raise ValueError(f"{name}: got {value!r}; expected {values[0]!r}")
 
 
 # By config.json's model_type in lower case: the layout, and whether a checkpoint may be an autoregressive model that

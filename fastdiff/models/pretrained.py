@@ -121,7 +121,9 @@ class Pretrained(nn.Module):
         """The configuration's values in a config.json. Raises ValueError where it is another model's."""
         kind, known = config.get("_class_name"), (cls.__name__, *cls.also_reads)
         if kind not in known:
-            raise ValueError(f"{path / CONFIG_NAME}: _class_name is {kind!r}; expected {' or '.join(map(repr, known))}")
+            raise ValueError(
+                f"{path / CONFIG_NAME}: _class_name: got {kind!r}; expected {' or '.join(map(repr, known))}"
+            )
         return {name: value for name, value in config.items() if name[:1] != "_" and name not in cls.extra_keys}
 
     @classmethod

@@ -8,7 +8,7 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "matmul")
 
 # The longest sequence for which plain matrix products beat torch's fused attention on a CPU, by dtype; beyond it
 # fused attention is as fast and never holds the L x L weights. Measured forward and backward with 2 threads of an
-# AVX-512-BF16 machine, 64 channels a head, ms (plain / fused):
+# AVX-512-BF16 machine, 64 channels per head, ms (plain / fused):
 #   bfloat16  L 16: 1.1 / 7.7    49: 1.1 / 10.3    256: 11 / 27    512: 17 / 37    1024: 49 / 52
 #   float32   L 16: 0.9 / 1.8    49: 1.5 / 1.9     256: 22 / 22    512: 43 / 44    1024: 110 / 71
 _CPU_MATMUL_MAX_TOKENS = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}

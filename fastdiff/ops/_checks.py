@@ -54,41 +54,43 @@ def distinct(args: tuple) -> list:
 
 def check_floats(name: str, t: Tensor, least: int) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
+        raise TypeError(f"{name}: got a {type(t).__name__}; expected a torch.Tensor")
     if t.dtype not in _DTYPES:
-        raise ValueError(f"{name} is {t.dtype}; expected float32, bfloat16, float16 or float64")
+        raise ValueError(f"{name}: got {t.dtype}; expected float32, bfloat16, float16 or float64")
     if t.layout != torch.strided or t.device.type == "meta":
-        raise ValueError(f"{name} is {t.layout} on {t.device}; expected a dense tensor with data")
+        raise ValueError(f"{name}: got {t.layout} on {t.device}; expected a dense tensor with data")
     if t.ndim < least:
-        raise ValueError(f"{name} has shape {list(t.shape)}; expected at least {least} dimension(s)")
+        raise ValueError(f"{name}: got shape {list(t.shape)}; expected at least {least} dimension(s)")
 
 
 def check_integers(name: str, t: Tensor, device: torch.device) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; expected an int64 torch.Tensor")
+        raise TypeError(f"{name}: got a {type(t).__name__}; expected an int64 torch.Tensor")
     if t.dtype != torch.int64:
-        raise ValueError(f"{name} is {t.dtype}; expected int64")
+        raise ValueError(f"{name}: got {t.dtype}; expected int64")
     if t.device != device:
-        raise ValueError(f"{name} is on {t.device}, the input on {device}; expected one device: move one of them")
+        raise ValueError(f"{name}: got one on {t.device}, the input on {device}; expected one device: move one of them")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floats("weight", weight, 2)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}; expected [V, {hidden.shape[-1]}] with V > 0")
+        raise ValueError(f"weight: got shape {list(weight.shape)}; expected [V, {hidden.shape[-1]}] with V > 0")
     if bias is not None:
         check_floats("bias", bias, 1)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias has shape {list(bias.shape)}; expected [{weight.shape[0]}]")
+            raise ValueError(f"bias: got shape {list(bias.shape)}; expected [{weight.shape[0]}]")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue
         if t.device != hidden.device:
             raise ValueError(
-                f"{name} is on {t.device}, hidden on {hidden.device}; expected one device: move one of them"
+                f"{name}: got one on {t.device}, hidden on {hidden.device}; expected one device: move one of them"
             )
         if t.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            raise ValueError(f"{name} is {t.dtype}, hidden is {hidden.dtype}; expected one dtype: cast one of them")
+            raise ValueError(
+                f"{name}: got {t.dtype}, with {hidden.dtype} of hidden; expected one dtype: cast one of them"
+            )
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
@@ -112,14 +114,14 @@ def counter(name: str, value: int | Tensor, device: torch.device, words: int = 2
     if isinstance(value, Tensor):
         check_integers(name, value, device)
         if value.numel() != 1:
-            raise ValueError(f"{name} has shape {list(value.shape)}; expected one number")
+            raise ValueError(f"{name}: got shape {list(value.shape)}; expected one number")
         return value.reshape(()), 0
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; expected an int or an int64 tensor of one number")
+        raise TypeError(f"{name}: got {value!r}; expected an int or an int64 tensor of one number")
     if words == 2 and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} is {value}; expected an int of 64 bits")
+        raise ValueError(f"{name}: got {value}; expected an int of 64 bits")
     if words == 1 and not 0 <= value < 2**32:
-        raise ValueError(f"{name} is {value}; expected an int from 0 to 2**32 - 1")
+        raise ValueError(f"{name}: got {value}; expected an int from 0 to 2**32 - 1")
     return None, value
 
 
@@ -150,16 +152,16 @@ def end_and_excluded_ids(
     end = _read_ids("end_token_ids", end_token_ids, vocab, device)
     suppressed = _read_ids("suppress_tokens", () if suppress_tokens is None else suppress_tokens, vocab, device)
     if len(end) == 0:
-        raise ValueError("end_token_ids is empty; expected at least one id: the tokenizer's end of text, say")
+        raise ValueError("end_token_ids: got none; expected at least one id: the tokenizer's end of text, say")
     if isinstance(end, Tensor) or isinstance(suppressed, Tensor):
         ids = [t if isinstance(t, Tensor) else _ids_on(tuple(sorted(set(t))), device) for t in (end, suppressed)]
         return ids[0], torch.cat(ids).sort().values
     ends, excluded = set(end), {*end, *suppressed}
     if len(ends) < len(end):
         twice = next(i for i in end if end.count(i) > 1)
-        raise ValueError(f"end_token_ids has {twice} twice; expected each id once")
+        raise ValueError(f"end_token_ids: got {twice} twice; expected each id once")
     if both := ends.intersection(suppressed):
-        raise ValueError(f"end_token_ids has {min(both)}, which suppress_tokens has too; take it out of one of them")
+        raise ValueError(f"end_token_ids: got {min(both)}, which suppress_tokens has too; take it out of one of them")
     return _ids_on(tuple(sorted(ends)), device), _ids_on(tuple(sorted(excluded)), device)
 
 
@@ -168,20 +170,21 @@ def _read_ids(name: str, ids: Sequence[int] | Tensor, vocab: int, device: torch.
     if isinstance(ids, Tensor):
         check_integers(name, ids, device)
         if ids.ndim > 1:
-            raise ValueError(f"{name} has shape {list(ids.shape)}; expected one dimension")
+            raise ValueError(f"{name}: got shape {list(ids.shape)}; expected one dimension")
         if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return ids.reshape(-1).sort().values  # unread: each once, and below the vocabulary, is the caller's word
+            # not checked here: the caller must pass unique ids below the vocabulary size
+            return ids.reshape(-1).sort().values
         ids = ids.reshape(-1).tolist()
     if hasattr(ids, "tolist"):
         ids = ids.tolist()  # NumPy's
     if not isinstance(ids, Iterable) or isinstance(ids, str):
-        raise TypeError(f"{name} is {ids!r}; expected a list of ints or an int64 tensor")
+        raise TypeError(f"{name}: got {ids!r}; expected a list of ints or an int64 tensor")
     ids = tuple(ids)
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(f"{name} has an element of type {type(i).__name__}; expected ints")
+            raise TypeError(f"{name}: got an element of type {type(i).__name__}; expected ints")
         if not 0 <= i < vocab:
-            raise ValueError(f"{name} has {i}; expected ids from 0 to {vocab - 1}")
+            raise ValueError(f"{name}: got {i}; expected ids from 0 to {vocab - 1}")
     return ids
 
 
@@ -193,5 +196,5 @@ def _ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _cached_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied to the device once: a copy a call could not be captured in a graph."""
+    """Copied to the device once: a copy at each call could not be captured in a graph."""
     return torch.tensor(ids, dtype=torch.int64, device=device)

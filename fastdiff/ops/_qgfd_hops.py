@@ -24,7 +24,7 @@ def hops(
     alpha: float = 1.0,
 ) -> Tensor:  # [B, H, L_q, d]
     """u_count of u_0 = value, u_j = M·u_{j−1}, mixed with value after the hops `mixed` (kernels/qgfd/README.md)."""
-    if value.shape[1] != key.shape[1]:  # w of a grouped attention has a head a query head
+    if value.shape[1] != key.shape[1]:  # w of a grouped attention has one head per query head
         key = key.repeat_interleave(value.shape[1] // key.shape[1], 1)
     key_mask = None if key_mask is None else key_mask.contiguous()
     query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))

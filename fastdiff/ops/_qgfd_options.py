@@ -160,21 +160,25 @@ def check_operands(
     for name, t in (("query", query), ("key", key), ("value", value)):
         check_floats(name, t, 0)
         if t.ndim != 4 or t.shape[-1] == 0:
-            raise ValueError(f"{name} has shape {list(t.shape)}; expected [B, H, L, d] with d > 0")
+            raise ValueError(f"{name}: got shape {list(t.shape)}; expected [B, H, L, d] with d > 0")
         if t.device != query.device:
-            raise ValueError(f"{name} is on {t.device}, query on {query.device}; expected one device: move one of them")
+            raise ValueError(
+                f"{name}: got one on {t.device}, query on {query.device}; expected one device: move one of them"
+            )
         cast = torch.is_autocast_enabled(query.device.type) and torch.float64 not in (t.dtype, query.dtype)
         if t.dtype != query.dtype and not cast:
-            raise ValueError(f"{name} is {t.dtype}, query is {query.dtype}; expected one dtype: cast one of them")
+            raise ValueError(
+                f"{name}: got {t.dtype}, with {query.dtype} of query; expected one dtype: cast one of them"
+            )
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     _flag("enable_gqa", enable_gqa)
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != dim:
         expected = f"expected [{batch}, H_kv, L_k, {dim}] for both"
-        raise ValueError(f"key has shape {list(key.shape)} and value {list(value.shape)}; {expected}")
+        raise ValueError(f"key: got shape {list(key.shape)} and value {list(value.shape)}; {expected}")
     if kv_heads != heads and not (enable_gqa and kv_heads > 0 and heads % kv_heads == 0):
         how = "a divisor of it" if enable_gqa else "as many, or enable_gqa=True"
-        raise ValueError(f"key has {kv_heads} heads, query {heads}; expected {how}")
+        raise ValueError(f"key: got {kv_heads} heads, with {heads} of query; expected {how}")
     if scale is not None:
         _number("scale", scale, *_INVERTIBLE)
     for name, probability in (("hop_dropout_p", hop_dropout_p), ("dropout_p", dropout_p)):
@@ -182,8 +186,8 @@ def check_operands(
     diffuses = not options.plain
     if queries != keys and diffuses and options.transition == "attention":
         raise ValueError(
-            f"query has {queries} rows, key {keys}: transition 'attention' diffuses over one sequence; expected equal"
-            " lengths: use transition='key', or steps=0 for cross-attention"
+            f"query: got {queries} rows, with {keys} of key: transition 'attention' diffuses over one sequence; "
+            "expected equal lengths: use transition='key', or steps=0 for cross-attention"
         )
     _check_masks(masks, batch, queries, keys, query.device)
     if masks.attn_mask is not None:
@@ -218,7 +222,7 @@ def _check_masks(masks: Masks, batch: int, queries: int, keys: int, device: torc
         if masks.key_mask.shape != (batch, keys):
             shape = list(masks.key_mask.shape)
             hint = ": pass mask[:, 0, 0]" if shape == [batch, 1, 1, keys] else ""
-            raise ValueError(f"key_mask has shape {shape}; expected [{batch}, {keys}], True = attend{hint}")
+            raise ValueError(f"key_mask: got shape {shape}; expected [{batch}, {keys}], True = attend{hint}")
     sequences = batch
     if masks.cu_seqlens is not None:
         _check_cu_seqlens(masks.cu_seqlens, batch, queries, keys, device)
@@ -227,45 +231,45 @@ def _check_masks(masks: Masks, batch: int, queries: int, keys: int, device: torc
     if isinstance(prefix, Tensor):
         if prefix.dtype not in (torch.int32, torch.int64) or prefix.shape != (sequences,) or prefix.device != device:
             given = f"{prefix.dtype} {list(prefix.shape)} on {prefix.device}"
-            raise ValueError(f"prefix_length is {given}; expected int32 or int64 [{sequences}] on {device}")
+            raise ValueError(f"prefix_length: got {given}; expected int32 or int64 [{sequences}] on {device}")
         if device.type == "cpu" and not torch.compiler.is_compiling() and bool((prefix < 0).any()):
-            raise ValueError(f"prefix_length has {int(prefix.min())}; expected numbers >= 0")
+            raise ValueError(f"prefix_length: got {int(prefix.min())}; expected numbers >= 0")
     elif prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
-        raise ValueError(f"prefix_length is {prefix!r}; expected an int >= 0 or an int64 tensor [{sequences}]")
+        raise ValueError(f"prefix_length: got {prefix!r}; expected an int >= 0 or an int64 tensor [{sequences}]")
 
 
 def _check_bool(name: str, mask: Tensor, device: torch.device) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} is {given}; expected a bool torch.Tensor, True = attend")
+        raise TypeError(f"{name}: got {given}; expected a bool torch.Tensor, True = attend")
     if mask.device != device:
-        raise ValueError(f"{name} is on {mask.device}, query on {device}; expected one device: move one of them")
+        raise ValueError(f"{name}: got one on {mask.device}, query on {device}; expected one device: move one of them")
 
 
 def _check_cu_seqlens(ends: Tensor, batch: int, queries: int, keys: int, device: torch.device) -> None:
     if not isinstance(ends, Tensor) or ends.dtype not in (torch.int32, torch.int64):
         given = ends.dtype if isinstance(ends, Tensor) else type(ends).__name__
-        raise TypeError(f"cu_seqlens is {given}; expected an int32 or int64 torch.Tensor [S + 1]")
+        raise TypeError(f"cu_seqlens: got {given}; expected an int32 or int64 torch.Tensor [S + 1]")
     if ends.ndim != 1 or ends.shape[0] < 2 or ends.device != device:
-        raise ValueError(f"cu_seqlens has shape {list(ends.shape)} on {ends.device}; expected [S + 1] on {device}")
+        raise ValueError(f"cu_seqlens: got shape {list(ends.shape)} on {ends.device}; expected [S + 1] on {device}")
     if batch != 1 or queries != keys:
         raise ValueError(
-            f"cu_seqlens with B = {batch}, L_q = {queries}, L_k = {keys}; expected B = 1 and equal lengths: the"
+            f"cu_seqlens: got it with B = {batch}, L_q = {queries}, L_k = {keys}; expected B = 1 and equal lengths: the"
             " sequences lie one after the other"
         )
     if device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU looking would wait for it
         values = ends.tolist()
         if values[0] != 0 or values[-1] != keys or any(a > b for a, b in zip(values, values[1:], strict=False)):
-            raise ValueError(f"cu_seqlens is {values}; expected ascending numbers from 0 to {keys}")
+            raise ValueError(f"cu_seqlens: got {values}; expected ascending numbers from 0 to {keys}")
 
 
 def _check_attn_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device, diffuses: bool) -> None:
     _check_bool("attn_mask", mask, device)
     fits = mask.ndim <= 4 and all(a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False))
     if not fits:
-        raise ValueError(f"attn_mask has shape {list(mask.shape)}; expected what broadcasts to {list(shape)}")
+        raise ValueError(f"attn_mask: got shape {list(mask.shape)}; expected what broadcasts to {list(shape)}")
     if diffuses and shape[2] != shape[3]:
         raise ValueError(
-            f"attn_mask with L_q = {shape[2]}, L_k = {shape[3]}; expected equal lengths: P wants a mask of its own,"
+            f"attn_mask: got L_q = {shape[2]}, L_k = {shape[3]}; expected equal lengths: P wants a mask of its own,"
             " [L_k, L_k]"
         )

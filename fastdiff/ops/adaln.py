@@ -37,7 +37,7 @@ def adaln(
         weight, bias: the norm's own affine parameters, `[D]`, or None.
         norm: "layer" (LayerNorm) or "rms" (RMSNorm).
         eps: added to the variance.
-        out: written in place of a new tensor; no gradient flows then.
+        out: written instead of a new tensor; no gradient flows then.
 
     Returns:
         A tensor of x's shape and dtype; under autocast in the autocast dtype.
@@ -91,7 +91,7 @@ def gated_residual_adaln(
         gate, shift, scale: as shift and scale of `adaln`; each may have its own shape and dtype.
         weight, bias, norm, eps: as for `adaln`. The statistics are those of the stored, rounded r.
         gate_activation: None, or "tanh" to gate with tanh(gate), taken in fp32.
-        residual_out, out: written in place of new tensors (both or neither; `residual_out` may be `residual`
+        residual_out, out: written instead of new tensors (both or neither; `residual_out` may be `residual`
             itself); no gradient flows then.
 
     Returns:
@@ -104,17 +104,17 @@ def gated_residual_adaln(
     batch, tokens, dim = _check_stream("residual", residual, norm, eps)
     for name, t in (("branch", branch), ("gate", gate)):
         if t is None:
-            raise TypeError(f"{name} is None; gated_residual_adaln needs one: pass a tensor, or use adaln")
+            raise TypeError(f"{name}: got None; gated_residual_adaln needs one: pass a tensor, or use adaln")
     backend = _check_operands(
         "gated_residual_adaln", residual, batch, tokens, dim, branch, gate, shift, scale, weight, bias
     )
     if gate_activation is not None:
         if gate_activation != "tanh":
-            raise ValueError(f"gate_activation is {gate_activation!r}; expected None or 'tanh'")
+            raise ValueError(f"gate_activation: got {gate_activation!r}; expected None or 'tanh'")
         gate = torch.tanh(_compute(gate, residual))
     grad = wants_grad(residual, branch, gate, shift, scale, weight, bias)
     if (out is None) != (residual_out is None):
-        raise ValueError("out and residual_out go together: pass both or neither")
+        raise ValueError("out, residual_out: got one of them; pass both or neither")
     out_dtype = _check_out(residual, out, "out", grad, autocast_dtype(residual))
     _check_out(residual, residual_out, "residual_out", grad, residual.dtype)
     x3, branch = _rows(residual, batch, tokens, dim), _rows(branch, batch, tokens, dim)
@@ -228,16 +228,16 @@ def _sum_to(grad: Tensor, operand: Tensor) -> Tensor:
 def _check_stream(name: str, x: Tensor, norm: str, eps: float) -> tuple[int, int, int]:
     """(B, N, D) of a stream."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor of shape [B, N, D]")
+        raise TypeError(f"{name}: got a {type(x).__name__}; expected a torch.Tensor of shape [B, N, D]")
     if x.layout != torch.strided:
-        raise TypeError(f"{name} has layout {x.layout}; expected a dense tensor: call to_dense()")
+        raise TypeError(f"{name}: got layout {x.layout}; expected a dense tensor: call to_dense()")
     if norm != "layer" and norm != "rms":
-        raise ValueError(f"norm is {norm!r}; expected 'layer' or 'rms'")
+        raise ValueError(f"norm: got {norm!r}; expected 'layer' or 'rms'")
     if not isinstance(eps, int | float) or not eps >= 0:
-        raise ValueError(f"eps is {eps!r}; expected a number >= 0")
+        raise ValueError(f"eps: got {eps!r}; expected a number >= 0")
     shape = x.shape
     if len(shape) < 2 or shape[-1] == 0:
-        raise ValueError(f"{name} has shape {list(shape)}; expected [B, N, D] or [N, D] with D > 0")
+        raise ValueError(f"{name}: got shape {list(shape)}; expected [B, N, D] or [N, D] with D > 0")
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     if len(shape) == 2:
@@ -256,27 +256,29 @@ def _check_operands(op, x, batch, tokens, dim, branch, gate, shift, scale, weigh
     if branch is not None:
         _check_tensor("branch", branch, device, dtypes)
         if branch.shape != x.shape:
-            raise ValueError(f"branch has shape {list(branch.shape)}; expected the residual's, {list(x.shape)}")
+            raise ValueError(f"branch: got shape {list(branch.shape)}; expected the residual's, {list(x.shape)}")
     if weight is not None or bias is not None:
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None:
                 _check_tensor(name, t, device, dtypes)
                 if t.ndim != 1 or t.shape[0] != dim:
-                    raise ValueError(f"{name} has shape {list(t.shape)}; expected [{dim}]")
+                    raise ValueError(f"{name}: got shape {list(t.shape)}; expected [{dim}]")
     for dtype in dtypes:
         if dtype not in _DTYPES or (dtype is torch.float64) != (x.dtype is torch.float64):
             given = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(
-                f"{op} got dtypes {given}; expected float32, bfloat16 or float16, or float64 for all (CPU): cast them"
+                f"{op}: got dtypes {given}; expected float32, bfloat16 or float16, or float64 for all (CPU): cast them"
             )
     return choose_backend(op, device.type, tuple(dtypes))
 
 
 def _check_tensor(name: str, t: Tensor, device: torch.device, dtypes: list[torch.dtype]) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
+        raise TypeError(f"{name}: got a {type(t).__name__}; expected a torch.Tensor")
     if t.device != device:
-        raise ValueError(f"{name} is on {t.device}, the stream on {device}; expected one device: move one of them")
+        raise ValueError(
+            f"{name}: got one on {t.device}, the stream on {device}; expected one device: move one of them"
+        )
     dtypes.append(t.dtype)
 
 
@@ -296,19 +298,19 @@ def _check_modulation(name: str, m: Tensor, x: Tensor, batch: int, tokens: int, 
     expected = (
         f"[{dim}], [1, {dim}], [{batch}, {dim}], [{batch}, F, {dim}] with F dividing {tokens}, or [1, {tokens}, {dim}]"
     )
-    raise ValueError(f"{name} has shape {list(shape)}; expected one of {expected}")
+    raise ValueError(f"{name}: got shape {list(shape)}; expected one of {expected}")
 
 
 def _check_out(x: Tensor, out: Tensor | None, name: str, grad: bool, dtype: torch.dtype) -> torch.dtype:
     if out is None:
         return dtype
     if not isinstance(out, Tensor):
-        raise TypeError(f"{name} is a {type(out).__name__}; expected a torch.Tensor")
+        raise TypeError(f"{name}: got a {type(out).__name__}; expected a torch.Tensor")
     if out.shape != x.shape or out.dtype != dtype or out.device != x.device or not out.is_contiguous():
         expected = f"expected contiguous {list(x.shape)} {dtype} on {x.device}"
-        raise ValueError(f"{name} is {list(out.shape)} {out.dtype} on {out.device}; {expected}")
+        raise ValueError(f"{name}: got {list(out.shape)} {out.dtype} on {out.device}; {expected}")
     if grad or (out.requires_grad and torch.is_grad_enabled()):
-        raise ValueError(f"{name} was given while a gradient is wanted; use torch.no_grad() or leave {name} out")
+        raise ValueError(f"{name}: got one while a gradient is wanted; use torch.no_grad() or leave {name} out")
     return dtype
 
 
@@ -320,7 +322,7 @@ def _check_overlap(outputs: tuple[tuple[str, Tensor], ...], operands: tuple[Tens
     for index, (name, _) in enumerate(outputs):
         others = ranges[:index] + [r for r in (_bytes_of(t) for t in operands if t is not None) if r != ranges[index]]
         if any(begin < ranges[index][1] and ranges[index][0] < end for begin, end in others):
-            raise ValueError(f"{name} shares a part of its memory with another tensor of the call; pass a tensor apart")
+            raise ValueError(f"{name}: got memory that another tensor of the call shares; pass a tensor of its own")
 
 
 def _bytes_of(t: Tensor) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def eos_log_prob(
     """
     check_floats("hidden", hidden, 1)
     if hidden.shape[-1] == 0:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}; expected at least one number in the last dimension")
+        raise ValueError(f"hidden: got shape {list(hidden.shape)}; expected at least one number in the last dimension")
     check_head(hidden, weight, bias)
     vocab, dim = weight.shape
     ids = end_and_excluded_ids(end_token_ids, suppress_tokens, vocab, hidden.device)
@@ -86,7 +86,7 @@ def eos_log_prob_from_logits(
     check_floats("logits", logits, 1)
     vocab = logits.shape[-1]
     if vocab == 0:
-        raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one id in the last dimension")
+        raise ValueError(f"logits: got shape {list(logits.shape)}; expected at least one id in the last dimension")
     ids = end_and_excluded_ids(end_token_ids, suppress_tokens, vocab, logits.device)
     lead, logits = logits.shape[:-1], logits.detach()
     backend = select("eos_log_prob_from_logits", logits.device.type, (logits.dtype,))

@@ -50,10 +50,10 @@ def masked_linear_cross_entropy(
         weight, bias: the head, in hidden's dtype; under autocast all are cast as F.linear casts them.
         targets: the ids before masking; rows that are not masked may hold anything (-100, say).
         mask: True where a row takes part.
-        row_weight: a factor a row, such as 1/t; it gets no gradient.
+        row_weight: a factor per row, such as 1/t; it gets no gradient.
         suppress_tokens: ids that leave the distribution (the mask token); the targets of masked rows may not be among
             them.
-        label_smoothing: in [0, 1).
+        label_smoothing: a number in [0, 1).
 
     Returns:
         (loss, row_loss): a float32 number, to be divided by the normaliser of your choice, and each row's loss in
@@ -140,30 +140,32 @@ def _check(hidden, weight, bias, targets, mask, row_weight, suppress_tokens, lab
     """Raises for whatever does not fit; returns the suppressed ids as a tensor."""
     check_floats("hidden", hidden, 1)
     if hidden.shape[-1] == 0:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}; expected at least one number in the last dimension")
+        raise ValueError(f"hidden: got shape {list(hidden.shape)}; expected at least one number in the last dimension")
     check_head(hidden, weight, bias)
     vocab, lead = weight.shape[0], hidden.shape[:-1]
     check_integers("targets", targets, hidden.device)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask is {given}; expected a bool torch.Tensor, True where a row takes part")
+        raise TypeError(f"mask: got {given}; expected a bool torch.Tensor, True where a row takes part")
     for name, t in (("targets", targets), ("mask", mask)):
         if t.shape != lead:
-            raise ValueError(f"{name} has shape {list(t.shape)}; expected hidden's without its last, {list(lead)}")
+            raise ValueError(f"{name}: got shape {list(t.shape)}; expected hidden's without its last, {list(lead)}")
     if row_weight is not None:
         check_floats("row_weight", row_weight, 0)
         if not _broadcasts(row_weight.shape, lead):
-            raise ValueError(f"row_weight has shape {list(row_weight.shape)}; expected what broadcasts to {list(lead)}")
+            raise ValueError(
+                f"row_weight: got shape {list(row_weight.shape)}; expected what broadcasts to {list(lead)}"
+            )
     for name, t in (("mask", mask), ("row_weight", row_weight)):
         if t is not None and t.device != hidden.device:
             raise ValueError(
-                f"{name} is on {t.device}, hidden on {hidden.device}; expected one device: move one of them"
+                f"{name}: got one on {t.device}, hidden on {hidden.device}; expected one device: move one of them"
             )
     if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {label_smoothing!r}; expected a number in [0, 1)")
+        raise ValueError(f"label_smoothing: got {label_smoothing!r}; expected a number in [0, 1)")
     suppressed = token_ids("suppress_tokens", suppress_tokens, vocab, hidden.device)
     if suppressed is not None and suppressed.numel() >= vocab:
-        raise ValueError(f"suppress_tokens names all {vocab} ids of the vocabulary; leave at least one")
+        raise ValueError(f"suppress_tokens: got all {vocab} ids of the vocabulary; leave at least one")
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
         _check_targets(targets, mask, vocab, suppressed)
     return suppressed
@@ -181,4 +183,4 @@ def _check_targets(targets: Tensor, mask: Tensor, vocab: int, suppressed: Tensor
     wrong = (wrong & mask).nonzero()
     if wrong.shape[0]:
         row = tuple(wrong[0].tolist())
-        raise ValueError(f"targets{list(row)} of a masked row is {int(targets[row])}; {reason}")
+        raise ValueError(f"targets{list(row)}: got {int(targets[row])} in a masked row; {reason}")

@@ -55,7 +55,7 @@ def qgfd_attention(
         query, key, value: float32, bfloat16 or float16, one dtype (float64 through the reference); under autocast they
             are cast as scaled_dot_product_attention casts them.
         steps: k >= 0. 0 is plain attention, and goes through scaled_dot_product_attention where that knows the mask.
-        alpha: in [0, 1].
+        alpha: a number in [0, 1].
         transition: "attention": P is A (at `temperature`), which wants L_q = L_k. "key": P is the softmax of the keys'
             cosine similarity / `temperature`; w then depends on keys and values alone (`qgfd_values`).
         recurrence: "power" or "restart".

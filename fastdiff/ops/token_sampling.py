@@ -48,7 +48,7 @@ def sample_tokens(
     positions: Tensor | None = None,  # [L] or [...]
     invalid: str = "raise",
 ) -> TokenSample:  # each [...]
-    """Draws one token a row exactly, in one pass over the vocabulary, with its confidence, entropy and margin.
+    """Draws one token per row exactly, in one pass over the vocabulary, with its confidence, entropy and margin.
 
     Args:
         logits: `[R, V]`, `[B, L, V]` or any leading shape; the last dimension contiguous (else it is copied), other
@@ -60,8 +60,8 @@ def sample_tokens(
         suppress_tokens: ids that leave the distribution, their logits unread (the mask token, say). A tensor of ids is
             not looked at under torch.compile and in graph capture: there it must name each once.
         end_token_ids: ids whose joint probability is wanted: `end_log_prob` (-inf for an empty list).
-        seed, step: of the random numbers; ints, or int64 tensors of one number on logits' device (for graph capture).
-            seed None takes one from torch's generator.
+        seed, step: what the random numbers are made from; ints, or int64 tensors of one number on logits' device (for
+            graph capture). seed None takes one from torch's generator.
         sequence_ids, positions: what the random numbers belong to, int64 of logits' leading shape, or `[B]` and `[L]`;
             by default row r of `[R, V]` is sequence r at position 0, row (b, l) of `[B, L, V]` sequence b, position l.
             The same seed, step, sequence and position draw the same token from the same logits, alone and in any
@@ -83,7 +83,7 @@ def sample_tokens(
     check_floats("logits", logits, 1)
     vocab = logits.shape[-1]
     if vocab == 0:
-        raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one id in the last dimension")
+        raise ValueError(f"logits: got shape {list(logits.shape)}; expected at least one id in the last dimension")
     call = _Call(
         logits, vocab, temperature, suppress_tokens, end_token_ids, seed, step, sequence_ids, positions, invalid
     )
@@ -158,7 +158,7 @@ class _Call:
         self, like, vocab, temperature, suppress_tokens, end_token_ids, seed, step, sequence_ids, positions, invalid
     ):
         if invalid not in ("raise", "flag"):
-            raise ValueError(f"invalid is {invalid!r}; expected 'raise' or 'flag'")
+            raise ValueError(f"invalid: got {invalid!r}; expected 'raise' or 'flag'")
         self.device, self.lead, self.invalid = like.device, like.shape[:-1], invalid
         self.batch = self.lead[0] if self.lead else 1
         self.length = math.prod(self.lead[1:])
@@ -166,7 +166,7 @@ class _Call:
         self.greedy = self.temperatures is None and self.temperature == 0
         self.suppress_tokens = token_ids("suppress_tokens", suppress_tokens, vocab, like.device)
         if self.suppress_tokens is not None and self.suppress_tokens.numel() == vocab:
-            raise ValueError(f"suppress_tokens names all {vocab} ids of the vocabulary; leave at least one to draw")
+            raise ValueError(f"suppress_tokens: got all {vocab} ids of the vocabulary; leave at least one to draw")
         self.end_token_ids = token_ids("end_token_ids", end_token_ids, vocab, like.device)
         if seed is None:
             seed = 0 if self.greedy else torch.randint(2**63 - 1, (), device=like.device)
@@ -176,7 +176,7 @@ class _Call:
         self.positions = self._of_rows("positions", positions, first=False)
 
     def _of_rows(self, name: str, t: Tensor | None, first: bool) -> Tensor | None:
-        """int64, one a row, flat."""
+        """int64, one per row, flat."""
         if t is None:
             return None
         check_integers(name, t, self.device)
@@ -184,7 +184,7 @@ class _Call:
             short = self.lead[:1] if first else self.lead[-1:]
             if len(self.lead) < 2 or t.shape != short:
                 expected = f"{list(short)} or {list(self.lead)}" if len(self.lead) > 1 else f"{list(self.lead)}"
-                raise ValueError(f"{name} has shape {list(t.shape)}; expected {expected}")
+                raise ValueError(f"{name}: got shape {list(t.shape)}; expected {expected}")
             t = t.reshape(-1, *[1] * (len(self.lead) - 1)) if first else t
             t = t.expand(self.lead)
         return t.reshape(-1).contiguous()
@@ -260,9 +260,9 @@ def _sample_in_chunks(
 
 def _check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
-        raise ValueError(f"top_k is {top_k!r}; expected an int of 1 or more, or None or 0 for off")
+        raise ValueError(f"top_k: got {top_k!r}; expected an int of 1 or more, or None or 0 for off")
     if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p is {top_p!r}; expected a number in (0, 1], or None for off")
+        raise ValueError(f"top_p: got {top_p!r}; expected a number in (0, 1], or None for off")
     return top_k or 0, 1.0 if top_p is None else float(top_p)
 
 
@@ -275,17 +275,18 @@ def _temperature(temperature: float | Tensor, like: Tensor, lead: torch.Size) ->
     expected = f"expected a finite number of 0 or above, or a tensor of shape {list(lead)}"
     if not isinstance(temperature, Tensor):
         if not (_is_number(temperature) and 0 <= temperature < math.inf):
-            raise ValueError(f"temperature is {temperature!r}; {expected}")
+            raise ValueError(f"temperature: got {temperature!r}; {expected}")
         return None, float(temperature)
     if temperature.device != like.device:
         raise ValueError(
-            f"temperature is on {temperature.device}, the input on {like.device}; expected one device: move one of them"
+            f"temperature: got one on {temperature.device}, the input on {like.device}; expected one device: move "
+            "one of them"
         )
     fits = all(size in (1, of) for size, of in zip(temperature.shape, lead, strict=False))
     if temperature.ndim and (temperature.ndim != len(lead) or not fits):
-        raise ValueError(f"temperature has shape {list(temperature.shape)}; {expected}")
+        raise ValueError(f"temperature: got shape {list(temperature.shape)}; {expected}")
     if not torch.compiler.is_compiling() and temperature.device.type == "cpu":  # on a GPU it would wait for the device
         low = temperature.detach().float()
         if low.numel() and not bool(((low >= 0) & (low < math.inf)).all()):
-            raise ValueError(f"temperature has a value of {float(low.min())}; {expected}")
+            raise ValueError(f"temperature: got a value of {float(low.min())}; {expected}")
     return temperature.detach().float().expand(lead).reshape(-1).contiguous(), 0.0

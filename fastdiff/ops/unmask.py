@@ -76,9 +76,9 @@ def unmask_(
             given `sequence_ids=rows // L, positions=rows % L`.
         block_start, block_end: the positions that may be committed, block_start ≤ l < block_end: int, or int64 `[B]`.
         active: bool `[B]`; rows where it is False are left alone.
-        seed: of what is random: order "random" and rule "ancestral". An int or an int64 tensor of one element; None
-            draws one from torch's generator. The same seed gives the same result on every backend, in every batch; it
-            may be the sampler's, whose draws are others.
+        seed: seed of what is random, order "random" and rule "ancestral". An int or an int64 tensor of one element;
+            None draws one from torch's generator. The same seed gives the same result on every backend, in every batch;
+            it may be the sampler's, whose draws are others.
         step: which denoising step it is, so that each has random numbers of its own: an int below 2^32, or a tensor.
         sequence_ids: int64 `[B]`, names a row for its random numbers; b by default.
         Under torch.compile pass what changes from step to step (numbers, seed, step) as tensors: it compiles once.
@@ -91,13 +91,13 @@ def unmask_(
         BackendError: the backend that was asked for cannot run.
     """
     if not isinstance(token_ids, Tensor):
-        raise TypeError(f"token_ids is a {type(token_ids).__name__}; expected an int64 torch.Tensor [B, L]")
+        raise TypeError(f"token_ids: got a {type(token_ids).__name__}; expected an int64 torch.Tensor [B, L]")
     ids = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
     _check_token_ids(token_ids, ids)
     batch, length = ids.shape
     number = _check_rule(rule, order, count, threshold, factor, entropy_budget, probability)
     if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or not 0 <= mask_token_id < 2**63:
-        raise ValueError(f"mask_token_id is {mask_token_id!r}; expected an int >= 0, the id that stands for a mask")
+        raise ValueError(f"mask_token_id: got {mask_token_id!r}; expected an int >= 0, the id that stands for a mask")
     fields = _check_sample(sample, token_ids, ids, rows)
     backend = select("unmask_", ids.device.type, (fields[1].dtype,))
     values, value = _per_row(_NUMBER_OF[rule], number, ids)
@@ -128,13 +128,13 @@ def unmask_(
 
 def _check_token_ids(token_ids: Tensor, ids: Tensor) -> None:
     if ids.ndim != 2:
-        raise ValueError(f"token_ids has shape {list(token_ids.shape)}; expected [B, L] or [L]")
+        raise ValueError(f"token_ids: got shape {list(token_ids.shape)}; expected [B, L] or [L]")
     if ids.dtype != torch.int64 or ids.layout != torch.strided:
-        raise TypeError(f"token_ids is {ids.dtype}, {ids.layout}; expected dense int64: it is changed in place")
+        raise TypeError(f"token_ids: got {ids.dtype}, {ids.layout}; expected dense int64: it is changed in place")
     batch, length = ids.shape
     if (length > 1 and ids.stride(1) != 1) or (batch > 1 and ids.stride(0) < length):
         raise ValueError(
-            f"token_ids has strides {list(token_ids.stride())}; expected a contiguous last dimension and rows that do"
+            f"token_ids: got strides {list(token_ids.stride())}; expected a contiguous last dimension and rows that do"
             " not overlap, as it is changed in place: call contiguous() and copy back"
         )
 
@@ -142,33 +142,35 @@ def _check_token_ids(token_ids: Tensor, ids: Tensor) -> None:
 def _check_rule(rule, order, count, threshold, factor, entropy_budget, probability):
     """The number of the rule, checked where it is a Python number."""
     if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+        raise ValueError(f"rule: got {rule!r}; expected one of {', '.join(RULES)}")
     if order not in ORDERS:
-        raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
+        raise ValueError(f"order: got {order!r}; expected one of {', '.join(ORDERS)}")
     numbers = (count, threshold, factor, entropy_budget, probability)
     wanted, number = _NUMBER_OF[rule], numbers[_RULE_NUMBERS[rule]]
     for other, name in zip(numbers, _NUMBERS, strict=True):
         if other is not None and name != wanted:
-            raise ValueError(f"{name} was given with rule {rule!r}; expected {wanted} alone: leave {name} out")
+            raise ValueError(f"{name}: got one with rule {rule!r}; expected {wanted} alone: leave {name} out")
     if number is None:
-        raise ValueError(f"rule {rule!r} needs {wanted}; pass {wanted}=, a number or a tensor [B]")
+        raise ValueError(f"{wanted}: got None; rule {rule!r} needs it: pass {wanted}=, a number or a tensor [B]")
     if not isinstance(number, Tensor):
         fits, expected = _NUMBERS[wanted]
         types = (int,) if rule == "count" else (int, float)
         if isinstance(number, bool) or not isinstance(number, types) or not fits(number):
-            raise ValueError(f"{wanted} is {number!r}; expected {expected}, or a tensor [B]")
+            raise ValueError(f"{wanted}: got {number!r}; expected {expected}, or a tensor [B]")
     return number
 
 
 def _check_tensor(name: str, t: Tensor, ids: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; expected a torch.Tensor")
+        raise TypeError(f"{name}: got a {type(t).__name__}; expected a torch.Tensor")
     if t.device != ids.device:
-        raise ValueError(f"{name} is on {t.device}, token_ids on {ids.device}; expected one device: move one of them")
+        raise ValueError(
+            f"{name}: got one on {t.device}, token_ids on {ids.device}; expected one device: move one of them"
+        )
     if t.dtype != dtype:
-        raise TypeError(f"{name} is {t.dtype}; expected {dtype}")
+        raise TypeError(f"{name}: got {t.dtype}; expected {dtype}")
     if t.shape != shape:
-        raise ValueError(f"{name} has shape {list(t.shape)}; expected {list(shape)}")
+        raise ValueError(f"{name}: got shape {list(t.shape)}; expected {list(shape)}")
 
 
 def _check_sample(sample, token_ids: Tensor, ids: Tensor, rows: Tensor | None) -> list[Tensor]:
@@ -177,12 +179,12 @@ def _check_sample(sample, token_ids: Tensor, ids: Tensor, rows: Tensor | None) -
         fields = [sample.token, sample.log_prob, sample.entropy, sample.margin]
     except AttributeError:
         raise TypeError(
-            f"sample is a {type(sample).__name__}; expected a TokenSample with token, log_prob, entropy and margin"
+            f"sample: got a {type(sample).__name__}; expected a TokenSample with token, log_prob, entropy and margin"
         ) from None
     shape = token_ids.shape
     if rows is not None:
         if isinstance(rows, Tensor) and rows.ndim != 1:
-            raise ValueError(f"rows has shape {list(rows.shape)}; expected [R], one position an entry of the sample")
+            raise ValueError(f"rows: got shape {list(rows.shape)}; expected [R], one position per entry of the sample")
         shape = rows.shape if isinstance(rows, Tensor) else shape
         _check_tensor("rows", rows, ids, torch.int64, shape)
         _check_positions(rows, ids)
@@ -204,7 +206,7 @@ def _check_positions(rows: Tensor, ids: Tensor) -> None:
     low, high = (int(t) for t in rows.aminmax())
     if low < -1 or high >= ids.numel():
         wrong = low if low < -1 else high
-        raise ValueError(f"rows holds {wrong}; expected positions b * L + l in [0, {ids.numel()}), or -1 for none")
+        raise ValueError(f"rows: got {wrong}; expected positions b * L + l in [0, {ids.numel()}), or -1 for none")
 
 
 def _per_row(name: str, number, ids: Tensor) -> tuple[Tensor | None, float]:
@@ -212,9 +214,9 @@ def _per_row(name: str, number, ids: Tensor) -> tuple[Tensor | None, float]:
     if not isinstance(number, Tensor):
         return None, float(number)
     if number.dtype.is_complex or number.dtype == torch.bool:
-        raise TypeError(f"{name} is {number.dtype}; expected a tensor of numbers")
+        raise TypeError(f"{name}: got {number.dtype}; expected a tensor of numbers")
     if name == "count" and number.dtype.is_floating_point:
-        raise TypeError(f"count is {number.dtype}; expected a tensor of integers")
+        raise TypeError(f"count: got {number.dtype}; expected a tensor of integers")
     if number.ndim == 0:
         number = number.expand(ids.shape[:1])
     _check_tensor(name, number, ids, number.dtype, ids.shape[:1])
@@ -228,7 +230,7 @@ def _bound(name: str, bound: int | Tensor | None, ids: Tensor) -> Tensor | None:
         _check_tensor(name, bound, ids, torch.int64, ids.shape[:1])
         return bound.contiguous()
     if isinstance(bound, bool) or not isinstance(bound, int) or not 0 <= bound < 2**63:
-        raise ValueError(f"{name} is {bound!r}; expected an int >= 0 or an int64 tensor [B]")
+        raise ValueError(f"{name}: got {bound!r}; expected an int >= 0 or an int64 tensor [B]")
     return torch.full((ids.shape[0],), bound, dtype=torch.int64, device=ids.device)
 
 

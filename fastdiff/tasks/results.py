@@ -9,7 +9,7 @@ def with_earlier(results: dict[str, Any], output: Path) -> dict[str, Any]:
     """What an earlier call measured of the same weights stays in the file."""
     try:
         earlier = json.loads(output.read_text())
-    except (OSError, ValueError):  # there is none, or it is no result
+    except (OSError, ValueError):  # there is none, or it is not a result
         return results
     same = isinstance(earlier, dict) and all(
         earlier.get(name) == results.get(name) for name in ("run", "model", "step", "weights")

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastdiff.errors import named
+
 
 @dataclass
 class TrainingConfig:
@@ -11,22 +13,22 @@ class TrainingConfig:
 
     Attributes:
         output_dir: the run's folder: config.yaml, checkpoints/, metrics.jsonl, validation.jsonl, loss.png, samples.png.
-        batch_size: samples an optimizer step, over all processes and accumulation steps.
+        batch_size: samples per optimizer step, over all processes and accumulation steps.
         accumulation_steps: parts in which each process works through its share of a batch, to save memory.
         max_steps: optimizer steps.
-        learning_rate: of AdamW, reached after the warm-up.
-        betas: of AdamW.
-        weight_decay: of AdamW, on matrices alone (not on biases, gains and embeddings of one dimension).
+        learning_rate: AdamW's learning rate, reached after the warm-up.
+        betas: AdamW's decay rates of the moments.
+        weight_decay: AdamW's weight decay, on matrices alone (not on biases, gains and embeddings of one dimension).
         warmup_steps: steps over which the learning rate rises linearly from 0.
         schedule: the learning rate after the warm-up: "cosine" falls to 0 at max_steps, "constant" stays,
             "constant_then_linear" stays and then falls linearly to 0 over the last part of the run.
         decay_fraction: the last part of "constant_then_linear", as a share of max_steps.
         max_grad_norm: gradients are scaled down to this norm; 0 turns clipping off.
-        ema_decay: of the moving average of the weights that sampling uses; reached gradually in the first steps.
+        ema_decay: decay of the moving average of the weights that sampling uses; reached gradually in the first steps.
         mixed_precision: "bf16" computes under autocast, weights stay float32; "no" is float32; "auto" takes bf16
             where the device has instructions for it.
         device: "auto" takes a GPU where there is one; "cpu" does not.
-        seed: of everything random: initial weights, order of the data, noise, times, label dropout.
+        seed: seed of everything random: initial weights, order of the data, noise, times, label dropout.
         checkpoint_every: steps between checkpoints; the last step always makes one.
         keep_last: how many checkpoints are kept.
         resume: go on from the run folder's newest checkpoint (from the start where it has none).
@@ -34,7 +36,7 @@ class TrainingConfig:
         log_every: steps between lines of progress; metrics.jsonl has every step.
         preview_every: steps between pictures of samples, with measures on held-out data where the task has them; 0:
             at the end alone.
-        trackers: of accelerate, for example [tensorboard] or [wandb].
+        trackers: accelerate's trackers, for example [tensorboard] or [wandb].
         project: the project's name that trackers show.
     """
 
@@ -65,14 +67,16 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("batch_size", "accumulation_steps", "max_steps", "checkpoint_every", "keep_last", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "preview_every", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected 0 or more")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"training.betas is {list(self.betas)}; expected two numbers, each at least 0 and below 1")
+            raise ValueError(
+                f"{named('betas')}: got {list(self.betas)}; expected two numbers, each at least 0 and below 1"
+            )
         for name in ("ema_decay", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; expected a number from 0 to 1")
+                raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected a number from 0 to 1")
         if self.resume and self.overwrite:
-            raise ValueError("training.resume and training.overwrite are both true; pass one of them")
+            raise ValueError(f"{named('resume')}: got true, and {named('overwrite')} too; pass one of them")

@@ -78,7 +78,7 @@ class RunFolder:
                     return  # there is nothing to do: what was done stays described as it was
             else:
                 raise FileExistsError(
-                    f"training.output_dir {str(self.path)!r} already holds a run; pass "
+                    f"training.output_dir: got {str(self.path)!r}, which holds a run already; pass "
                     "--training.resume true, --training.overwrite true or another folder"
                 )
         self.checkpoints.mkdir(exist_ok=True)
@@ -113,10 +113,12 @@ class RunFolder:
             with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-"):
                 pass
         except (FileExistsError, NotADirectoryError):
-            raise NotADirectoryError(f"training.output_dir {str(self.path)!r} lies in or is a file; {advice}") from None
+            raise NotADirectoryError(
+                f"training.output_dir: got {str(self.path)!r}, which is a file or lies in one; {advice}"
+            ) from None
         except OSError as error:
             raise PermissionError(
-                f"training.output_dir {str(self.path)!r} cannot be written ({error.strerror}); {advice}"
+                f"training.output_dir: got {str(self.path)!r}, which cannot be written ({error.strerror}); {advice}"
             ) from None
 
     def _clear(self) -> None:
@@ -134,7 +136,7 @@ class RunFolder:
             free = key.startswith("sampling.") or key.removeprefix("training.") in _FREE
             if not free and old.get(key) != new.get(key):
                 raise ValueError(
-                    f"{key} is {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
+                    f"{key}: got {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
                     f"{old.get(key)!r}; resume with the same value or pass another training.output_dir"
                 )
 
@@ -169,7 +171,7 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a step, in order; a resumed run first drops the lines after its checkpoint."""
+    """metrics.jsonl: one line per step, in order; a resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, path: Path, steps_done: int):
         kept = [line for line in read_metrics(path) if line["step"] <= steps_done] if path.exists() else []

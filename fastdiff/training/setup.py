@@ -36,11 +36,11 @@ def check_trackers(names: list[str]) -> None:
     """Raises where accelerate does not know a tracker, or its package is not installed."""
     for name in names:
         if name not in _TRACKER_PACKAGES:
-            raise ValueError(f"training.trackers has {name!r}; expected one of {', '.join(_TRACKER_PACKAGES)}")
+            raise ValueError(f"training.trackers: got {name!r}; expected one of {', '.join(_TRACKER_PACKAGES)}")
         packages = _TRACKER_PACKAGES[name]
         if not any(importlib.util.find_spec(package) for package in packages):
             raise ModuleNotFoundError(
-                f"training.trackers has {name!r}, whose package is not installed; run: pip install {packages[0]}"
+                f"training.trackers: got {name!r}, whose package is not installed; run: pip install {packages[0]}"
             )
 
 
@@ -76,7 +76,7 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep freed blocks for the next step instead of giving them back to the kernel.
 
     By default each activation of more than 128 KiB may be mapped anew, page by page, in every step: on 2 cores the
-    demo's model trains at 495 images/s so and at 665 with the pages kept. True where the C library was told.
+    demo's model trains at 495 images/s so and at 665 with the pages kept. Returns whether the C library took it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

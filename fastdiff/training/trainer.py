@@ -69,7 +69,7 @@ class Trainer:
         processes, parts = self.accelerator.num_processes, config.accumulation_steps
         if config.batch_size < processes * parts:
             raise ValueError(
-                f"training.batch_size is {config.batch_size}; expected at least processes x "
+                f"training.batch_size: got {config.batch_size}; expected at least processes x "
                 f"accumulation_steps = {processes} x {parts}"
             )
         self.names = {parameter: name for name, parameter in task.model.named_parameters()}
@@ -91,7 +91,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             try:
                 action()
-            except Exception as error:  # raised again below, after the others were told
+            except Exception as error:  # raised again below, after the other processes know of it
                 failure = error
         failed = torch.tensor([failure is not None], dtype=torch.float32, device=self.accelerator.device)
         failed = self.accelerator.reduce(failed, "sum").item()
@@ -210,7 +210,7 @@ class Trainer:
         return [mine[share(len(mine), parts, part)] for part in range(parts)]
 
     def _flush(self, stop: bool) -> bool:
-        """Reads the losses since the last flush, checks and logs them; True where any process was told to stop."""
+        """Reads the losses since the last flush, checks and logs them; True where any is to stop."""
         steps = [step for step, _, _ in self._pending]
         losses = torch.stack([loss for _, loss, _ in self._pending] + [self._pending[-1][1].new_tensor(float(stop))])
         norms = torch.stack([norm for _, _, norm in self._pending]).tolist()

@@ -14,8 +14,8 @@ def save_loss_curve(
 
     Args:
         metrics: a run's metrics.jsonl.
-        path: of the PNG.
-        decay: of the moving average; None takes one that fits the number of steps.
+        path: path of the PNG.
+        decay: decay of the moving average; None takes one that fits the number of steps.
         validation: a run's validation.jsonl; its nats_per_token are drawn with their standard error, else its loss.
 
     Raises:

@@ -22,14 +22,14 @@ def save_sample_grid(
     columns: int = 8,
     title: str | None = None,
 ) -> Path:
-    """Writes a PNG with one block of rows a class, the class's name at the left.
+    """Writes a PNG with one block of rows per class, the class's name at the left.
 
     Args:
         images: float [N, C, H, W] in [-1, 1] (values beyond are clipped), C 1 or 3.
         labels: N class labels; classes appear in the order of their labels.
-        class_names: by label.
-        path: of the PNG.
-        columns: images a row; a class with more takes several rows.
+        class_names: names by label.
+        path: path of the PNG.
+        columns: images per row; a class with more takes several rows.
         title: above the grid.
 
     Raises:
@@ -38,7 +38,7 @@ def save_sample_grid(
     labels = torch.as_tensor(labels).cpu()
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images) or len(images) != len(labels):
         raise ValueError(
-            f"images has shape {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
+            f"images: got shape {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
             "[N, 1 or 3, H, W] with N >= 1, and [N]"
         )
     rows: list[tuple[int, Tensor]] = []  # label, images of the row

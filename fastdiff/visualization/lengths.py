@@ -27,8 +27,8 @@ class BoundsOfRule:
     """A rule's bounds on answers.
 
     Attributes:
-        name: of the rule.
-        bounds, lengths: in tokens before the EoS, [N] each.
+        name: the rule's name.
+        bounds, lengths: tokens before the EoS, [N] each.
         note: a line below the name.
     """
 
@@ -43,7 +43,7 @@ class RuleTradeoff:
     """What a rule's bounds save and how often they are right; shares of 1.
 
     Attributes:
-        name: of the rule.
+        name: the rule's name.
         calibrated: (saved, correct) at rising coverage; may be empty.
         chosen: the one of these at the coverage that was asked for.
         published: (saved, correct) with the rule's own number, not calibrated.
@@ -56,7 +56,7 @@ class RuleTradeoff:
 
 
 def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: str | Path, *, title: str = "") -> Path:
-    """Writes a PNG with a panel a rule: bound against true length. Equal answers share a dot; its area is their number.
+    """Writes a PNG with a panel per rule: bound against true length. A dot's area is the number of equal answers.
 
     Below the diagonal the row has to grow. Bounds above twice the longest length are counted, not drawn.
 
@@ -112,7 +112,7 @@ def save_length_tradeoff(
 
     Args:
         rules: a line each through its calibrated points, and a hollow marker where its published number lies.
-        coverage: that the filled markers are calibrated for; a dotted line lies there.
+        coverage: the coverage that the filled markers are calibrated for; a dotted line lies there.
         exact: the share that bounds equal to the lengths would save; a vertical line.
 
     Raises ValueError without rules.

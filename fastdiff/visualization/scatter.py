@@ -13,8 +13,8 @@ def save_length_scatter(
     """Writes a PNG with a dot an answer: its true length and the expected one; on the line they are equal.
 
     Args:
-        predicted, lengths: in tokens, as many of both.
-        path: of the PNG.
+        predicted, lengths: numbers of tokens, as many of both.
+        path: path of the PNG.
         title: above the picture.
 
     Raises:
@@ -22,7 +22,7 @@ def save_length_scatter(
     """
     if not len(lengths) or len(predicted) != len(lengths):
         raise ValueError(
-            f"got {len(predicted)} predicted and {len(lengths)} true lengths; expected as many, at least 1"
+            f"predicted: got {len(predicted)} lengths and {len(lengths)} true ones; expected as many, at least 1"
         )
     most = max(max(predicted), max(lengths), 1)
     figure = Figure(figsize=(5.2, 5.0), layout="constrained")

@@ -20,8 +20,8 @@ def save_wav(waveforms: Tensor, sampling_rate: int, path: str | Path, *, gap: fl
     Args:
         waveforms: float [S] or [N, S] in [-1, 1] (values beyond are clipped).
         sampling_rate: Hz.
-        path: of the file.
-        gap: of the pauses, in seconds.
+        path: path of the file.
+        gap: length of the pauses, in seconds.
 
     Raises:
         ValueError: another shape, nothing to write, or values that are not finite.
@@ -46,16 +46,16 @@ def save_spectrograms(
     columns: int = 5,
     title: str | None = None,
 ) -> Path:
-    """Writes a PNG with a panel a waveform: time across, frequency up, power in dB below the loudest of all panels.
+    """Writes a PNG with a panel per waveform: time across, frequency up, power in dB below the loudest of all panels.
 
     Windows of about 32 ms (a power of two of samples), a quarter apart.
 
     Args:
         waveforms: float [N, S].
         sampling_rate: Hz.
-        path: of the PNG.
+        path: path of the PNG.
         names: above each panel.
-        columns: panels a row.
+        columns: panels per row.
         title: above them all.
 
     Raises:
@@ -93,10 +93,10 @@ def save_spectrograms(
 
 def _rows(waveforms: Tensor) -> np.ndarray:  # float64 [N, S]
     if waveforms.ndim not in (1, 2) or not waveforms.numel():
-        raise ValueError(f"waveforms has shape {tuple(waveforms.shape)}; expected [S] or [N, S], not empty")
+        raise ValueError(f"waveforms: got shape {tuple(waveforms.shape)}; expected [S] or [N, S], not empty")
     rows = waveforms.detach().cpu().double().numpy()
     if not np.isfinite(rows).all():
-        raise ValueError("waveforms has values that are not finite; the model that made them has diverged")
+        raise ValueError("waveforms: got values that are not finite; the model that made them has diverged")
     return np.atleast_2d(rows)
 
 

@@ -41,15 +41,15 @@ def save_marginals(
     columns: int = 4,
     title: str | None = None,
 ) -> Path:
-    """Writes a PNG with a panel a column: histograms of numbers (20 bins, as densities), shares of categories.
+    """Writes a PNG with a panel per column: histograms of numbers (20 bins, as densities), shares of categories.
 
     Numbers are drawn over the range of the real ones, widened by a quarter on either side; synthetic ones beyond it are
     counted above the panel. The 11 commonest real categories have bars of their own where there are more than 12.
 
     Args:
         real, synthetic: columns by name, as `TableSchema.decode` gives them: float [R], or names of categories [R].
-        path: of the PNG.
-        columns: panels a row.
+        path: path of the PNG.
+        columns: panels per row.
         title: above them all.
 
     Raises:
@@ -57,7 +57,7 @@ def save_marginals(
     """
     if set(real) != set(synthetic) or not _rows(real, "real") or not _rows(synthetic, "synthetic"):
         raise ValueError(
-            f"real has the columns {list(real)} and synthetic {list(synthetic)}; expected the same ones, with rows"
+            f"real: got the columns {list(real)} and synthetic {list(synthetic)}; expected the same ones, with rows"
         )
     columns = min(columns, len(real))
     lines = -(-len(real) // columns)
@@ -86,7 +86,7 @@ def _count(synthetic: Mapping[str, np.ndarray]) -> str:
 def _rows(table: Mapping[str, np.ndarray], name: str) -> int:
     lengths = {len(values) for values in table.values()}
     if len(lengths) != 1:
-        raise ValueError(f"{name} has columns of {sorted(lengths)} rows; expected at least one, all of one length")
+        raise ValueError(f"{name}: got columns of {sorted(lengths)} rows; expected at least one, all of one length")
     return lengths.pop()
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-_COLUMNS, _LINE, _CHARACTER = 110, 0.19, 0.0753  # characters a line; inches a line and a character of 9-point monospace
+_COLUMNS, _LINE, _CHARACTER = (
+    110,
+    0.19,
+    0.0753,
+)  # characters per line; inches per line and per character of 9-point monospace
 _MOST_LINES = 14  # of a text; what follows is left out
 _NOTHING = "(nothing but end tokens)"
 _SHADES = colormaps["viridis"]
@@ -19,7 +23,7 @@ class TextSample:
 
     Attributes:
         prompt: what was given.
-        pieces: the new text, a piece a token.
+        pieces: the new text, a piece per token.
         steps: the step that chose each piece, from 0.
     """
 

@@ -26,8 +26,8 @@ def save_video_gif(
 
     Args:
         videos: float [F, C, H, W] or [N, F, C, H, W] in [-1, 1] (values beyond are clipped), C 1 or 3.
-        path: of the GIF.
-        columns: videos a row.
+        path: path of the GIF.
+        columns: videos per row.
         frames_per_second: a GIF counts in hundredths of a second: frames last 100/frames_per_second of them, rounded,
             at least 2.
         scale: pixels of the GIF a pixel of the videos, along each edge.
@@ -38,7 +38,7 @@ def save_video_gif(
     videos = _checked(videos[None] if videos.ndim == 4 else videos)
     if frames_per_second <= 0 or scale < 1 or columns < 1:
         raise ValueError(
-            f"frames_per_second is {frames_per_second}, scale {scale}, columns {columns}; expected positive numbers"
+            f"frames_per_second: got {frames_per_second}, scale {scale}, columns {columns}; expected positive numbers"
         )
     frames = [Image.fromarray(_tiled(videos[:, f], columns)) for f in range(videos.shape[1])]
     size = (frames[0].width * scale, frames[0].height * scale)
@@ -53,12 +53,12 @@ def save_video_gif(
 def save_contact_sheet(
     videos: Tensor, path: str | Path, *, names: Sequence[str] | None = None, title: str | None = None
 ) -> Path:
-    """Writes a PNG with a row a video, its frames from left to right.
+    """Writes a PNG with a row per video, its frames from left to right.
 
     Args:
         videos: float [N, F, C, H, W] in [-1, 1] (values beyond are clipped), C 1 or 3.
-        path: of the PNG.
-        names: at the left of each row; numbers from 1 if None.
+        path: path of the PNG.
+        names: written at the left of each row; numbers from 1 if None.
         title: above the rows.
 
     Raises:
@@ -75,7 +75,7 @@ def save_contact_sheet(
 
 def _checked(videos: Tensor) -> Tensor:
     if videos.ndim != 5 or videos.shape[2] not in (1, 3) or not videos.numel():
-        raise ValueError(f"videos has shape {tuple(videos.shape)}; expected [N, F, 1 or 3, H, W], not empty")
+        raise ValueError(f"videos: got shape {tuple(videos.shape)}; expected [N, F, 1 or 3, H, W], not empty")
     return videos.detach().cpu()
 
 

@@ -33,7 +33,7 @@ class DenoisingView:
         mask_token_id: the model's mask token.
         attention_mask: bool [B, P] of the prompts, as `generate` has it: padding is left out.
         rows: how many sequences of the batch are shown.
-        stream: where to; None is stdout.
+        stream: where the text goes; None is stdout.
         every: steps between two lines where the stream is not a terminal.
         keep: whether the last picture stays on the terminal.
     """

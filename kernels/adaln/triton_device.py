@@ -124,7 +124,7 @@ def forward_tiled_kernel(
     scale_batch_stride, scale_frame_stride, scale_tokens_per_frame,
     RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows wider than BLOCK, one a program, in column tiles. Grid: (rows,).
+    """Rows wider than BLOCK, one per program, in column tiles. Grid: (rows,).
 
     The stream is computed again in each pass, and stored in the last: no thread reads what another one wrote, and
     residual_out may be the residual itself.

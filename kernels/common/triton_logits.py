@@ -25,7 +25,7 @@ MIN_RECORDS = 16
 
 
 def count_blocks(rows: int, vocab: int) -> int:
-    """The number of blocks a row. Raises ValueError where a launch cannot count the programs."""
+    """The number of blocks per row. Raises ValueError where a launch cannot count the programs."""
     blocks = triton.cdiv(vocab, BLOCK.value)
     if vocab > MAX_VOCAB:
         raise ValueError(f"logits: {vocab} ids; the triton backend takes at most {MAX_VOCAB}: use another backend")
@@ -64,7 +64,7 @@ def head_tiles(
     bias: Tensor | None,  # [V]
     logits: Tensor,  # [R, tile]: where each tile lies
 ) -> Iterator[tuple[int, int]]:
-    """Makes logits a tile of ids at a time, by torch's product, and yields the tile's first id and the one after it."""
+    """Makes logits by torch's product, one tile of ids at a time; yields the tile's first id and the one after it."""
     vocab, tile = weight.shape[0], logits.shape[1]
     for begin in range(0, vocab, tile):
         end = min(begin + tile, vocab)

@@ -16,7 +16,9 @@ from . import triton_device as device
 BLOCK = logits_of.BLOCK.value
 HEAD_TILE = 4096  # ids a matrix product of eos_log_prob makes: 8 % of the logits of GPT-2's vocabulary
 BLOCK_WARPS, ROW_WARPS = 4, 4
-MAX_REGISTERS = 255  # a thread; told so, ptxas does not spill a register or two to fit more programs of few rows
+MAX_REGISTERS = (
+    255  # per thread; with this limit ptxas does not spill a register or two to fit more programs of few rows
+)
 
 
 class _Parts:

@@ -10,7 +10,7 @@ def row_losses(
     targets: Tensor,  # int64 [N]
     suppress_tokens: Tensor | None,  # int64 [S]
     label_smoothing: float,
-) -> Tensor:  # [N]: NaN where the target is no allowed id
+) -> Tensor:  # [N]: NaN where the target is not an allowed id
     """Cross entropy of each row under the softmax over the ids that are not suppressed."""
     allowed = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     if suppress_tokens is not None:

@@ -19,7 +19,7 @@ def _load_logits(ptr, ids, vocab, suppressed_ptr):
 
 @triton.jit
 def _load_target(ptr, target, vocab, suppressed_ptr):
-    """The target's logit, NaN where the target is no allowed id."""
+    """The target's logit, NaN where the target is not an allowed id."""
     allowed = (target >= 0) & (target < vocab)
     if suppressed_ptr is not None:
         allowed = allowed & (tl.load(suppressed_ptr + target, mask=allowed, other=1) == 0)

@@ -24,8 +24,8 @@ def cross_entropy_rows_(
 ) -> Tensor:
     """Loss of each row [C] in fp32, in nats and without row_weight; want_grad: the gradient takes the logits' place.
 
-    A row whose target is no allowed id, or that has no distribution (NaN, +inf, nothing above -inf), becomes NaN, loss
-    and gradient; the gradient at suppressed ids is always 0.
+    A row whose target is not an allowed id, or that has no distribution (NaN, +inf, nothing above -inf), becomes NaN,
+    loss and gradient; the gradient at suppressed ids is always 0.
     Raises ValueError for more than 2^31 - 1 rows or about as many ids.
     """
     rows, vocab = logits.shape

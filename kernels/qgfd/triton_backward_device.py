@@ -128,7 +128,7 @@ def delta_kernel(
     h_ptr, passes_ptr, out_ptr, delta_ptr, heads, queries, rows_count, hops, saved,
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta = the sum over hops of rowsum(h y), fp32, one a row of [B, H, L]; the last y is `out` if it was not saved.
+    """delta = the sum over hops of rowsum(h y), fp32, one per row of [B, H, L]; the last y is `out` if not saved.
 
     h is [hops, B, H, L, D], passes [saved, B, H, L, D], out [B, L, H, D]. Grid: (rows / ROWS,).
     """

@@ -60,7 +60,7 @@ def products(
     a, b, acc, a_base, a_rows, a_stride, a_count, b_base, b_rows, b_stride, b_count,
     D: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """acc + a b^T of two loaded tiles; fp32 ones, which registers must hold, are read again, CHUNK columns a time."""
+    """acc + a b^T of two loaded tiles; fp32 ones, which registers must hold, are read again in CHUNK columns."""
     if CHUNK == DIM:
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     else:
@@ -140,7 +140,7 @@ def hop_kernel(
 
     FIRST: the softmax is made as the keys go by; what of maximum_ptr and total_ptr (of a row's scores in base 2, and
     the sum of its weights under it) and lse_ptr is not None is filled; value has key's heads. Otherwise the first two
-    are read, and value has a head a query head.
+    are read, and value has one head per query head.
     """
     batch, head, tile = place(tiles, heads)
     rows = tile * ROWS + tl.arange(0, ROWS)

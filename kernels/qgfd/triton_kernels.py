@@ -138,7 +138,7 @@ class Matrix(NamedTuple):
 
 
 def _mixture(y: Tensor, value: Tensor, alpha: float) -> Tensor:
-    """round(alpha·y + (1 − alpha)·value); value has as many heads as y, or one a group."""
+    """round(alpha·y + (1 − alpha)·value); value has as many heads as y, or one per group."""
     batch, heads, length, dim = y.shape
     wide = (batch, value.shape[1], heads // max(value.shape[1], 1), length, dim)
     return torch.lerp(value[:, :, None].expand(wide), y.reshape(wide), alpha).view(y.shape)
@@ -238,7 +238,7 @@ def qgfd_backward(
     grad_out, query, key, value, out, lse, passes, key_mask, row_begin, row_end, scale,
     hops, first_mixed, last_mixed, alpha,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(grad_query [B, L_q, H, d], grad_key, grad_value [B, L_k, H, d]), one a query head."""
+    """(grad_query [B, L_q, H, d], grad_key, grad_value [B, L_k, H, d]), one per query head."""
     batch, heads, queries, dim = query.shape
     if rest := -dim % UNIT:
         wide = (F.pad(t, (0, rest)) for t in (grad_out, query, key, value, out))

@@ -24,7 +24,9 @@ MAX_VOCAB = logits_of.MAX_VOCAB
 HEAD_TILE = 8192  # ids a matrix product of lm_head_sample makes: 64 thread blocks of 128 columns, 6 % of 126 464 ids
 SPAN = 4  # blocks that the search of a threshold reads at a time
 DRAW_WARPS, HEAD_WARPS = 4, 8
-MAX_REGISTERS = 255  # a thread; told so, ptxas does not spill a register or two to fit more programs of few rows
+MAX_REGISTERS = (
+    255  # per thread; with this limit ptxas does not spill a register or two to fit more programs of few rows
+)
 HEAD_CHUNK = 64  # columns of hidden at a time, where a cell's logits are computed again
 
 

@@ -154,7 +154,7 @@ def damage(folder, kind):
         ("empty", r"low/1.wav has no samples"),
         ("nan", r"low/1.wav has no samples, or some that are not finite"),
         ("alone", r"high has 1 WAV files; expected at least 2"),
-        ("no classes", r"has no subfolders; expected one subfolder of WAVs a class"),
+        ("no classes", r"which has no subfolders; expected one of WAVs per class"),
         ("no folder", r"which is not a folder"),
     ],
 )
@@ -168,12 +168,12 @@ def test_unusable_folders(sounds, kind, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(name="audio_folder"), "data.folder is missing"),
-        (dict(sampling_rate=0), "data.sampling_rate is 0; expected at least 1"),
-        (dict(num_samples=0), "data.num_samples is 0"),
-        (dict(hop=0), "data.hop is 0"),
-        (dict(held_out_fraction=1.0), "data.held_out_fraction is 1.0"),
-        (dict(folder="/x"), "spoken_digits is made by espeak-ng"),
+        (dict(name="audio_folder"), "folder: got none; audio_folder needs"),
+        (dict(sampling_rate=0), "sampling_rate: got 0; expected at least 1"),
+        (dict(num_samples=0), "num_samples: got 0"),
+        (dict(hop=0), "hop: got 0"),
+        (dict(held_out_fraction=1.0), "held_out_fraction: got 1.0"),
+        (dict(folder="/x"), "with spoken_digits, which espeak-ng makes; leave it out"),
     ],
 )
 def test_unusable_configs(fields, message):
@@ -182,7 +182,7 @@ def test_unusable_configs(fields, message):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="data.name is 'music'; expected one of spoken_digits, alsa, audio_folder"):
+    with pytest.raises(ValueError, match="name: got 'music'; expected one of spoken_digits, alsa, audio_folder"):
         load_audio_data(AudioDataConfig(name="music"))
 
 
@@ -237,7 +237,7 @@ def test_spoken_digits(espeak, three_voices, cache, monkeypatch, capsys, tmp_pat
 
 def test_longer_digits_are_cut_and_counted(espeak, three_voices, cache, capsys):
     data = load_audio_data(AudioDataConfig(num_samples=1024))  # 0.128 s
-    assert "sounds are longer than data.num_samples = 1024 and cut" in capsys.readouterr().err
+    assert "sounds are longer than num_samples = 1024 and cut" in capsys.readouterr().err
     assert data.train.batch([0])["input_values"].shape == (1, 1024)
 
 

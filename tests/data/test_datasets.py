@@ -164,7 +164,7 @@ def test_an_image_cut_short_is_named(photos):
 
 
 def test_folder_for_a_packaged_set_is_refused():
-    with pytest.raises(ValueError, match="data.folder is '/x', but digits comes from a package"):
+    with pytest.raises(ValueError, match="folder: got '/x' with digits, which comes from a package"):
         load_data(DataConfig(name="digits", folder="/x"))
 
 

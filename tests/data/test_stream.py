@@ -40,5 +40,5 @@ def test_shares_cover_everything_evenly(count, parts):
 
 
 def test_bad_sizes():
-    with pytest.raises(ValueError, match="size is 0"):
+    with pytest.raises(ValueError, match="size: got 0, and batch_size"):
         EpochStream(0, 4, 0)

@@ -94,7 +94,7 @@ def test_small_numbers_keep_their_decimals():
         (dict(age=[30, 30, 30, 30]), "column 'age' is constant, so there is nothing to learn; leave it out"),
         (dict(city=["Rome"] * 4), "column 'city' is constant"),
         (dict(age=[30, 31]), "column 'age' has 2 rows; expected 4"),
-        (dict(age=np.zeros((4, 2))), r"column 'age' has shape \[4, 2\]; expected a value a row"),
+        (dict(age=np.zeros((4, 2))), r"column 'age' has shape \[4, 2\]; expected a value per row"),
         (dict(age=[1j, 2, 3, 4]), "column 'age' has values of type complex, int; expected numbers or texts"),
     ],
 )
@@ -132,7 +132,7 @@ def test_other_tables_must_have_the_columns():
 def test_one_kind_of_column_may_be_left_out_of_decoding():
     schema = TableSchema.fit({"city": TABLE["city"]})
     assert schema.decode(categories=torch.tensor([[1], [0]]))["city"].tolist() == ["Oslo", "Bonn"]
-    refused(r"numbers has shape \(2, 0\) .*expected \[R, 2\]", lambda: TableSchema.fit(TABLE).decode(
+    refused(r"numbers: got shape \(2, 0\) .*expected \[R, 2\]", lambda: TableSchema.fit(TABLE).decode(
         categories=torch.zeros(2, 1, dtype=torch.long)))  # fmt: skip
 
 

@@ -109,8 +109,8 @@ def test_schema_survives_json(tmp_path):
         (0, lambda v, i: "NaN" if i == 5 else v, r"column 'size' has 1 missing values, the first in row 6"),
         (1, lambda v, i: "" if i == 0 else v, r"column 'colour' has 1 missing values, the first in row 1"),
         (3, lambda v, i: "NA" if i == 15 else v, r"column 'big' has 1 missing values, the first in row 16"),
-        (2, lambda v, i: "7", r"column 'count' is constant.* name it in data.drop"),
-        (1, lambda v, i: "red", r"column 'colour' is constant.* name it in data.drop"),
+        (2, lambda v, i: "7", r"column 'count' is constant.* name it in drop"),
+        (1, lambda v, i: "red", r"column 'colour' is constant.* name it in drop"),
         (4, lambda v, i: "a", r"column 'kind' is constant"),
         (0, lambda v, i: "inf" if i == 1 else v, r"column 'size' has infinite values"),
         (4, lambda v, i: "c" if i == 1 else v, r"'c', a class of the target .*, has one row alone"),
@@ -163,7 +163,7 @@ def test_other_separators_are_refused(tmp_path):
         (dict(target="none"), "has no column 'none'; it has size, colour, count, big, kind"),
         (dict(drop=["none"]), "has no column 'none'"),
         (dict(categories=["none"]), "has no column 'none'"),
-        (dict(drop=["kind"]), "data.drop names 'kind', which is the target"),
+        (dict(drop=["kind"]), "drop: got 'kind', which is the target"),
     ],
 )
 def test_names_that_are_not_there(tmp_path, fields, message):
@@ -192,9 +192,9 @@ def test_files_that_are_no_tables(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(name="csv"), "data.path is missing"),
-        (dict(name="wine", path="x.csv"), "are of csv; leave them out of wine"),
-        (dict(held_out_fraction=0.0), "data.held_out_fraction is 0.0"),
+        (dict(name="csv"), "path: got none; csv needs"),
+        (dict(name="wine", path="x.csv"), "path: got 'x.csv' with wine; it is for csv: leave it out"),
+        (dict(held_out_fraction=0.0), "held_out_fraction: got 0.0"),
     ],
 )
 def test_unusable_configs(fields, message):
@@ -205,7 +205,7 @@ def test_unusable_configs(fields, message):
 def test_missing_file_and_unknown_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="which is not a file"):
         load_csv(tmp_path / "none.csv")
-    with pytest.raises(ValueError, match="data.name is 'titanic'; expected one of iris, wine"):
+    with pytest.raises(ValueError, match="name: got 'titanic'; expected one of iris, wine"):
         load_tabular_data(TabularDataConfig(name="titanic"))
 
 

@@ -17,7 +17,7 @@ NUMBERS = TextDataConfig(name="numbers", sample="pairs", max_digits=3, num_pairs
 
 @pytest.fixture
 def stories(tmp_path):
-    """150 stories of four sentences, one a line."""
+    """150 stories of four sentences, one per line."""
     path = tmp_path / "stories.jsonl"
     lines = [{"text": f"Tom had {i} cats. They slept. He woke them. All {i} ran."} for i in range(150)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_is_there_already(cache, tmp_path):
     assert by_object.fingerprint == by_name.fingerprint == first.fingerprint
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="the tokenizer has no EoS token"):
+    with pytest.raises(ValueError, match="tokenizer: it has no EoS token"):
         load_text_data(NUMBERS, tokenizer)
 
 
@@ -138,7 +138,7 @@ def long_prompts(folder):
 def test_too_little_text_for_a_window(cache, tmp_path):
     (tmp_path / "a.txt").write_text("a few\nwords\n")
     config = TextDataConfig(name="text_folder", path=str(tmp_path), max_length=100)
-    with pytest.raises(ValueError, match=r"part 'train' of .* has 7 tokens; .*data.max_length = 100"):
+    with pytest.raises(ValueError, match=r"part 'train' of .* has 7 tokens; .*max_length = 100"):
         load_text_data(config, CHARACTERS)
 
 
@@ -168,7 +168,8 @@ def test_an_interrupted_build_leaves_nothing(cache, monkeypatch):
     left = [path.name for path in (cache / "tokens").iterdir() if not path.name.endswith(".lock")]
     assert left == []
     (lock,) = (cache / "tokens").iterdir()
-    killed = cache / "tokens" / f"{lock.name.removesuffix('.lock')}.123.writing"  # what a killed process leaves
+    name = lock.name.removeprefix(".").removesuffix(".lock")
+    killed = cache / "tokens" / f".writing-{name}"  # what a killed process leaves
     killed.mkdir()
     (killed / "train_targets.tokens").write_bytes(b"half")
     assert len(load_text_data(NUMBERS, CHARACTERS).train) == 180 and not killed.exists()

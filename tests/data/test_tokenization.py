@@ -120,5 +120,5 @@ def test_no_such_tokenizer(tmp_path, monkeypatch, kind):
 
 
 def test_a_vocabulary_too_small_for_bytes():
-    with pytest.raises(ValueError, match="vocab_size is 200; expected at least 300"):
+    with pytest.raises(ValueError, match="vocab_size: got 200; expected at least 300"):
         TokenizerConfig("bpe", vocab_size=200)

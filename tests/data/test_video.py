@@ -83,14 +83,14 @@ def test_indices_beyond_the_set():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(num_frames=0), "data.num_frames is 0; expected at least 1"),
-        (dict(digit_size=40), "data.digit_size is 40; expected at most data.frame_size, which is 32"),
-        (dict(max_speed=-1.0), "data.max_speed is -1.0"),
-        (dict(max_speed=float("nan")), "data.max_speed is nan"),
-        (dict(seed=-1), "data.seed is -1"),
-        (dict(held_out_fraction=0.0), "data.held_out_fraction is 0.0"),
-        (dict(name="video_folder"), "data.folder is missing"),
-        (dict(folder="/x"), "data.folder is '/x', but moving_digits is made of MNIST-5k"),
+        (dict(num_frames=0), "num_frames: got 0; expected at least 1"),
+        (dict(digit_size=40), "digit_size: got 40; expected at most frame_size, 32"),
+        (dict(max_speed=-1.0), "max_speed: got -1.0"),
+        (dict(max_speed=float("nan")), "max_speed: got nan"),
+        (dict(seed=-1), "seed: got -1"),
+        (dict(held_out_fraction=0.0), "held_out_fraction: got 0.0"),
+        (dict(name="video_folder"), "folder: got none; video_folder needs"),
+        (dict(folder="/x"), "folder: got '/x' with moving_digits, which is made of MNIST-5k"),
     ],
 )
 def test_unusable_configs(fields, message):
@@ -99,7 +99,7 @@ def test_unusable_configs(fields, message):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="data.name is 'films'; expected one of moving_digits, video_folder"):
+    with pytest.raises(ValueError, match="name: got 'films'; expected one of moving_digits, video_folder"):
         load_video_data(VideoDataConfig(name="films"))
 
 
@@ -126,7 +126,7 @@ def load(folder, **fields):
 def test_folder_of_frames(films, channels):
     data = load(films, channels=channels)
     assert data.class_names == ("cats", "dogs") and data.video_shape == (3, channels, 8, 8)
-    assert len(data.train) == 8 and len(data.held_out) == 4  # two clips a video; a video a class is held out
+    assert len(data.train) == 8 and len(data.held_out) == 4  # two clips per video; one video per class is held out
     seen = []
     for part in (data.train, data.held_out):
         batch = part.batch(range(len(part)))
@@ -155,7 +155,7 @@ def test_unusable_folders_of_frames(films):
     for frame in range(3, 7):
         (films / "dogs" / "v1" / f"{frame:03}.png").unlink()
     (films / "dogs" / "v1" / "002.png").unlink()
-    with pytest.raises(ValueError, match="v1 has 2 frames; expected at least data.num_frames = 3"):
+    with pytest.raises(ValueError, match="v1 has 2 frames; expected at least num_frames = 3"):
         load(films)
     with pytest.raises(ValueError, match="v0 has 0 folders of frames; expected at least 2"):
         load(films / "dogs")

@@ -146,7 +146,7 @@ class QgfdEmulator:
 
 def exact(c: Case, grad_out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """out [B, H, L_q, d], lse, passes (all y_j) and, given ∂/∂out, the gradients of query, key and value as
-    backward() has them, one a query head: plain attention by dense matrices in float64, without rounding."""
+    backward() has them, one per query head: plain attention by dense matrices in float64, without rounding."""
     groups = c.query.shape[1] // c.key.shape[1]
     query = c.query.double().requires_grad_()
     key, value = (t.double().repeat_interleave(groups, 1).requires_grad_() for t in (c.key, c.value))

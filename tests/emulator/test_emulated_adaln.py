@@ -241,7 +241,7 @@ def test_statistics_are_saved(emulator):
 @pytest.mark.parametrize("rows_per_segment", [1, 2, 3, 5, 64])
 @pytest.mark.parametrize("frames", [1, 2, 10])
 def test_any_segments(emulator, frames, rows_per_segment):
-    """Segments that do not divide the frame, more slices than segments, one row a frame."""
+    """Segments that do not divide the frame, more slices than segments, one row per frame."""
     g = seeded(frames, rows_per_segment)
     x, grad_out = randn(g, 2, 10, 40), randn(g, 2, 10, 40)
     scale, weight = randn(g, 2, frames, 40), randn(g, 40)
@@ -274,7 +274,7 @@ def test_more_work_than_the_grid_has_blocks(emulator):
 
     expected = run()
     for schedule in SCHEDULES:
-        # 5 blocks: grad_weight's, one a tile of 32 columns, does not loop, as D / 32 is within any grid
+        # 5 blocks: grad_weight's, one per tile of 32 columns, does not loop, as D / 32 is within any grid
         emulator.configure(schedule, max_grid=5)
         for name, t in run().items():
             assert t is None or torch.equal(t, expected[name]), name

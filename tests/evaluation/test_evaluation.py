@@ -100,7 +100,7 @@ def test_report_tells_real_images_from_noise(digits, classifier):
 
 
 def test_report_refuses_other_shapes(digits, classifier):
-    with pytest.raises(ValueError, match=r"samples has shape \(3, 1, 9, 9\).*expected \[N, 1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"samples: got shape \(3, 1, 9, 9\).*expected \[N, 1, 8, 8\]"):
         evaluate_samples(torch.zeros(3, 1, 9, 9), torch.zeros(3), digits, classifier)
 
 

@@ -58,7 +58,7 @@ def test_documents(make_run, tmp_path, capsys):
     expected = likelihood_bound(loaded.model, **likelihood_arguments(loaded.recipe, loaded.model.config, data))
     got = results["likelihood"]
     assert got["nats_per_token"] == pytest.approx(expected.nats_per_token, rel=1e-6) and got["samples"] == 64
-    assert f"| bound, nats a token | {got['nats_per_token']:.4f} | {got['standard_error']:.4f} |" in printed
+    assert f"| bound, nats per token | {got['nats_per_token']:.4f} | {got['standard_error']:.4f} |" in printed
     assert f"{got['perplexity']:.2f}" in printed and "exact match" not in printed
     assert printed.rstrip().endswith(f"step 2, ema weights; written to {run / 'evaluation.json'}")
     assert results["step"] == 2 and "exact_match" not in results

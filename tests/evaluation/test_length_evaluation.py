@@ -271,10 +271,10 @@ def test_thresholds_in_words(rule, threshold, text):
         (["--num-pairs", "0"], "--num-pairs: got 0; expected at least 2"),
         (["--batch-size", "0"], "--batch-size: got 0; expected at least 1"),
         (["--window", "0"], "--window: got 0; expected at least 1"),
-        (["--window", "31"], r"--window is 31 and held-out prompt \d+ has \d tokens; expected at most 32 together"),
-        (["--no-held-out"], "--no-held-out has no use with --length, an evaluation of its own"),
-        (["--lm-eval", "hellaswag"], "--lm-eval has no use with --length"),
-        (["--unmasking-rule", "count"], "--unmasking-rule has no use with --length"),
+        (["--window", "31"], r"--window: got 31, and held-out prompt \d+ has \d tokens; expected at most 32 together"),
+        (["--no-held-out"], "--no-held-out: got it with --length, an evaluation of its own"),
+        (["--lm-eval", "hellaswag"], "--lm-eval: got it with --length"),
+        (["--unmasking-rule", "count"], "--unmasking-rule: got it with --length"),
     ],
 )  # fmt: skip
 def test_bad_options(pairs_run, options, message, capsys):

@@ -122,7 +122,7 @@ def test_long_contexts_lose_their_beginning(model):
     )
     assert long == cut
     assert harness.generate_until(requests(("be " * 100, {"max_gen_toks": 10})), disable_tqdm=True)
-    with pytest.raises(ValueError, match=f"a continuation of {2 * longest} tokens; expected at most {longest}"):
+    with pytest.raises(ValueError, match=f"continuation: got {2 * longest} tokens; expected at most {longest}"):
         harness._loglikelihood_tokens([(None, [], context)], True)
 
 
@@ -205,7 +205,10 @@ def test_accuracy_is_of_the_bounds(tasks, language_run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lm-eval", "no_such_task"], "--lm-eval has 'no_such_task', which lm-eval does not know.*--lm-eval-include"),
+        (
+            ["--lm-eval", "no_such_task"],
+            "--lm-eval: got 'no_such_task', which lm-eval does not know.*--lm-eval-include",
+        ),
         (["--lm-eval", ","], "--lm-eval: got no task"),
         (["--lm-eval", "x", "--lm-eval-include-path", "/nowhere"], "'/nowhere' is not a folder"),
         (["--no-held-out"], "nothing to evaluate: --no-held-out; pass --lm-eval TASKS"),

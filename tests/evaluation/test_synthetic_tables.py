@@ -86,8 +86,8 @@ def test_rows_that_are_refused(iris):
         judge(iris, iris.train.numbers[:, :2])
     with pytest.raises(ValueError, match="are not all finite; the model has diverged"):
         judge(iris, iris.train.numbers * torch.nan)
-    with pytest.raises(ValueError, match="the table's schema has no target; expected a column to predict"):
+    with pytest.raises(ValueError, match="schema: it has no target; expected a column to predict"):
         judge(replace(iris, schema=replace(iris.schema, target=None)))
     table = load_tabular_data(TabularDataConfig(name="iris", drop=[c.name for c in iris.schema.numbers]))
-    with pytest.raises(ValueError, match="the table has the column 'species' alone"):
+    with pytest.raises(ValueError, match="schema: got the column 'species' alone"):
         judge(table)

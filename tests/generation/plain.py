@@ -134,9 +134,11 @@ def parallel(model, prompt, gen_length, block_length, rule, number):
 
 @torch.no_grad()
 def growing(model, prompt, window, room, block_length, ends, growth):
-    """One prompt [1, P] in a window that grows: a token a step, nothing chosen behind an end token, and `growth` more
-    masks where the window is full without one. Returns the new tokens [room], end tokens behind the window, and the
-    window."""
+    """One prompt [1, P] in a window that grows, one token per step.
+
+    Nothing is chosen behind an end token; `growth` more masks come where the window is full without one. Returns the
+    new tokens [room], end tokens behind the window, and the window.
+    """
     mask_id, start = model.config.mask_token_id, prompt.shape[1]
     x = torch.cat([prompt, torch.full((1, window), mask_id)], dim=1)
     begin, block = start, block_length or window

@@ -27,7 +27,7 @@ def models():
 
 
 def model_and_rows(models, seed):
-    """Rows of three lengths, one with a mask of its own at its beginning: it begins its blocks a step later."""
+    """Rows of three lengths, one with a mask of its own at its beginning: it begins its blocks one step later."""
     model = randomise(models[ARCHITECTURES[seed % 5]], seed, HEADS[seed // 5 % 3])
     first, last = prompts(seed, 2 + seed % 3, 6)
     return model, [first, torch.tensor([[MASK, 9, 8, 7]]), last]
@@ -92,7 +92,7 @@ def test_refreshed_at_every_step_a_cache_is_exact(models, monkeypatch, cache):
             assert torch.equal(ours.sequences, exact.sequences) and ours.statistics.short_passes == 0
 
 
-def test_a_model_that_is_told_the_time_and_attends_to_an_encoder():
+def test_a_model_that_gets_the_time_and_attends_to_an_encoder():
     options = dict(num_hidden_layers=2, timestep_embedding=True, cross_attention_dim=5)
     model = randomise(tiny("mdlm", **options), 3)
     generator = torch.Generator().manual_seed(0)

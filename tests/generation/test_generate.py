@@ -85,7 +85,7 @@ def test_the_path_of_a_gpu_gives_the_same(model, monkeypatch, rule, scale):
     assert again.statistics.forward_passes == expected.statistics.forward_passes
     with torch.no_grad():
         model.head_weight[5] = torch.nan
-    with pytest.raises(ValueError, match="logits have no distribution"):
+    with pytest.raises(ValueError, match="logits: the model gave no distribution"):
         generate(model, *padded(rows), options)
 
 
@@ -145,7 +145,7 @@ def test_early_stop_ends_a_row_at_the_end_token_of_a_full_block(model):
     ("schedule", "time_of"),
     [("linear", lambda r: r), ("cosine", lambda r: 2 / math.pi * torch.acos(1 - r)), ("polynomial", torch.sqrt)],
 )
-def test_a_model_with_timesteps_is_told_the_time_of_the_masked_share(schedule, time_of):
+def test_a_model_with_timesteps_gets_the_time_of_the_masked_share(schedule, time_of):
     model = randomise(tiny("mdlm", timestep_embedding=True, mask_schedule=schedule), 0)
     (row,) = prompts(0, 3)
     x = torch.cat([row, torch.full((1, 4), MASK)], 1)

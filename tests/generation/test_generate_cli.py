@@ -294,9 +294,9 @@ def test_options_are_the_fields_of_the_configuration(capsys, language_run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no prompt given; expected --prompt TEXT"),
+        ([], "prompt: got none; expected --prompt TEXT"),
         (["--prompt", ""], r"prompt 1 is empty; expected at least one token, or unconditional"),
-        (["--prompt", "a" * 40], r"prompt 1 has 40 tokens and max_new_tokens is 12; expected at most 48 together"),
+        (["--prompt", "a" * 40], r"prompt 1: got 40 tokens, and max_new_tokens is 12; expected at most 48 together"),
         (["--prompt", "a", "--prompt", "b" * 60, "--max-new-tokens", "0"], "prompt 1 has no mask token <mask>"),
         (["--prompt", "<mask>" + "b" * 60, "--max-new-tokens", "0"], "prompt 1 has 61 tokens"),
         (["--prompt", "a", "--block-length", "5"], "block_length: got 5; expected a divisor of max_new_tokens = 12"),
@@ -325,7 +325,7 @@ def test_bad_options(language_run, capsys, arguments, message):
     ("name", "content", "message"),
     [
         ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 at byte 3"),
-        ("a.txt", b"", "no prompt given"),
+        ("a.txt", b"", "prompt: got none"),
         ("a.txt", b"to be\n\nor", "prompt 2 is empty"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', r"a.jsonl, line 2: expected an object with the text field"),
         ("a.jsonl", b'{"prompt": "x"', r"a.jsonl, line 1: not JSON"),

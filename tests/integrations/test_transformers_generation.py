@@ -49,7 +49,7 @@ def test_left_padding_changes_no_token(settings):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_transition_attention_refuses_a_cache(name):
     model = build(name, {"steps": 1})
-    first(model, **inputs(name), use_cache=True)  # one forward is no generation
+    first(model, **inputs(name), use_cache=True)  # one forward pass is not a generation
     generate(model, use_cache=False)
     for given in ({}, {"past_key_values": QGFDCache(model.config)}):
         with pytest.raises(ValueError, match="transition 'attention' with a KV cache .* expected use_cache=False"):

@@ -51,7 +51,7 @@ def test_presets_have_the_published_sizes():
         assert (config.hidden_size, config.depth, config.num_heads) == sizes and config.patch_size == 4
     with torch.device("meta"):
         published_model = DiT.from_preset("DiT-XL/2", learn_sigma=True)
-    # 675 M with the fixed positions, which are no parameters here
+    # 675 M with the fixed positions, which are not parameters here
     assert sum(p.numel() for p in published_model.parameters()) == 675_129_632 - 256 * 1152
     tiny = DiT.from_preset("DiT-tiny", num_classes=3)
     assert tiny.config.num_classes == 3 and tiny(torch.zeros(1, 1, 28, 28), torch.zeros(1)).shape == (1, 1, 28, 28)
@@ -286,5 +286,5 @@ def test_bad_configurations_are_one_line(build, match):
     with pytest.raises(ValueError, match=match) as caught:
         build()
     assert "\n" not in str(caught.value)
-    with pytest.raises(TypeError, match="DiTConfig has no field width"):
+    with pytest.raises(TypeError, match="DiTConfig: got width; expected its fields"):
         DiT.from_preset("DiT-S/2", width=3)

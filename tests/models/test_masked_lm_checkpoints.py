@@ -292,8 +292,8 @@ def test_llada_round_trip_in_our_own_format(tmp_path):
     "changes, message",
     [
         (dict(model_type="bert"), "a model of type 'bert'; expected one of fastdiff_masked_lm, gpt2 .GPT-2, DiffuGPT."),
-        (dict(block_type="sequential"), "not a llada checkpoint .*block_type is 'sequential'; expected 'llama'"),
-        (dict(clip_qkv=8.0), "clip_qkv is 8.0"),
+        (dict(block_type="sequential"), "not a llada checkpoint .*block_type: got 'sequential'; expected 'llama'"),
+        (dict(clip_qkv=8.0), "clip_qkv: got 8.0"),
         (dict(d_model=None), "'d_model' is missing"),
         (dict(mask_token_id=57), "mask_token_id: got 57, which is pad_token_id too"),
         (dict(mask_token_id=60), "mask_token_id: got 60; expected 0 to 59"),
@@ -356,7 +356,7 @@ def test_our_own_checkpoint_never_falls_back_to_random_weights(tmp_path, damage)
 
 
 def test_gpt2_options_that_do_not_exist_here_are_named():
-    with pytest.raises(ValueError, match="reorder_and_upcast_attn is True; expected False"):
+    with pytest.raises(ValueError, match="reorder_and_upcast_attn: got True; expected False"):
         MaskedDiffusionLM.from_gpt2(gpt2(reorder_and_upcast_attn=True), mask_token_id=9)
     with pytest.raises(ValueError, match="activation_function 'relu' is not known"):
         MaskedDiffusionLM.from_gpt2(gpt2(activation_function="relu"), mask_token_id=9)

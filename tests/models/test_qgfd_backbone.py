@@ -226,7 +226,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
     make_backbone().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, match in (
-        (dict(_class_name="DiT"), "_class_name is 'DiT'; expected 'QGFDBackbone' or 'QGFDModel'"),
+        (dict(_class_name="DiT"), "_class_name: got 'DiT'; expected 'QGFDBackbone' or 'QGFDModel'"),
         (dict(hidden=3), "not the configuration of a QGFD model.*hidden"),
         (dict(num_heads=3), "not the configuration of a QGFD model.*num_heads"),
         (dict(num_layers=1), r"blocks\.1\..*is unknown"),

@@ -88,7 +88,7 @@ def test_grey_images_of_another_size_reach_a_vit(checkpoints):
     assert model.sample(count=1, num_inference_steps=2)["pixel_values"].shape == (1, 1, 7, 9)
 
 
-def test_wav2vec2_hears_what_its_own_extractor_would_give_it(checkpoints):
+def test_wav2vec2_gets_what_its_own_extractor_would_give_it(checkpoints):
     model, processor, _ = create_qgfd_model("audio", str(checkpoints["audio"]), config_for("audio"))
     assert model.config.audio.sampling_rate == 8000 and model.config.audio.normalise
     wave = np.random.default_rng(0).normal(0, 0.1, 36).astype(np.float32)
@@ -165,7 +165,7 @@ def test_bad_names_are_one_line(checkpoints, tmp_path):
         ("audio", "image", "vit", "wav2vec2, hubert"),
         ("video", "audio", "wav2vec2", "vit, deit"),
     ):
-        match = f"is a model of type '{kind}'; modality '{modality}' takes one of .*{known}"
+        match = f"got .*, a model of type '{kind}'; modality '{modality}' takes one of .*{known}"
         one_line(ValueError, match, lambda m=modality, o=other: create_qgfd_model(m, str(checkpoints[o])))
     one_line(ValueError, "'tabular' has no Hugging Face encoder", lambda: create_qgfd_model("tabular", "t5-small"))
     one_line(

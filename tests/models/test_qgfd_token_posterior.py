@@ -76,7 +76,7 @@ def test_it_may_begin_with_the_frequencies_of_tokens():
     torch.testing.assert_close(nothing.softmax(-1)[0, 0], expected)
 
 
-def test_told_tokens_are_certain_and_not_asked_for():
+def test_given_tokens_are_certain_and_not_asked_for():
     model, ids = make(context_share=1.0), torch.randint(VOCABULARY, (64, 5))
     adapter = model.adapter().train()
     evidence, asked = adapter.tell(torch.zeros(64, 5, VOCABULARY), {"input_ids": ids})
@@ -85,7 +85,7 @@ def test_told_tokens_are_certain_and_not_asked_for():
     assert (evidence.softmax(-1).amax(-1)[~asked] > 0.999).all()
     untouched, everything = adapter.eval().tell(torch.zeros(64, 5, VOCABULARY), {"input_ids": ids})
     assert everything is None and torch.count_nonzero(untouched) == 0
-    # in pure noise a new model knows nothing of what it is asked for; where all is told there is nothing to lose
+    # in pure noise a new model knows nothing of what it is asked for; where all is given there is nothing to lose
     loss = model.train()({"input_ids": ids}, t=torch.ones(64), noise=torch.randn(64, 5, 12))
     uniform = torch.tensor(float(VOCABULARY)).log()
     assert ((loss - uniform).abs().lt(1e-3) | loss.eq(0)).all() and (loss > 0).float().mean() > 0.7

@@ -138,7 +138,7 @@ def test_any_condition_may_be_bound():
     """Labels, text or images: `sample` knows none of them."""
     words = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
 
-    def of_text(x, time):  # a network that is told words, [B, M, ...], and predicts their mean
+    def of_text(x, time):  # a network that gets words, [B, M, ...], and predicts their mean
         assert x.shape == (2, 4, 4) and time.shape == (2,) and not torch.is_grad_enabled()
         return words.mean(1).bfloat16()
 

@@ -51,7 +51,7 @@ def randn(*shape: int, seed: int = 0, dtype=F32) -> Tensor:
 
 
 def make(shape, dtype=F32, kv_heads=None, keys=None, key_mask=False, bounds="", layout="plain", **numbers) -> Problem:
-    """bounds: "begin", "end", both, with "each" one row a sample; some intervals are empty, some beyond the keys."""
+    """bounds: "begin", "end", both, with "each" one row per sample; some intervals are empty, some beyond the keys."""
     batch, heads, queries, dim = shape
     kv_heads, keys = kv_heads or heads, queries if keys is None else keys
 

@@ -27,7 +27,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def call(logits, temperature=1.0, top_k=0, top_p=1.0, suppress=None, end=None, sequence_ids=None, positions=None):
-    """The launch function; a temperature that is a tensor is one a row."""
+    """The launch function; a temperature that is a tensor has one value per row."""
     heat = (temperature, 0.0) if isinstance(temperature, Tensor) else (None, temperature)
     return kernels.sample_tokens(
         logits, *heat, top_k, top_p, suppress, end, None, SEED, None, STEP, sequence_ids, positions

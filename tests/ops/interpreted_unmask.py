@@ -46,7 +46,7 @@ def make(batch: int, length: int, seed: int = 0, coarse: bool = True) -> Case:
 
 
 def run(case: Case, rule: str, order: str, value=None, rows=None, start=None, end=None, active=None, sequence_ids=None):
-    """(token_ids, committed) of the launch function; a value that is a tensor is one a row."""
+    """(token_ids, committed) of the launch function; a value that is a tensor has one number per row."""
     token_ids = case.token_ids.clone()
     value = RULES[rule] if value is None else value
     number = (value, 0.0) if isinstance(value, Tensor) else (None, value)

@@ -102,9 +102,9 @@ def test_writes_into_out_are_seen_by_autograd():
 def test_outputs_that_share_a_part_of_an_operand_are_refused():
     memory, m = torch.zeros(3, 5, 48), torch.zeros(2, 48)
     x, shifted = memory[:2], memory.flatten()[48:].unflatten(0, (-1, 48))[:10].view(2, 5, 48)
-    with pytest.raises(ValueError, match="out shares a part of its memory"):
+    with pytest.raises(ValueError, match="out: got memory that another tensor"):
         adaln(x, m, m, out=shifted)
-    with pytest.raises(ValueError, match="out shares a part of its memory"):
+    with pytest.raises(ValueError, match="out: got memory that another tensor"):
         out = torch.empty_like(x)
         gated_residual_adaln(x, x.clone(), m, m, m, residual_out=out, out=out)
     assert adaln(x, m, m, out=x) is x  # the whole of it is fine
@@ -304,38 +304,38 @@ def test_layer_norm_does_not_see_scale_and_offset_of_a_row(seed, factor, offset)
 
 X, B, M = torch.zeros(2, 6, 8), torch.zeros(2, 6, 8), torch.zeros(2, 8)
 BAD = {
-    "x-list": (TypeError, "x is a list", lambda: adaln([1.0], M, M)),
-    "x-vector": (ValueError, r"x has shape \[8\]; expected \[B, N, D\]", lambda: adaln(X[0, 0], M, M)),
+    "x-list": (TypeError, "x: got a list", lambda: adaln([1.0], M, M)),
+    "x-vector": (ValueError, r"x: got shape \[8\]; expected \[B, N, D\]", lambda: adaln(X[0, 0], M, M)),
     "dim-zero": (ValueError, "D > 0", lambda: adaln(torch.zeros(2, 6, 0), None, None)),
-    "norm": (ValueError, "norm is 'batch'; expected 'layer' or 'rms'", lambda: adaln(X, M, M, norm="batch")),
+    "norm": (ValueError, "norm: got 'batch'; expected 'layer' or 'rms'", lambda: adaln(X, M, M, norm="batch")),
     "dtype": (TypeError, "int64.*expected float32", lambda: adaln(X.long(), M, M)),
     "mixed-double": (TypeError, "float64 for all", lambda: adaln(X, M.double(), M)),
-    "sparse": (TypeError, "x has layout torch.sparse_coo; expected a dense", lambda: adaln(X.to_sparse(), M, M)),
-    "eps": (ValueError, "eps is -1; expected a number >= 0", lambda: adaln(X, M, M, eps=-1)),
-    "eps-type": (ValueError, "eps is 'a'", lambda: adaln(X, M, M, eps="a")),
-    "out-type": (TypeError, "out is a str", lambda: adaln(X, M, M, out="a")),
-    "shift-dim": (ValueError, r"shift has shape \[2, 7\]; expected one of \[8\]", lambda: adaln(X, M[:, :7], M)),
-    "scale-batch": (ValueError, r"scale has shape \[3, 8\]", lambda: adaln(X, M, torch.zeros(3, 8))),
-    "frames": (ValueError, r"scale has shape \[2, 4, 8\].*dividing 6", lambda: adaln(X, M, torch.zeros(2, 4, 8))),
-    "shift-type": (TypeError, "shift is a float", lambda: adaln(X, 0.5, M)),
-    "weight": (ValueError, r"weight has shape \[2, 8\]; expected \[8\]", lambda: adaln(X, M, M, weight=M)),
-    "device": (ValueError, "scale is on meta, the stream on cpu", lambda: adaln(X, M, M.to("meta"))),
+    "sparse": (TypeError, "x: got layout torch.sparse_coo; expected a dense", lambda: adaln(X.to_sparse(), M, M)),
+    "eps": (ValueError, "eps: got -1; expected a number >= 0", lambda: adaln(X, M, M, eps=-1)),
+    "eps-type": (ValueError, "eps: got 'a'", lambda: adaln(X, M, M, eps="a")),
+    "out-type": (TypeError, "out: got a str", lambda: adaln(X, M, M, out="a")),
+    "shift-dim": (ValueError, r"shift: got shape \[2, 7\]; expected one of \[8\]", lambda: adaln(X, M[:, :7], M)),
+    "scale-batch": (ValueError, r"scale: got shape \[3, 8\]", lambda: adaln(X, M, torch.zeros(3, 8))),
+    "frames": (ValueError, r"scale: got shape \[2, 4, 8\].*dividing 6", lambda: adaln(X, M, torch.zeros(2, 4, 8))),
+    "shift-type": (TypeError, "shift: got a float", lambda: adaln(X, 0.5, M)),
+    "weight": (ValueError, r"weight: got shape \[2, 8\]; expected \[8\]", lambda: adaln(X, M, M, weight=M)),
+    "device": (ValueError, "scale: got one on meta, the stream on cpu", lambda: adaln(X, M, M.to("meta"))),
     "branch": (
         ValueError,
-        r"branch has shape \[2, 8\]; expected the residual's",
+        r"branch: got shape \[2, 8\]; expected the residual's",
         lambda: gated_residual_adaln(X, M, M, M, M),
     ),
-    "no-gate": (TypeError, "gate is None", lambda: gated_residual_adaln(X, B, None, M, M)),
+    "no-gate": (TypeError, "gate: got None", lambda: gated_residual_adaln(X, B, None, M, M)),
     "activation": (
         ValueError,
-        "gate_activation is 'relu'",
+        "gate_activation: got 'relu'",
         lambda: gated_residual_adaln(X, B, M, M, M, gate_activation="relu"),
     ),
-    "out-shape": (ValueError, "out is .*expected contiguous", lambda: adaln(X, M, M, out=torch.zeros(2, 6, 9))),
-    "out-dtype": (ValueError, "out is .*float32", lambda: adaln(X, M, M, out=X.half())),
+    "out-shape": (ValueError, "out: got .*expected contiguous", lambda: adaln(X, M, M, out=torch.zeros(2, 6, 9))),
+    "out-dtype": (ValueError, "out: got .*float32", lambda: adaln(X, M, M, out=X.half())),
     "out-grad": (
         ValueError,
-        "out was given while a gradient",
+        "out: got one while a gradient",
         lambda: adaln(X.clone().requires_grad_(), M, M, out=X.clone()),
     ),
     "one-out": (ValueError, "both or neither", lambda: gated_residual_adaln(X, B, M, M, M, out=X.clone())),

@@ -214,20 +214,20 @@ def test_schemas_in_python_and_cpp_are_the_same():
 
 # ------------------------------------------------------------------------------------------------ what does not fit
 BAD = [
-    ({"end_token_ids": []}, "end_token_ids is empty; expected at least one id"),
-    ({"end_token_ids": torch.empty(0, dtype=torch.int64)}, "end_token_ids is empty"),
-    ({"end_token_ids": None}, "end_token_ids is None; expected a list of ints or an int64 tensor"),
-    ({"end_token_ids": [3, 10]}, "end_token_ids has 10; expected ids from 0 to 9"),
-    ({"end_token_ids": -1}, "end_token_ids has -1; expected ids from 0 to 9"),
-    ({"end_token_ids": [3, 4, 3]}, "end_token_ids has 3 twice; expected each id once"),
-    ({"end_token_ids": [3, 4], "suppress_tokens": [5, 4]}, "end_token_ids has 4, which suppress_tokens has too"),
-    ({"end_token_ids": True}, "end_token_ids is True; expected a list of ints"),
-    ({"end_token_ids": [1.0]}, "end_token_ids has an element of type float; expected ints"),
-    ({"end_token_ids": "</s>"}, "end_token_ids is '</s>'; expected a list of ints"),
-    ({"end_token_ids": torch.zeros(1)}, "end_token_ids is torch.float32; expected int64"),
-    ({"end_token_ids": torch.zeros(1, 1, dtype=torch.int64)}, r"end_token_ids has shape \[1, 1\]; expected one dim"),
-    ({"end_token_ids": 3, "suppress_tokens": 4}, "suppress_tokens is 4; expected a list of ints"),
-    ({"end_token_ids": 3, "suppress_tokens": [11]}, "suppress_tokens has 11; expected ids from 0 to 9"),
+    ({"end_token_ids": []}, "end_token_ids: got none; expected at least one id"),
+    ({"end_token_ids": torch.empty(0, dtype=torch.int64)}, "end_token_ids: got none"),
+    ({"end_token_ids": None}, "end_token_ids: got None; expected a list of ints or an int64 tensor"),
+    ({"end_token_ids": [3, 10]}, "end_token_ids: got 10; expected ids from 0 to 9"),
+    ({"end_token_ids": -1}, "end_token_ids: got -1; expected ids from 0 to 9"),
+    ({"end_token_ids": [3, 4, 3]}, "end_token_ids: got 3 twice; expected each id once"),
+    ({"end_token_ids": [3, 4], "suppress_tokens": [5, 4]}, "end_token_ids: got 4, which suppress_tokens has too"),
+    ({"end_token_ids": True}, "end_token_ids: got True; expected a list of ints"),
+    ({"end_token_ids": [1.0]}, "end_token_ids: got an element of type float; expected ints"),
+    ({"end_token_ids": "</s>"}, "end_token_ids: got '</s>'; expected a list of ints"),
+    ({"end_token_ids": torch.zeros(1)}, "end_token_ids: got torch.float32; expected int64"),
+    ({"end_token_ids": torch.zeros(1, 1, dtype=torch.int64)}, r"end_token_ids: got shape \[1, 1\]; expected one dim"),
+    ({"end_token_ids": 3, "suppress_tokens": 4}, "suppress_tokens: got 4; expected a list of ints"),
+    ({"end_token_ids": 3, "suppress_tokens": [11]}, "suppress_tokens: got 11; expected ids from 0 to 9"),
 ]
 
 
@@ -242,14 +242,14 @@ def test_bad_ids(operator, arguments, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: eos_log_prob_from_logits(np.zeros((2, 3)), 1), "logits is a ndarray; expected a torch.Tensor"),
-        (lambda: eos_log_prob_from_logits(Z.long(), 1), "logits is torch.int64; expected float32"),
-        (lambda: eos_log_prob_from_logits(torch.zeros(()), 0), r"logits has shape \[\]"),
-        (lambda: eos_log_prob_from_logits(Z[..., :0], 0), r"logits has shape \[2, 3, 0\]; expected at least one id"),
-        (lambda: eos_log_prob(H, torch.zeros(10, 5), 1), r"weight has shape \[10, 5\]; expected \[V, 4\]"),
-        (lambda: eos_log_prob(H[..., :0], W[:, :0], 1), r"hidden has shape \[2, 3, 0\]; expected at least one number"),
-        (lambda: eos_log_prob(H, W, 1, torch.zeros(9)), r"bias has shape \[9\]; expected \[10\]"),
-        (lambda: eos_log_prob(H, W.bfloat16(), 1), "weight is torch.bfloat16, hidden is torch.float32; expected one"),
+        (lambda: eos_log_prob_from_logits(np.zeros((2, 3)), 1), "logits: got a ndarray; expected a torch.Tensor"),
+        (lambda: eos_log_prob_from_logits(Z.long(), 1), "logits: got torch.int64; expected float32"),
+        (lambda: eos_log_prob_from_logits(torch.zeros(()), 0), r"logits: got shape \[\]"),
+        (lambda: eos_log_prob_from_logits(Z[..., :0], 0), r"logits: got shape \[2, 3, 0\]; expected at least one id"),
+        (lambda: eos_log_prob(H, torch.zeros(10, 5), 1), r"weight: got shape \[10, 5\]; expected \[V, 4\]"),
+        (lambda: eos_log_prob(H[..., :0], W[:, :0], 1), r"hidden: got shape \[2, 3, 0\]; expected at least one number"),
+        (lambda: eos_log_prob(H, W, 1, torch.zeros(9)), r"bias: got shape \[9\]; expected \[10\]"),
+        (lambda: eos_log_prob(H, W.bfloat16(), 1), "weight: got torch.bfloat16, with torch.float32 of hidden"),
     ],
 )
 def test_bad_tensors(call, message):

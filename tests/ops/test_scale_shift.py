@@ -26,10 +26,10 @@ def test_schemas_in_python_and_cpp_are_the_same():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (([1.0], M, M), "x is a list; expected a torch.Tensor"),
+        (([1.0], M, M), "x: got a list; expected a torch.Tensor"),
         ((X[None], M, M), r"x: got shape \[1, 2, 3, 8\]; expected \[B, N, D\]; reshape it"),
-        ((X.long(), M, M), "x is torch.int64; expected float32"),
-        ((X, M[0], M), r"scale has shape \[8\]; expected at least 2"),
+        ((X.long(), M, M), "x: got torch.int64; expected float32"),
+        ((X, M[0], M), r"scale: got shape \[8\]; expected at least 2"),
         ((X, M, M[:1]), r"shift: got shape \[1, 8\]; expected \[2, 8\], \[B, D\] of x; reshape it"),
         ((X, M, M.bfloat16()), "shift: got torch.bfloat16 on cpu; expected torch.float32 on cpu as x; convert it"),
     ],

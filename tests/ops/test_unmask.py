@@ -108,7 +108,7 @@ def test_any_problem(batch, length, kind, rule, order, seed, step, data, row):
         o, at = p.optional, torch.arange(length)
         candidate &= (at >= o["block_start"][:, None]) & (at < o["block_end"][:, None]) & o["active"][:, None]
     assert (candidate | ~changed).all(), "only candidates are committed"
-    assert torch.equal(committed > 0, candidate.any(1)), "at least one a row that has candidates"
+    assert torch.equal(committed > 0, candidate.any(1)), "at least one per row that has candidates"
     if rule == "count":
         assert torch.equal(committed, candidate.sum(1).clamp_max(value))
 

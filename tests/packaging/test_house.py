@@ -8,7 +8,7 @@ import fastdiff
 
 ROOT = Path(fastdiff.__file__).parent
 COMMANDS = ("train", "sample", "generate", "evaluate", "demo", "info", "__main__")
-# From the top down: a room may import its own floor and those below. `__init__` of fastdiff itself is no room.
+# From the top down: a room may import its own floor and those below. `__init__` of fastdiff itself is not a room.
 FLOORS = (
     COMMANDS,
     ("cli",),

@@ -61,22 +61,31 @@ def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
     [
         (["--training.max_stepz", "3"], r"max_stepz"),
         (["--training.max_step", "3"], r"[Uu]nrecognized arguments.*; did you mean --training.max_steps\?; --help"),
-        (["--training.betas", "[1.5, 0.9]"], r"training.betas is \[1.5, 0.9\]; expected two numbers"),
-        (["--training.learning_rate", ".inf"], r"training.learning_rate is inf; expected 0 or more"),
-        (["--training.weight_decay", "-1"], r"training.weight_decay is -1.0; expected 0 or more"),
-        (["--sampling.guidance_interval", "[2, 3]"], r"sampling.guidance_interval is \[2.0, 3.0\]; expected 0 <= low"),
-        (["--sampling.guidance_scale", ".nan"], r"sampling.guidance_scale is nan; expected a finite"),
-        (["--sampling.num_inference_steps", "0"], r"sampling.num_inference_steps is 0; expected at least 1"),
+        (["--training.betas", "[1.5, 0.9]"], r"training.betas: got \[1.5, 0.9\]; expected two numbers"),
+        (["--training.learning_rate", ".inf"], r"training.learning_rate: got inf; expected 0 or more"),
+        (["--training.weight_decay", "-1"], r"training.weight_decay: got -1.0; expected 0 or more"),
+        (
+            ["--sampling.guidance_interval", "[2, 3]"],
+            r"sampling.guidance_interval: got \[2.0, 3.0\]; expected 0 <= low",
+        ),
+        (["--sampling.guidance_scale", ".nan"], r"sampling.guidance_scale: got nan; expected a finite"),
+        (["--sampling.num_inference_steps", "0"], r"sampling.num_inference_steps: got 0; expected at least 1"),
         (["--model.norm_eps", "-1"], r"DiTConfig.norm_eps: got -1.0; expected a finite number"),
         (["--training.max_steps", "many"], r"training.max_steps.*Expected.*int.*many"),
-        (["--training.max_steps", "0"], r"training.max_steps is 0; expected at least 1"),
+        (["--training.max_steps", "0"], r"training.max_steps: got 0; expected at least 1"),
         (["--training.schedule", "sudden"], r"training.schedule.*Expected.*cosine.*sudden"),
-        (["--model.num_classes", "3"], r"model.num_classes is 3; the data set digits has 10; set --model.num_classes"),
-        (["--model.input_size", "16"], r"model.input_size is 16; the data set digits has \(8, 8\)"),
-        (["--sampling.sampler", "ddim"], r"sampling.sampler is 'ddim'.*needs one of euler"),
-        (["--training.trackers", "[abacus]"], r"training.trackers has 'abacus'; expected one of tensorboard"),
-        (["--training.resume", "true", "--training.overwrite", "true"], r"resume and training.overwrite are both true"),
-        (["--data.name", "image_folder"], r"data.folder is missing; image_folder needs"),
+        (
+            ["--model.num_classes", "3"],
+            r"model.num_classes: got 3; the data set digits has 10; set --model.num_classes",
+        ),
+        (["--model.input_size", "16"], r"model.input_size: got 16; the data set digits has \(8, 8\)"),
+        (["--sampling.sampler", "ddim"], r"sampling.sampler: got 'ddim'.*needs one of euler"),
+        (["--training.trackers", "[abacus]"], r"training.trackers: got 'abacus'; expected one of tensorboard"),
+        (
+            ["--training.resume", "true", "--training.overwrite", "true"],
+            r"resume: got true, and training.overwrite too",
+        ),
+        (["--data.name", "image_folder"], r"data.folder: got none; image_folder needs"),
         (
             ["--data.name", "fashion_mnist", "--data.folder", "/nowhere"],
             r"not in /nowhere; run `apt install dataset-fash",
@@ -95,8 +104,8 @@ def test_bad_options(tiny_yaml, tmp_path, capsys, arguments, message):
         ("model: {widht: 5}", r"bad.yaml: there is no field model.widht; --help lists the fields"),
         ("model: {hiden_size: 5}", r"no field model.hiden_size; did you mean model.hidden_size\?"),
         ("model.widht: 5", r"bad.yaml: there is no field model.widht"),
-        ("training: 5", r"bad.yaml: training is 5; expected fields below it"),
-        ("training:", r"bad.yaml: training is None; expected fields below it"),
+        ("training: 5", r"bad.yaml: training: got 5; expected fields below it"),
+        ("training:", r"bad.yaml: training: got None; expected fields below it"),
         ("- 5", r"bad.yaml: got \[5\]; expected the sections task, model, diffusion"),
         ("training: {learning_rate: fast}", r"training.learning_rate.*float.*fast"),
         ("data: {name: digits}\ntraining: [5", r"bad.yaml, line [23], column \d+: not valid YAML"),
@@ -266,7 +275,7 @@ def test_sample_command_refuses(run, tmp_path, capsys):
     assert "no config.yaml and no config.json" in failure(sample, [tmp_path / "empty"], capsys)
     assert "expected one of euler" in failure(sample, [run, "--sampler", "ddim"], capsys)
     assert "guidance_scale" in failure(sample, [run, "--guidance-scale", "much"], capsys)
-    assert "sampling.guidance_scale is nan" in failure(sample, [run, "--guidance-scale", ".nan"], capsys)
+    assert "guidance_scale: got nan" in failure(sample, [run, "--guidance-scale", ".nan"], capsys)
     assert "nrecognized" in failure(sample, [run, "--guidance-scal", "2"], capsys)
     assert "nrecognized arguments: --num-pairs" in failure(evaluate, [run, "--num-pairs", "3"], capsys)
     assert "--num-samples: got 1; expected at least 2" in failure(evaluate, [run, "--num-samples", "1"], capsys)

@@ -26,6 +26,6 @@ def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys):
     assert "reference kernels, same model" in output and "Fréchet distance (classifier features)" in output
 
 
-def test_a_trained_model_is_told_the_next_command(tmp_path, capsys):
+def test_demo_prints_the_next_command(tmp_path, capsys):
     demo._tell_what_is_next(tmp_path, 0.98, 5000, 280.0)
     assert f"fastdiff sample {tmp_path} --labels" in capsys.readouterr().out

@@ -141,7 +141,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, make_trainer):
 
 def test_a_folder_with_a_run_is_kept(tmp_path, make_trainer):
     make_trainer(tmp_path / "run", "--training.max_steps", 2).train()
-    with pytest.raises(FileExistsError, match="already holds a run; pass --training.resume true"):
+    with pytest.raises(FileExistsError, match="holds a run already; pass --training.resume true"):
         make_trainer(tmp_path / "run")
     assert steps_in(tmp_path / "run") == [2]
     notes = tmp_path / "run" / "notes.txt"
@@ -152,20 +152,22 @@ def test_a_folder_with_a_run_is_kept(tmp_path, make_trainer):
 
 def test_resume_with_another_recipe_is_refused(tmp_path, make_trainer):
     make_trainer(tmp_path / "run", "--training.max_steps", 2).train()
-    with pytest.raises(ValueError, match="training.batch_size is 4, but the run in .* was started with 8"):
+    with pytest.raises(ValueError, match="training.batch_size: got 4, but the run in .* was started with 8"):
         make_trainer(tmp_path / "run", "--training.resume", "true", "--training.batch_size", 4)
 
 
 def test_unwritable_run_folder(tmp_path, make_trainer):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="training.output_dir .* lies in or is a file"):
+    with pytest.raises(NotADirectoryError, match="training.output_dir: got .* is a file or lies in one"):
         make_trainer(tmp_path / "file" / "run")
-    with pytest.raises(PermissionError, match="training.output_dir '/proc/run' cannot be written"):
+    with pytest.raises(PermissionError, match="training.output_dir: got '/proc/run', which cannot be written"):
         make_trainer("/proc/run")
 
 
 def test_batches_smaller_than_their_parts_are_refused(tmp_path, make_trainer):
-    with pytest.raises(ValueError, match="training.batch_size is 8; expected at least processes x accumulation_steps"):
+    with pytest.raises(
+        ValueError, match="training.batch_size: got 8; expected at least processes x accumulation_steps"
+    ):
         make_trainer(tmp_path / "run", "--training.accumulation_steps", 9)
 
 

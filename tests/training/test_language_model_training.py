@@ -139,7 +139,7 @@ def test_how_ends_are_masked(make_task, length_format):
 
 
 def test_ends_of_documents_are_text(make_task, prose):
-    with pytest.raises(ValueError, match="objective.end_masking is 'visible', which is for pairs; this text has doc"):
+    with pytest.raises(ValueError, match="objective.end_masking: got 'visible', which is for pairs; this text has doc"):
         make_task(*documents(prose), "--objective.end_masking", "visible")
 
 
@@ -349,17 +349,17 @@ def test_a_model_learns_to_copy(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.max_length", "62"], "model.max_position_embeddings is 64; samples have up to 65 tokens"),
-        (["--data.min_length", "50"], "data.min_length is 50 and data.max_length 40; expected 1 <= min_length"),
-        (["--data.sample", "documents"], "data.sample is 'documents'; the data set numbers needs 'pairs'"),
-        (["--data.name", "jsonl"], "data.path is missing; jsonl needs the file"),
+        (["--data.max_length", "62"], "model.max_position_embeddings: got 64; samples have up to 65 tokens"),
+        (["--data.min_length", "50"], "data.min_length: got 50 and data.max_length 40; expected 1 <= min_length"),
+        (["--data.sample", "documents"], "data.sample: got 'documents'; the data set numbers needs 'pairs'"),
+        (["--data.name", "jsonl"], "data.path: got none; jsonl needs the file"),
         (["--model.architecture", "rnn"], "architecture: got 'rnn'; expected one of mdlm, gpt2, llada, dream, llama"),
         (["--model.init_from", "/nowhere"], "/nowhere: no such folder in /; name one that is there"),
         (["--model.init_from", "README.md"], "README.md: a file; expected the folder"),
         (["--objective.normalizer", "words"], "objective.normalizer"),
         (["--diffusion.schedule", "steep"], "diffusion.schedule"),
         (["--sampling.generation", "{block_length: 3, max_new_tokens: 8}"], "block_length: got 3; expected a divisor"),
-        (["--tokenizer.vocab_size", "10"], "tokenizer.vocab_size is 10; expected at least 300"),
+        (["--tokenizer.vocab_size", "10"], "tokenizer.vocab_size: got 10; expected at least 300"),
     ],
 )
 def test_bad_recipes_are_one_line(tiny_yaml, tmp_path, capsys, options, message):

@@ -1,5 +1,6 @@
 """The trainer's parts: schedule, randomness, averaged weights, checkpoints."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fastdiff.data import AudioDataConfig
+from fastdiff.errors import named, section
 from fastdiff.training import TrainingConfig, checkpoint
 from fastdiff.training.ema import Ema
 from fastdiff.training.randomness import derive_seed, normal_noise
@@ -118,5 +121,21 @@ def test_metrics_are_cut_at_the_checkpoint(tmp_path):
     ],
 )
 def test_values_out_of_range(field, value):
-    with pytest.raises(ValueError, match=f"training.{field} is {value}; expected"):
+    with pytest.raises(ValueError, match=f"^{field}: got {value}; expected"):
         TrainingConfig(**{field: value})
+
+
+def test_errors_name_the_section_that_a_recipe_has():
+    def message(within):
+        with within, pytest.raises(ValueError) as error:
+            AudioDataConfig(hop=0)
+        return str(error.value)
+
+    assert message(section("audio_data")) == "audio_data.hop: got 0; expected at least 1"
+    with section("text_data"), section("tokenizer"):
+        assert named("name") == "tokenizer.name"
+    with section("data"):
+        with pytest.raises(KeyError), section("sampling"):
+            raise KeyError
+        assert named("hop") == "data.hop"  # an inner section ends with its error
+    assert message(contextlib.nullcontext()) == "hop: got 0; expected at least 1"

@@ -10,7 +10,7 @@ import pytest
 
 STEPS = ("--training.max_steps", 14, "--training.checkpoint_every", 5)
 
-# Runs in a process of its own: forks a child a kind of death, each of which trains until it kills itself.
+# Runs in a process of its own: forks one child per kind of death, each of which trains until it kills itself.
 KILLER = """
 import os, signal, sys
 from pathlib import Path

@@ -69,7 +69,7 @@ def test_the_number_of_classes_must_fit(photos, tiny_yaml, tmp_path, capsys):
                 "3",
             ]
         )
-    assert "model.num_classes is 10; the data set image_folder has 2" in capsys.readouterr().err
+    assert "model.num_classes: got 10; the data set image_folder has 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_grid_clips_and_takes_grey_images(tmp_path, figures):
 
 @pytest.mark.parametrize(("shape", "labels"), [((0, 1, 8, 8), 0), ((2, 2, 8, 8), 2), ((2, 8, 8), 2), ((2, 1, 8, 8), 3)])
 def test_grid_refuses(tmp_path, shape, labels):
-    with pytest.raises(ValueError, match="images has shape"):
+    with pytest.raises(ValueError, match="images: got shape"):
         save_sample_grid(torch.zeros(shape), [0] * labels, ("one",), tmp_path / "grid.png")
     assert not (tmp_path / "grid.png").exists()
 

@@ -63,7 +63,7 @@ def test_many_spectrograms_and_refusals(tmp_path, figures):
     with pytest.raises(ValueError, match="names: got 1 for 2 waveforms"):
         save_spectrograms(tones(300, 400), 8000, tmp_path / "none.png", names=["a"])
     for write in (save_wav, save_spectrograms):
-        with pytest.raises(ValueError, match=r"waveforms has shape \(1, 2, 3\)"):
+        with pytest.raises(ValueError, match=r"waveforms: got shape \(1, 2, 3\)"):
             write(torch.zeros(1, 2, 3), 8000, tmp_path / "none")
         with pytest.raises(ValueError, match="not empty"):
             write(torch.zeros(0, 5), 8000, tmp_path / "none")
@@ -110,13 +110,13 @@ def test_contact_sheet(tmp_path, figures):
 
 
 def test_videos_that_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"videos has shape \(3, 4, 2, 6, 8\); expected \[N, F, 1 or 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"videos: got shape \(3, 4, 2, 6, 8\); expected \[N, F, 1 or 3, H, W\]"):
         save_video_gif(videos(channels=2), tmp_path / "v.gif")
     with pytest.raises(ValueError, match="not empty"):
         save_contact_sheet(videos()[:0], tmp_path / "v.png")
     with pytest.raises(ValueError, match="names: got 1 for 3 videos"):
         save_contact_sheet(videos(), tmp_path / "v.png", names=["a"])
-    with pytest.raises(ValueError, match="frames_per_second is 0"):
+    with pytest.raises(ValueError, match="frames_per_second: got 0"):
         save_video_gif(videos(), tmp_path / "v.gif", frames_per_second=0)
     assert not list(tmp_path.iterdir())
 

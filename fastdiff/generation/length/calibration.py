@@ -103,7 +103,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 def save_calibrations(path: str | os.PathLike, calibrations: Sequence[Calibration]) -> Path:
-    """Writes calibrations, one per rule, as JSON: whole or not at all, in place of those that were there.
+    """Writes calibrations, one per rule, as JSON: whole or not at all, instead of those that were there.
 
     Args:
         path: a checkpoint's folder, in which the file is length_calibration.json, or a file.

@@ -58,7 +58,7 @@ class LengthPredictor:
         parameter: the rule's number without a calibration: the threshold on F of "cdf" (None: coverage, at least .5),
             "crossing" and "classifier" (.5), the bound of "constant" (W). Calibrated or not: the "quantile" (.75), the
             confidence up to which "daedal" grows (.5). None for the others.
-        calibration: from `calibrate` or `load_calibration`: its threshold at `coverage` is used.
+        calibration: what `calibrate` or `load_calibration` gave; its threshold at `coverage` is used.
         coverage: share of reference answers that bounds are to hold for, in (0, 1).
         head: the learned head of "classifier" (states `[B, W, D]` to logits `[B, W]` of P(length ≤ i)) and
             "regression" (`prompt_mean` `[B, D]` to expected lengths `[B]`, in tokens).

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdiff.errors import section
 from fastdiff.files import output_path, write_atomically
 from fastdiff.tasks.dit.run import load_run
 from fastdiff.tasks.options import SamplingOptions, at_least
@@ -37,7 +38,8 @@ def evaluate_images(path: str, options: EvaluateOptions) -> None:
     if run.recipe is None:
         raise ValueError(f"{path}: got a model without a recipe; expected a run, which names its real images")
     output = output_path(options.output, run.folder.path / "evaluation.json")
-    data = load_data(run.recipe.data)
+    with section("data"):
+        data = load_data(run.recipe.data)
     classifier = load_or_train_classifier(data)
     sampling = options.applied_to(run.sampling)
     labels = torch.arange(options.num_samples) % len(run.class_names)

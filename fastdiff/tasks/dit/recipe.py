@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fastdiff.data import DataConfig, ImageData
 from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
+from fastdiff.errors import named
 from fastdiff.models.dit import DiTConfig
 from fastdiff.training.config import TrainingConfig
 
@@ -16,7 +17,7 @@ class SamplingConfig(SamplerConfig):
     """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
 
     Attributes:
-        images_per_class: in samples.png.
+        images_per_class: images of each class in samples.png.
     """
 
     images_per_class: int = 8
@@ -24,7 +25,7 @@ class SamplingConfig(SamplerConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.images_per_class < 1:
-            raise ValueError(f"sampling.images_per_class is {self.images_per_class}; expected at least 1")
+            raise ValueError(f"{named('images_per_class')}: got {self.images_per_class}; expected at least 1")
 
 
 @dataclass
@@ -32,7 +33,7 @@ class DiTRecipe:
     """Everything a run of fastdiff.train that trains a DiT is made from.
 
     Attributes:
-        task: tells it from other recipes; may be left out.
+        task: names the kind of recipe; may be left out.
         model: the DiT.
         diffusion: what it predicts, at which noise levels.
         data: the images.
@@ -60,12 +61,12 @@ def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
         if getattr(recipe.model, name) != value:
             key = "input_size" if name == "image_size" else name
             raise ValueError(
-                f"model.{key} is {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
+                f"model.{key}: got {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
                 f"set --model.{key} to that"
             )
     check_sampler(recipe.sampling, recipe.diffusion)
     if recipe.model.learn_sigma and not recipe.diffusion.is_discrete:
         raise ValueError(
-            "model.learn_sigma is true; diffusion.noise_levels "
+            "model.learn_sigma: got true; diffusion.noise_levels "
             f"{recipe.diffusion.noise_levels!r} has no variance to learn; set it to false"
         )

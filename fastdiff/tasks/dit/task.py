@@ -12,6 +12,7 @@ from fastdiff.data.images import flip_some
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.classes import sample_classes
 from fastdiff.diffusion.continuous import Diffusion
+from fastdiff.errors import section
 from fastdiff.models.dit import DiT
 from fastdiff.recipes import plain
 from fastdiff.tasks.dit.recipe import DiTRecipe, check_fit
@@ -39,7 +40,8 @@ class DiTTask:
 
     def __init__(self, recipe: DiTRecipe, data: ImageData | None = None):
         self.config = recipe
-        self.data = load_data(recipe.data) if data is None else data
+        with section("data"):
+            self.data = load_data(recipe.data) if data is None else data
         check_fit(recipe, self.data)
         training = recipe.training
         self.diffusion = Diffusion(recipe.diffusion)
@@ -93,7 +95,7 @@ class DiTTask:
         return {}
 
     def preview(self, model: nn.Module, path: Path) -> None:
-        """A labelled grid of samples, a row a class (20 classes at most)."""
+        """A labelled grid of samples, one row per class (20 classes at most)."""
         from fastdiff.visualization import save_sample_grid  # matplotlib: a second that other uses need not wait
 
         sampling, names = self.config.sampling, self.data.class_names[:20]

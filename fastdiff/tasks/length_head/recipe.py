@@ -12,15 +12,15 @@ class LengthHeadRecipe:
     """Everything a run of fastdiff.train that trains a length head is made from.
 
     Attributes:
-        task: tells it from other recipes.
+        task: names the kind of recipe.
         run: folder of a finished run of pairs, one of its checkpoints, or a folder or hub id of any language model that
             fastdiff.generate takes (then `data` must be given). The model is read, never changed.
-        weights: of a run: the averaged ones ("ema") or those that the optimizer has.
-        head: "classifier" (of each token of the window: has the answer ended?) or "regression" (the length from the
-            mean embedding of the prompt).
+        weights: which weights of a run: the averaged ones ("ema") or those that the optimizer has.
+        head: "classifier" (asks of each token of the window: has the answer ended?) or "regression" (the length from
+            the mean embedding of the prompt).
         window: mask tokens behind the prompt; a step of the classifier draws from data.min_length … window. null is
             data.max_length.
-        data: pairs to learn from, in place of the run's own.
+        data: pairs to learn from instead of the run's own.
         training: the course of training.
     """
 
@@ -34,8 +34,6 @@ class LengthHeadRecipe:
 
     def __post_init__(self):
         if not self.run:
-            raise ValueError(
-                "run is missing; expected the folder of a finished run of pairs, such as runs/mdlm_numbers"
-            )
+            raise ValueError("run: got none; expected the folder of a finished run of pairs, such as runs/mdlm_numbers")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; expected at least 1 token")
+            raise ValueError(f"window: got {self.window}; expected at least 1 token")

@@ -13,6 +13,7 @@ from fastdiff.data.text import load_text_data
 from fastdiff.data.text_batches import pair_windows, window_length
 from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.device import autocast, autocast_dtype
+from fastdiff.errors import section
 from fastdiff.generation.length.calibration import model_hash
 from fastdiff.generation.length.probe import mean_embedding
 from fastdiff.models.length_heads import LENGTH_HEADS, read_length_head, save_length_head
@@ -30,7 +31,7 @@ _VALIDATED, _ROWS = 512, 32  # held-out pairs measured, and how many at once
 
 
 class LengthHeadTask:
-    """A head that learns the lengths of answers from a frozen language model, as the trainer sees it (system 004).
+    """A head that learns the lengths of answers from a frozen language model, as the trainer sees it.
 
     The classifier learns 1[length ≤ offset] at every offset of a fully masked window of random length (binary cross
     entropy, the mean over offsets), the regression log(1 + length) (Huber's loss). An answer that does not fit into the
@@ -59,7 +60,8 @@ class LengthHeadTask:
         _check_resumed(recipe, self.model_hash)
         source = loaded.recipe.data if recipe.data is None else recipe.data
         if data is None:
-            data = text_of_run(loaded) if recipe.data is None else load_text_data(source, loaded.tokenizer)
+            with section("data"):
+                data = text_of_run(loaded) if recipe.data is None else load_text_data(source, loaded.tokenizer)
         self.data, self.pad_token_id = data, loaded.tokenizer.pad_token_id or 0
         self.window = source.max_length if recipe.window is None else recipe.window
         self.windows = dataclasses.replace(
@@ -198,23 +200,24 @@ class LengthHeadTask:
 def _load_frozen(recipe: LengthHeadRecipe) -> LanguageModel:
     """The language model that a recipe names; raises where there is none, or none of pairs."""
     if recipe.data is None and not Path(recipe.run).is_dir():  # a hub id would need data too
-        raise FileNotFoundError(f"run is {recipe.run!r}, which is no folder; train it first, or name a finished run")
+        raise FileNotFoundError(
+            f"run: got {recipe.run!r}, which is not a folder; train it first, or name a finished run"
+        )
     if kind_of(recipe.run) != "masked_lm":
         raise ValueError(
-            f"run is {recipe.run!r}, not a run of text; a length head needs a language model's run of pairs"
+            f"run: got {recipe.run!r}, not a run of text; a length head needs a language model's run of pairs"
         )
     loaded = load_language_model(recipe.run, weights=recipe.weights, device="cpu")
     if recipe.data is None and loaded.recipe is None:
         raise ValueError(
-            f"run is {recipe.run!r}, which is no run of fastdiff.train and has no pairs of its own; name them as data, "
-            "for example --data.name jsonl --data.sample pairs --data.path pairs.jsonl"
+            f"run: got {recipe.run!r}, which is not a run of fastdiff.train and has no pairs of its own; name them as "
+            "data, for example --data.name jsonl --data.sample pairs --data.path pairs.jsonl"
         )
     source = loaded.recipe.data if recipe.data is None else recipe.data
     if source.sample == "documents":
-        where = f"the data of the run {recipe.run!r}" if recipe.data is None else "data"
+        got = f"the documents ({source.name})" + (f" of the run {recipe.run!r}" if recipe.data is None else "")
         raise ValueError(
-            f"{where} ({source.name}) is documents, which have no answers whose length could be learned; name pairs as "
-            "data (data.sample)"
+            f"data.sample: got {got}, which have no answers whose length could be learned; name pairs as data"
         )
     return loaded
 
@@ -236,7 +239,7 @@ def _check_fit(recipe: LengthHeadRecipe, config: Any, data: TextData, window: in
         longest = window + int(max(part.conditions.document_lengths.max() for part in (data.train, data.held_out)))
     if longest > config.max_position_embeddings:
         raise ValueError(
-            f"window is {window}; prompts and window have up to {longest} tokens, the model of {recipe.run!r} "
+            f"window: got {window}; prompts and window have up to {longest} tokens, the model of {recipe.run!r} "
             f"{config.max_position_embeddings} positions: set window lower"
         )
 

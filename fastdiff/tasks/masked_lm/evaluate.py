@@ -140,7 +140,7 @@ def markdown(bound: LikelihoodBound, match: ExactMatch | None = None) -> str:
     rows = [
         ("held-out", "value", "standard error"),
         ("---", "---:", "---:"),
-        ("bound, nats a token", f"{bound.nats_per_token:.4f}", f"{bound.standard_error:.4f}"),
+        ("bound, nats per token", f"{bound.nats_per_token:.4f}", f"{bound.standard_error:.4f}"),
         ("perplexity (bound)", f"{bound.perplexity:.2f}", f"{bound.perplexity_standard_error:.2f}"),
     ]
     if match is not None:

@@ -32,16 +32,16 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class LengthOptions:
-    """What the evaluation is told, checked.
+    """Options of the evaluation, checked.
 
     Attributes:
         window: tokens of an answer with its EoS; None: data.max_length of the run's recipe.
-        coverage: that the rules are calibrated for.
+        coverage: the coverage that the rules are calibrated for.
         num_pairs: held-out pairs, evenly spaced; one half calibrates, the other half is measured.
-        expansion_pairs: of them, for "daedal" and "rho", which make many passes; 0 leaves these out.
+        expansion_pairs: how many of them are for "daedal" and "rho", which make many passes; 0 leaves these out.
         heads: runs of learned heads, at most one of a kind.
-        batch_size: prompts a forward pass.
-        seed: of the split into halves and of the bootstrap.
+        batch_size: prompts per forward pass.
+        seed: seed of the split into halves and of the bootstrap.
     """
 
     window: int | None = None
@@ -59,7 +59,7 @@ class LengthOptions:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 option = _OPTIONS[name].replace("_", "-")
-                raise ValueError(f"--{option} is {value}; expected at least {lowest}")
+                raise ValueError(f"--{option}: got {value}; expected at least {lowest}")
 
 
 def evaluate_lengths(path: str, given: EvaluateOptions) -> None:
@@ -117,7 +117,7 @@ def length_options(given: EvaluateOptions) -> LengthOptions:
         if name in _USED or name == "generation":
             continue
         option = ("--no-" if value is False else "--") + name.replace("_", "-")
-        raise ValueError(f"{option} has no use with --length, an evaluation of its own; leave one of them out")
+        raise ValueError(f"{option}: got it with --length, an evaluation of its own; leave one of them out")
     values = {field: getattr(given, option) for field, option in _OPTIONS.items()}
     values["heads"] = None if given.length_heads is None else tuple(given.length_heads)
     return LengthOptions(**{field: value for field, value in values.items() if value is not None})
@@ -179,7 +179,7 @@ def check_prompt(model: torch.nn.Module, length: int, window: int, name: str) ->
     before = 1 if model.config.num_encoder_layers else length
     if max(length, before + window) > longest:
         raise ValueError(
-            f"--window is {window} and {name} has {length} tokens; expected at most {longest} together, the model's "
+            f"--window: got {window}, and {name} has {length} tokens; expected at most {longest} together, the model's "
             "positions: pass a smaller --window"
         )
 

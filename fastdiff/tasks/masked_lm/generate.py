@@ -37,7 +37,8 @@ class GenerateOptions(RunOptions):
         chat: each prompt is a user's message, put into the tokenizer's chat template
         num_samples: number of samples for each prompt
         batch_size: samples decoded at once; it does not change them
-        length_format: for --length auto with a checkpoint whose config does not say how answers ended in training
+        length_format: needed for --length auto with a checkpoint whose config does not say how answers ended in
+            training
         watch: show the text as it takes shape
         output: a .jsonl file to write the samples to
         dtype: float32, bfloat16 or float16; default: as stored
@@ -111,9 +112,9 @@ def _print_samples(
     records: list[dict[str, Any]],
     apart: bool,
 ) -> None:
-    """Prints and records each sample when it is done. `apart`: prompts are no part of the text."""
+    """Prints and records each sample when it is done. `apart`: prompts are not part of the text."""
     rows = generator.encode(prompts, chat=options.chat, unconditional=options.unconditional)
-    # a prompt that is no part of the text stands on a line of its own
+    # a prompt that is not part of the text stands on a line of its own
     apart = options.chat or generator.has_encoder or apart
     several = len(prompts) * options.num_samples > 1
     view = _view(generator) if options.watch else None
@@ -171,7 +172,9 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
     if file is not None:
         path = Path(file)
         if not path.is_file():
-            raise FileNotFoundError(f"--prompt-file {file!r} is not a file; expected prompts, one a line, or JSONL")
+            raise FileNotFoundError(
+                f"--prompt-file: got {file!r}, which is not a file; expected prompts, one per line, or JSONL"
+            )
         try:
             text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
@@ -181,7 +184,7 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
     if not prompts and unconditional and file is None:
         prompts = [""]
     if not prompts:
-        raise ValueError("no prompt given; expected --prompt TEXT, --prompt-file FILE or --unconditional")
+        raise ValueError("prompt: got none; expected --prompt TEXT, --prompt-file FILE or --unconditional")
     return prompts
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastdiff.data.text_batches import PairBatch, document_windows, pair_windows
 from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig
+from fastdiff.errors import section
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 from fastdiff.tasks.masked_lm.run import LanguageModel
@@ -23,10 +24,12 @@ def text_of_run(loaded: LanguageModel) -> TextData:
 
     recipe = loaded.recipe
     if recipe.model.init_from is None:
-        data = load_text_data(recipe.data, recipe.tokenizer)
+        with section("data"):
+            data = load_text_data(recipe.data, recipe.tokenizer)
         if tokenizer_fingerprint(data.tokenizer) == tokenizer_fingerprint(loaded.tokenizer):
             return data
-    return load_text_data(recipe.data, loaded.tokenizer)
+    with section("data"):
+        return load_text_data(recipe.data, loaded.tokenizer)
 
 
 def windows_of_pairs(

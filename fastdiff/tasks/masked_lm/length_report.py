@@ -111,7 +111,7 @@ class LengthReport:
         save_length_tradeoff(curves, path, coverage=self.coverage, exact=exact, title=about)
 
     def _lengths(self) -> np.ndarray:
-        """Of all test answers: those of a rule that was not measured on fewer."""
+        """The lengths of all test answers: those of a rule that was not measured on fewer."""
         return np.array(max((rule.lengths for rule in self.rules), key=len))
 
 

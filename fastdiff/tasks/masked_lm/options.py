@@ -27,9 +27,9 @@ class EvaluateOptions(RunOptions):
         length: alone (rules): measures every rule of length prediction on held-out pairs and saves their calibrations,
             and does nothing else; fixed or auto: how answers are generated; default: fixed
         coverage: coverage that --length calibrates for, or --length auto decodes with (default: 0.95)
-        window: for --length: the window in tokens; default: the recipe's data.max_length
-        length_heads: for --length: runs of `task: length_head`
-        length_expansion_pairs: for --length: pairs for the rules of many passes, daedal and rho; 0 for none
+        window: window of --length in tokens; default: the recipe's data.max_length
+        length_heads: learned heads for --length: runs of `task: length_head`
+        length_expansion_pairs: pairs that --length uses for the rules of many passes, daedal and rho; 0 for none
             (default: 400)
         seed: seed of generation, or of the split into halves and the bootstrap (default: 0)
     """

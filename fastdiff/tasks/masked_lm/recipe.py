@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from fastdiff.data.text_config import TextDataConfig, TokenizerConfig
 from fastdiff.diffusion.masked import MaskedDiffusionConfig
+from fastdiff.errors import named
 from fastdiff.training.config import TrainingConfig
 
 
@@ -16,14 +17,14 @@ class LanguageModelConfig:
         init_from: folder or hub id of a checkpoint to go on from, in any layout of `MaskedDiffusionLM.from_pretrained`,
             such as "gpt2"; then its shape counts, and the other fields but dropout are not used. null: random
             weights.
-        mask_token_id: of `init_from`, where neither its configuration nor its tokenizer has a mask token; an id behind
-            its vocabulary (its size) is added. null: the checkpoint's own (OpenAI's GPT-2: 10541).
+        mask_token_id: the mask token of `init_from`, where neither its configuration nor its tokenizer has a mask
+            token; an id behind its vocabulary (its size) is added. null: the checkpoint's own (OpenAI's GPT-2: 10541).
         architecture: "mdlm", "llada", "dream", "llama" or "gpt2".
         size: "tiny", "small", "medium", "large" or "xlarge": 256, 384, 512, 640, 768 wide; see hidden_size.
         hidden_size, num_hidden_layers, num_attention_heads: replace those of `size`.
         max_position_embeddings: longest sequence, prompt included.
         position_embedding: "learned" or "rope"; null is the architecture's.
-        timestep_embedding: whether the model is told the time.
+        timestep_embedding: whether the time is an input of the model.
         num_encoder_layers: above 0, the condition of a sample (its prompt, or the sentences given) goes through an
             encoder of so many blocks and cross-attention, instead of standing before the answer.
         dropout: probability.
@@ -49,14 +50,14 @@ class ObjectiveConfig:
 
     Attributes:
         normalizer: what the sum of weighted cross entropies is divided by: "masked_tokens", "all_tokens" (all that may
-            be masked, masked or not: B·L for packed windows, which with weights 1/t is the likelihood bound a token) or
-            "answer" (each sample's sum by its answer's window, fill included, then the mean; LLaDA's
-            instruction tuning).
+            be masked, masked or not: B·L for packed windows, which with weights 1/t is the likelihood bound per token)
+            or "answer" (each sample's sum by its answer's window, fill included, then the mean; LLaDA's instruction
+            tuning).
         fully_masked_fraction: share of the samples whose tokens are all masked (time 1), as decoding begins.
-        end_masking: of pairs, how the EoS and what fills the window behind it are masked: "as_text" like the answer,
+        end_masking: how pairs' EoS and what fills the window behind it are masked: "as_text" like the answer,
             "always" (so that the model never sees where an answer ends, as at the first step of decoding; dLLM-Var), or
             "visible" (the EoS is never masked: the model learns to write to a length that is given). With
-            fully_masked_fraction 1 the last two are the fine-tuning on prompt + mask + EoS + mask of system 004.
+            fully_masked_fraction 1 the last two are diffusion-llms' fine-tuning on prompt + mask + EoS + mask.
         annealing_steps: steps over which attention goes from causal to bidirectional (adaptation of autoregressive
             models, Gong et al. 2025); 0 is bidirectional from the start.
         likelihood_samples: Monte-Carlo draws of the validation bound, spread over the held-out texts.
@@ -71,12 +72,12 @@ class ObjectiveConfig:
     def __post_init__(self):
         if not 0 <= self.fully_masked_fraction <= 1:
             raise ValueError(
-                f"objective.fully_masked_fraction is {self.fully_masked_fraction}; expected a number from 0 to 1"
+                f"{named('fully_masked_fraction')}: got {self.fully_masked_fraction}; expected a number from 0 to 1"
             )
         if self.annealing_steps < 0:
-            raise ValueError(f"objective.annealing_steps is {self.annealing_steps}; expected 0 or more")
+            raise ValueError(f"{named('annealing_steps')}: got {self.annealing_steps}; expected 0 or more")
         if self.likelihood_samples < 2:
-            raise ValueError(f"objective.likelihood_samples is {self.likelihood_samples}; expected at least 2")
+            raise ValueError(f"{named('likelihood_samples')}: got {self.likelihood_samples}; expected at least 2")
 
 
 @dataclass
@@ -84,7 +85,7 @@ class TextSamplingConfig:
     """How a run's samples are generated, where a command does not say otherwise.
 
     Attributes:
-        prompts: of samples.png; held-out ones for data of pairs where it is empty. An empty prompt is BoS.
+        prompts: prompts of samples.png; where empty, held-out ones if the data has pairs. An empty prompt is BoS.
         generation: options of `fastdiff.generation.MaskedDiffusionGenerationConfig`.
     """
 
@@ -102,7 +103,7 @@ class MaskedLMRecipe:
     """Everything a run of fastdiff.train on text is made from.
 
     Attributes:
-        task: tells it from other recipes.
+        task: names the kind of recipe.
         model: the language model.
         diffusion: mask rate, times and weight.
         tokenizer: text to tokens.

@@ -60,7 +60,7 @@ def _config(wanted: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, **f
 def _adapt(model: MaskedDiffusionLM, wanted: LanguageModelConfig, length_format: str | None) -> MaskedDiffusionLM:
     """The loaded model with the recipe's dropout and, where it asks for one, an encoder that begins at random.
 
-    A denoiser trained on plain text becomes a conditional model so (system 002): its cross-attention begins at zero.
+    So a denoiser of plain text becomes a conditional model, as in diffusion-llm: its cross-attention begins at zero.
     """
     config = model.config
     if wanted.num_encoder_layers and not config.num_encoder_layers:

@@ -13,6 +13,7 @@ from fastdiff.data.text import TextData, load_text_data
 from fastdiff.data.text_batches import document_windows, window_length
 from fastdiff.device import autocast, autocast_dtype
 from fastdiff.diffusion.masked import MaskedDiffusion
+from fastdiff.errors import section
 from fastdiff.models.masked_lm import IGNORED_LABEL
 from fastdiff.nn import annealed_attention_mask
 from fastdiff.recipes import plain
@@ -50,7 +51,8 @@ class MaskedLMTask:
         # a checkpoint that cannot be used is known before any text is read
         start = None if recipe.model.init_from is None else load_start(recipe)
         if data is None:
-            data = load_text_data(recipe.data, recipe.tokenizer if start is None else start.tokenizer)
+            with section("data"):
+                data = load_text_data(recipe.data, recipe.tokenizer if start is None else start.tokenizer)
         self.data, self.tokenizer = data, data.tokenizer
         self.pairs = data.train.conditions is not None
         with torch.random.fork_rng(devices=[]):
@@ -79,7 +81,7 @@ class MaskedLMTask:
         t = self.process.sample_times(size, generator(seed, step, _TIMES))
         full = torch.rand(size, generator=generator(seed, step, _FULL)) < recipe.objective.fully_masked_fraction
         t = torch.where(full, 1.0, t)
-        # a model adapted from another may have an ordinary token as its mask token: where text has it, it is no label
+        # an adapted model's mask token may be an ordinary one: where text has it, it is not a label
         maskable = maskable & (clean != self.process.mask_token_id)
         if recipe.objective.end_masking == "visible":
             maskable = maskable & ~first_of_each_row(is_end)
@@ -206,16 +208,16 @@ def check_fit(recipe: MaskedLMRecipe, data: TextData, config: Any) -> None:
         longest += int(max(part.conditions.document_lengths.max() for part in (data.train, data.held_out)))
     if longest > config.max_position_embeddings:
         raise ValueError(
-            f"model.max_position_embeddings is {config.max_position_embeddings}; samples have up to {longest} tokens: "
-            "set it to that, or data.max_length or data.max_prompt_length lower"
+            f"model.max_position_embeddings: got {config.max_position_embeddings}; samples have up to {longest} "
+            "tokens: set it to that, or data.max_length or data.max_prompt_length lower"
         )
     if data.train.conditions is None and data.train.targets.num_tokens < recipe.data.max_length:
         raise ValueError(
-            f"data.max_length is {recipe.data.max_length}; the text has {data.train.targets.num_tokens} tokens"
+            f"data.max_length: got {recipe.data.max_length}; the text has {data.train.targets.num_tokens} tokens"
         )
     if data.train.conditions is None and recipe.objective.end_masking != "as_text":
         raise ValueError(
-            f"objective.end_masking is {recipe.objective.end_masking!r}, which is for pairs; this text has documents"
+            f"objective.end_masking: got {recipe.objective.end_masking!r}, which is for pairs; this text has documents"
         )
     if config.eos_token_id is None:
-        raise ValueError("the tokenizer has no EoS token; texts could not be closed: choose another tokenizer.name")
+        raise ValueError("tokenizer.name: it has no EoS token, which closes texts; choose another")

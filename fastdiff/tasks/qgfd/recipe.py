@@ -15,6 +15,7 @@ from fastdiff.data import (
 )
 from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
+from fastdiff.errors import named
 from fastdiff.models.qgfd.adapters import (
     MODALITIES,
     AudioAdapterConfig,
@@ -32,9 +33,9 @@ class QGFDObjectiveConfig:
     """What is trained, and how modalities take turns.
 
     Attributes:
-        order: of several modalities: "in_turn" (a step's batch is of one of them, and the next step's of the next) or
-            "mixed" (each batch has samples of all).
-        reconstruction_weight: of the adapters' reconstruction loss beside the diffusion's.
+        order: how several modalities alternate: "in_turn" (a step's batch is of one of them, and the next step's of the
+            next) or "mixed" (each batch has samples of all).
+        reconstruction_weight: weight of the adapters' reconstruction loss beside the diffusion's.
         adapters_from: a run, or one of its checkpoints, whose adapters (encoders and decoders) are taken as they are
             and not trained: the second stage of latent diffusion. Then reconstruction_weight is 0.
         condition_on_labels: whether images, sounds and videos are conditioned on their classes.
@@ -49,11 +50,11 @@ class QGFDObjectiveConfig:
 
     def __post_init__(self):
         if self.order not in ("in_turn", "mixed"):
-            raise ValueError(f"objective.order is {self.order!r}; expected 'in_turn' or 'mixed'")
+            raise ValueError(f"{named('order')}: got {self.order!r}; expected 'in_turn' or 'mixed'")
         if not 0 <= self.reconstruction_weight < math.inf:
-            raise ValueError(f"objective.reconstruction_weight is {self.reconstruction_weight}; expected 0 or more")
+            raise ValueError(f"{named('reconstruction_weight')}: got {self.reconstruction_weight}; expected 0 or more")
         if self.validation_samples < 1:
-            raise ValueError(f"objective.validation_samples is {self.validation_samples}; expected at least 1")
+            raise ValueError(f"{named('validation_samples')}: got {self.validation_samples}; expected at least 1")
 
 
 @dataclass
@@ -61,9 +62,9 @@ class QGFDSamplingConfig(SamplerConfig):
     """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
 
     Attributes:
-        num_samples: that a preview shows, of each class where there are classes; null: 8 images of a class, one sound
+        num_samples: samples in a preview, of each class where there are classes; null: 8 images of a class, one sound
             or video of a class, 6 texts, as many rows of a table as it is trained on.
-        evaluation_samples: that the run is measured by at its end (`fastdiff.evaluate`); 0 for no measuring.
+        evaluation_samples: samples for the measures at the run's end (`fastdiff.evaluate`); 0 for none.
     """
 
     num_inference_steps: int = 50
@@ -74,9 +75,9 @@ class QGFDSamplingConfig(SamplerConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"sampling.num_samples is {self.num_samples}; expected at least 1")
+            raise ValueError(f"{named('num_samples')}: got {self.num_samples}; expected at least 1")
         if self.evaluation_samples < 0 or self.evaluation_samples == 1:
-            raise ValueError(f"sampling.evaluation_samples is {self.evaluation_samples}; expected 0, or at least 2")
+            raise ValueError(f"{named('evaluation_samples')}: got {self.evaluation_samples}; expected 0, or at least 2")
 
 
 @dataclass
@@ -86,12 +87,12 @@ class QGFDRecipe:
     Sizes that the data decides (of images, windows, tables, vocabularies, classes) are left out of the adapters.
 
     Attributes:
-        task: tells it from other recipes.
+        task: names the kind of recipe.
         backbone: the denoiser, shared where there are several modalities.
         diffusion: what it predicts, at which noise levels.
         objective: what is trained.
         text: adapter of text; null for no text. The same holds of the other modalities.
-        tokenizer: of text, where its adapter has no Hugging Face backbone, which brings its own.
+        tokenizer: the tokenizer of text, where its adapter has no Hugging Face backbone, which brings its own.
         text_data: its texts.
         image: adapter of images.
         image_data: its images.
@@ -144,13 +145,12 @@ def check_recipe(recipe: QGFDRecipe) -> None:
     """Raises ValueError where the parts of a recipe do not fit each other."""
     if not recipe.modalities:
         raise ValueError(
-            f"the recipe has no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in "
-            "image: {}"
+            f"recipe: got no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in image: {{}}"
         )
     check_sampler(recipe.sampling, recipe.diffusion)
     count = len(recipe.modalities)
     if recipe.objective.order == "mixed" and recipe.training.batch_size < count:
         raise ValueError(
-            f"training.batch_size is {recipe.training.batch_size}; a mixed batch of {count} modalities needs at least "
-            f"{count}"
+            f"training.batch_size: got {recipe.training.batch_size}; a mixed batch of {count} modalities needs at "
+            f"least {count}"
         )

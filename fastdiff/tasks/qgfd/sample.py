@@ -61,9 +61,12 @@ def sample_qgfd(path: str, options: SampleOptions) -> None:
     for option, fitting in (("images_per_label", labelled), ("num_samples", set(modalities) - set(labelled))):
         if getattr(options, option) is not None and not fitting:
             other = "--num-samples" if option == "images_per_label" else "--images-per-label"
-            raise ValueError(f"--{option.replace('_', '-')} does not fit {', '.join(modalities)}; expected {other}")
+            raise ValueError(
+                f"--{option.replace('_', '-')}: got it for {', '.join(modalities)}, which it does not fit; expected "
+                f"{other}"
+            )
     if options.length is not None and len(modalities) > 1:
-        raise ValueError(f"--length is {options.length}, whose unit differs by modality; say which with --modality")
+        raise ValueError(f"--length: got {options.length}, whose unit differs by modality; say which with --modality")
     folder = Path() if run.folder is None else run.folder.path
     output = output_path(options.output, folder / f"samples-seed-{sampling.seed}.png")
     wanted = [(name, *_wanted(run, name, options)) for name in modalities]
@@ -87,9 +90,9 @@ def _wanted(run: QGFDRun, modality: str, options: SampleOptions) -> tuple[Shown,
     names = tuple(run.facts[modality]["class_names"])
     conditional = modality == "text" and config.conditional
     if options.prompt is not None and not conditional:
-        raise ValueError(f"--prompt is for text that is conditioned on a text; the run's {modality} is not")
+        raise ValueError(f"--prompt: the run's {modality} is not conditioned on a text; leave it out")
     if options.labels is not None and not label_count(run.model, modality):
-        raise ValueError(f"--labels is for classes; the run's {modality} is not conditioned on any")
+        raise ValueError(f"--labels: the run's {modality} is not conditioned on classes; leave it out")
     if modality == "tabular" or (conditional and options.prompt is None):
         shown = Shown.of_source(run.source_of(modality))  # real rows to draw beside the samples', held-out prompts
     else:

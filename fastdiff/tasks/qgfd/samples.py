@@ -35,12 +35,12 @@ class Shown:
     """What samples of a modality are shown with.
 
     Attributes:
-        class_names: by label; () where there are none.
-        tokenizer: of text.
+        class_names: names by label; () where there are none.
+        tokenizer: the tokenizer of text.
         ends: whether a text ends at its first EoS: answers do, windows of documents do not.
         schema: the columns of a table.
         real: real rows, by column, to be drawn beside the samples'.
-        prompts: of conditional text: {"condition_ids", "condition_mask"}, one for each of some samples.
+        prompts: prompts of conditional text: {"condition_ids", "condition_mask"}, one for each of some samples.
     """
 
     class_names: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Shown:
 
     @classmethod
     def of_source(cls, source: Source) -> "Shown":
-        """Of a data set: real rows are those to train on, prompts the first held-out ones."""
+        """What a data set shows: the real rows are those to train on, the prompts the first held-out ones."""
         data = source.data
         if isinstance(data, TabularData):
             return cls(schema=data.schema, real=data.table(data.train))
@@ -114,9 +114,9 @@ def draw_samples(
 
     Args:
         labels: [count], where the modality has classes; None is the null label.
-        prompts: of conditional text, cycled through.
-        length: of a sample, in the modality's unit; None is the model's.
-        dtype: of autocast; None is float32.
+        prompts: prompts of conditional text, cycled through.
+        length: length of a sample, in the modality's unit; None is the model's.
+        dtype: dtype of autocast; None is float32.
 
     Raises ValueError for conditions, length or sampler that do not fit the model.
     """

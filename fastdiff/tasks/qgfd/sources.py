@@ -15,8 +15,8 @@ from fastdiff.data import (
     load_video_data,
 )
 from fastdiff.data.text_examples import text_examples
+from fastdiff.errors import section
 from fastdiff.models.qgfd.adapters.huggingface import check_type, load_processor
-from fastdiff.recipes import naming_section
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Source:
     Attributes:
         data: its examples.
         processor: what `create_qgfd_model` takes: the tokenizer of text, the columns of a table; else None.
-        fields: of the adapter's configuration, those that the data decides.
+        fields: the fields of the adapter's configuration that the data decides.
     """
 
     data: LabelledData
@@ -44,13 +44,13 @@ def load_source(recipe: QGFDRecipe, modality: str, tokenizer: "PreTrainedTokeniz
     """Loads the data of a modality.
 
     Args:
-        tokenizer: of text, where there is one already, such as a finished run's.
+        tokenizer: the tokenizer of text where there is one already, such as a finished run's.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, OSError, ValueError: it is missing or unusable, or does not fit the
             recipe's adapter; one line.
     """
-    with naming_section(f"{modality}_data"):
+    with section(f"{modality}_data"):
         source = _LOADERS[modality](recipe, tokenizer)
     _check_fields(recipe, modality, source)
     return source
@@ -74,7 +74,7 @@ def build_model(recipe: QGFDRecipe, sources: dict[str, Source]) -> "QGFDModel":
 def check_backbones(recipe: QGFDRecipe) -> None:
     """Looks at the Hugging Face encoders that a recipe names, before any data is loaded.
 
-    Raises FileNotFoundError where one is not to be had, ValueError where it is of another modality or rate.
+    Raises FileNotFoundError where one cannot be loaded, ValueError where it is of another modality or rate.
     """
     for name in recipe.modalities:
         backbone = getattr(recipe, name).backbone_name
@@ -86,8 +86,8 @@ def check_backbones(recipe: QGFDRecipe) -> None:
         rate, data = load_processor(backbone, name).sampling_rate, recipe.audio_data
         if rate != data.sampling_rate:
             raise ValueError(
-                f"audio_data.sampling_rate is {data.sampling_rate}; the encoder {backbone} hears {rate} Hz: set it to "
-                f"that, and audio_data.num_samples from {data.num_samples} to "
+                f"audio_data.sampling_rate: got {data.sampling_rate}; the encoder {backbone} expects {rate} Hz "
+                f"audio: set it to that, and audio_data.num_samples from {data.num_samples} to "
                 f"{round(data.num_samples * rate / data.sampling_rate)} for windows that last as long"
             )
 
@@ -143,5 +143,6 @@ def _check_fields(recipe: QGFDRecipe, modality: str, source: Source) -> None:
         both = (given, given) if name == "image_size" and isinstance(given, int) else given
         if given != getattr(defaults, name) and both != value:
             raise ValueError(
-                f"{modality}.{name} is {given}; the data set {source.data.name} has {value}: leave it out of the recipe"
+                f"{modality}.{name}: got {given}; the data set {source.data.name} has {value}: leave it out of the "
+                "recipe"
             )

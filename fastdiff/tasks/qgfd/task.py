@@ -1,4 +1,4 @@
-"""Training of QGFD diffusion models (system 001): one modality, or several in turn or mixed over a shared backbone."""
+"""Training of QGFD diffusion models: one modality, or several in turn or mixed over a shared backbone."""
 
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ class QGFDTask:
         preview_samples(model, shown, self.config, path)
 
     def facts(self) -> dict[str, Any]:
-        """Of each modality: the data set, its fingerprint and its classes' names."""
+        """For each modality, the data set, its fingerprint and its classes' names."""
         modalities = {
             name: {
                 "data": source.data.name,

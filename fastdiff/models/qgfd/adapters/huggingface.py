@@ -44,7 +44,7 @@ def check_type(name: str, modality: str) -> Any:
     config = _fetch(AutoConfig.from_pretrained, name, f"a model of type {', '.join(expected[:3])}, …")
     if config.model_type not in expected:
         raise ValueError(
-            f"backbone_name: {name!r} is a model of type {config.model_type!r}; modality {modality!r} takes one of "
+            f"backbone_name: got {name!r}, a model of type {config.model_type!r}; modality {modality!r} takes one of "
             f"{', '.join(expected)}"
         )
     return config
@@ -102,7 +102,7 @@ def load_processor(name: str, modality: str) -> Any:
     ):
         # transformers would make a tokenizer that knows no words
         raise FileNotFoundError(
-            f"backbone_name: {name!r} has no tokenizer; expected a folder with one beside the model"
+            f"backbone_name: got {name!r}, which has no tokenizer; expected a folder with one beside the model"
         )
     return _fetch(auto.from_pretrained, name, f"{what} beside the model")
 
@@ -117,12 +117,13 @@ def _fetch(load: Any, name: str, expected: str, **options: Any) -> Any:
     path = Path(name).expanduser()
     if not path.is_dir() and (path.exists() or name.startswith(("/", "./", "../", "~"))):
         raise FileNotFoundError(
-            f"backbone_name: {name!r} is not a folder; expected a hub id or a folder with {expected}"
+            f"backbone_name: got {name!r}, which is not a folder; expected a hub id or a folder with {expected}"
         )
     try:
         return load(str(path) if path.is_dir() else name, trust_remote_code=False, **options)
     except Exception as error:  # many kinds: no such id, no network, nothing that fits in the folder
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
-            f"backbone_name: {name!r} cannot be loaded ({reason}); expected a hub id or a folder with {expected}"
+            f"backbone_name: got {name!r}, which cannot be loaded ({reason}); expected a hub id or a folder "
+            f"with {expected}"
         ) from None
