@@ -1,21 +1,7 @@
 """Data to train on: labelled images, sounds and videos, tables and text, each split once into train and held-out, and
 the order of reading."""
 
-from fastdiff.data.audio import AudioData, AudioDataConfig, load_audio_data
-from fastdiff.data.config import DataConfig
-from fastdiff.data.datasets import load_data
-from fastdiff.data.images import ImageData, ImageSet
-from fastdiff.data.labelled import ExampleSet, LabelledData
-from fastdiff.data.stream import EpochStream, share
-from fastdiff.data.table_schema import TableSchema
-from fastdiff.data.tabular import TabularData, TabularDataConfig, load_tabular_data
-from fastdiff.data.text import load_text_data
-from fastdiff.data.text_batches import PairBatch, document_windows, pair_windows, window_length
-from fastdiff.data.text_config import TextDataConfig, TokenizerConfig
-from fastdiff.data.text_parts import TextData, TextPart
-from fastdiff.data.token_files import TokenFile, write_token_file
-from fastdiff.data.tokenization import load_tokenizer
-from fastdiff.data.video import VideoData, VideoDataConfig, load_video_data
+from fastdiff.lazy import exports
 
 __all__ = [
     "AudioData",
@@ -49,3 +35,39 @@ __all__ = [
     "window_length",
     "write_token_file",
 ]
+
+__getattr__ = exports(
+    __name__,
+    {
+        "AudioData": "fastdiff.data.audio",
+        "AudioDataConfig": "fastdiff.data.audio",
+        "DataConfig": "fastdiff.data.config",
+        "EpochStream": "fastdiff.data.stream",
+        "ExampleSet": "fastdiff.data.labelled",
+        "ImageData": "fastdiff.data.images",
+        "ImageSet": "fastdiff.data.images",
+        "LabelledData": "fastdiff.data.labelled",
+        "PairBatch": "fastdiff.data.text_batches",
+        "TableSchema": "fastdiff.data.table_schema",
+        "TabularData": "fastdiff.data.tabular",
+        "TabularDataConfig": "fastdiff.data.tabular",
+        "TextData": "fastdiff.data.text_parts",
+        "TextDataConfig": "fastdiff.data.text_config",
+        "TextPart": "fastdiff.data.text_parts",
+        "TokenFile": "fastdiff.data.token_files",
+        "TokenizerConfig": "fastdiff.data.text_config",
+        "VideoData": "fastdiff.data.video",
+        "VideoDataConfig": "fastdiff.data.video",
+        "document_windows": "fastdiff.data.text_batches",
+        "load_audio_data": "fastdiff.data.audio",
+        "load_data": "fastdiff.data.datasets",
+        "load_tabular_data": "fastdiff.data.tabular",
+        "load_text_data": "fastdiff.data.text",
+        "load_tokenizer": "fastdiff.data.tokenization",
+        "load_video_data": "fastdiff.data.video",
+        "pair_windows": "fastdiff.data.text_batches",
+        "share": "fastdiff.data.stream",
+        "window_length": "fastdiff.data.text_batches",
+        "write_token_file": "fastdiff.data.token_files",
+    },
+)

@@ -1,10 +1,6 @@
 """How good samples are, by models trained on real examples and by distances to them."""
 
-from fastdiff.evaluation.classifier import Classifier, load_or_train_classifier
-from fastdiff.evaluation.features import FrechetComparison, batches_of, compare_with_real, encode_batches
-from fastdiff.evaluation.metrics import frechet_distance, nearest_neighbour_distances
-from fastdiff.evaluation.report import Report, Scores, evaluate_samples
-from fastdiff.evaluation.tables import SyntheticReport, train_on_synthetic_test_on_real
+from fastdiff.lazy import exports
 
 __all__ = [
     "Classifier",
@@ -21,3 +17,22 @@ __all__ = [
     "nearest_neighbour_distances",
     "train_on_synthetic_test_on_real",
 ]
+
+__getattr__ = exports(
+    __name__,
+    {
+        "Classifier": "fastdiff.evaluation.classifier",
+        "FrechetComparison": "fastdiff.evaluation.features",
+        "Report": "fastdiff.evaluation.report",
+        "Scores": "fastdiff.evaluation.report",
+        "SyntheticReport": "fastdiff.evaluation.tables",
+        "batches_of": "fastdiff.evaluation.features",
+        "compare_with_real": "fastdiff.evaluation.features",
+        "encode_batches": "fastdiff.evaluation.features",
+        "evaluate_samples": "fastdiff.evaluation.report",
+        "frechet_distance": "fastdiff.evaluation.metrics",
+        "load_or_train_classifier": "fastdiff.evaluation.classifier",
+        "nearest_neighbour_distances": "fastdiff.evaluation.metrics",
+        "train_on_synthetic_test_on_real": "fastdiff.evaluation.tables",
+    },
+)

@@ -1,13 +1,6 @@
 """Samples as files (pictures, sounds, videos, tables), pictures of runs, and text as it is decoded, on a terminal."""
 
-from fastdiff.visualization.curves import save_loss_curve
-from fastdiff.visualization.grids import save_sample_grid
-from fastdiff.visualization.scatter import save_length_scatter
-from fastdiff.visualization.sounds import save_spectrograms, save_wav
-from fastdiff.visualization.tables import save_marginals, save_table_csv
-from fastdiff.visualization.text import TextSample, save_text_samples
-from fastdiff.visualization.videos import save_contact_sheet, save_video_gif
-from fastdiff.visualization.watch import DenoisingView
+from fastdiff.lazy import exports
 
 __all__ = [
     "DenoisingView",
@@ -23,3 +16,21 @@ __all__ = [
     "save_video_gif",
     "save_wav",
 ]
+
+__getattr__ = exports(
+    __name__,
+    {
+        "DenoisingView": "fastdiff.visualization.watch",
+        "TextSample": "fastdiff.visualization.text",
+        "save_contact_sheet": "fastdiff.visualization.videos",
+        "save_length_scatter": "fastdiff.visualization.scatter",
+        "save_loss_curve": "fastdiff.visualization.curves",
+        "save_marginals": "fastdiff.visualization.tables",
+        "save_sample_grid": "fastdiff.visualization.grids",
+        "save_spectrograms": "fastdiff.visualization.sounds",
+        "save_table_csv": "fastdiff.visualization.tables",
+        "save_text_samples": "fastdiff.visualization.text",
+        "save_video_gif": "fastdiff.visualization.videos",
+        "save_wav": "fastdiff.visualization.sounds",
+    },
+)

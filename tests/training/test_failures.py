@@ -186,3 +186,14 @@ def test_two_processes_on_one_folder(make_trainer, tiny_yaml, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step_2").is_dir()
     done = subprocess.run([*command, "--training.resume", "true"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_leaves_nothing_half_written(tmp_path):
+    def write(folder):
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise KeyboardInterrupt  # as a second Ctrl-C raises it
+
+    (tmp_path / "step_1").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_checkpoint(tmp_path, 2, {}, write, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
