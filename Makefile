@@ -26,7 +26,7 @@ BUILT_VENV := $(abspath $(VENV))
 BUILT_FOLDER := $(CURDIR)
 endef
 
-.PHONY: demo test test-all lint bench kernels race gpu abi dist venv clean FORCE
+.PHONY: demo test test-all lint docs bench kernels race gpu abi dist venv clean FORCE
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -69,6 +69,10 @@ lint: venv
 bench: venv                      ## benchmarks against eager PyTorch, torch.compile and the machine's bandwidth
 	$(RUN) -m pytest benchmarks -q --ignore benchmarks/test_token_sampling.py
 	FASTDIFF_BENCH_ALLOCATOR=default $(RUN) -m pytest benchmarks/test_token_sampling.py -q
+
+docs: $(VENV)/bin/pip            ## the documentation as a site: build/site/index.html
+	$(RUN) -m pip install -q -c constraints.txt mkdocs-material
+	$(RUN) tools/docs.py
 
 kernels: venv                    ## compile every GPU kernel for every target: registers, spills, shared memory
 	$(RUN) tools/kernels.py

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.recipe is None:
         if {"-h", "--help"} & set(arguments.options):
             kinds = "".join(f"\n  {name:16} {kind_named(name).about}" for name in KINDS)
-            return print(f"{_HELP}\nvalues of a recipe's `task`:{kinds}")
+            print(f"{_HELP}\nvalues of a recipe's `task`:{kinds}")
+            raise SystemExit(0)
         raise ValueError(f"no recipe given; expected: {_USAGE}; --list shows the recipes that come with fastdiff")
     kind = kind_named(recipe_kind(arguments.recipe))
     about = f"Trains {kind.about}. Every field can be given as an option, for example --training.max_steps 200."

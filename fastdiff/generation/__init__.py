@@ -1,7 +1,7 @@
 """Decoding of masked diffusion language models."""
 
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
-from fastdiff.generation.decoding import GenerationOutput, GenerationStatistics, generate
+from fastdiff.generation.decoding import GenerationOutput, GenerationStatistics, Streamer, generate
 from fastdiff.generation.text import Continuation, TextGenerator
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "GenerationOutput",
     "GenerationStatistics",
     "MaskedDiffusionGenerationConfig",
+    "Streamer",
     "TextGenerator",
     "generate",
 ]

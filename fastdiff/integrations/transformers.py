@@ -27,6 +27,17 @@ from transformers.masking_utils import (
 
 from fastdiff.nn.qgfd import DiffusedValues, QGFDSettings, attended_of_float, diffused_attention
 
+__all__ = [
+    "NAME",
+    "QGFDCache",
+    "QGFDLayer",
+    "mark_cross_attention",
+    "qgfd_attention_forward",
+    "qgfd_mask",
+    "register",
+    "use_qgfd",
+]
+
 NAME = "qgfd"
 
 # Arguments that models pass but that do not affect attention, or (a window) that are in the mask already.

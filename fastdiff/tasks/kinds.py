@@ -2,15 +2,15 @@
 
 import importlib
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdiff.device import check_device
 from fastdiff.files import read_json
 from fastdiff.recipes import read_recipe_file
-from fastdiff.tasks.hub import hub_file
+from fastdiff.tasks.hub import local_folder
 from fastdiff.training.run_folder import locate
 
 if TYPE_CHECKING:
@@ -24,9 +24,12 @@ KINDS = {
     "qgfd": "fastdiff.tasks.qgfd",
 }
 _OF_RECIPES_WITHOUT_TASK = "dit"
+_OF_FILES = "dit"  # facebookresearch/DiT's
 _OF_MODELS_WITHOUT_CLASS = "masked_lm"  # whose class transformers' own config.json files do not name
 _ACTIONS = ("sample", "generate", "evaluate")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONFIGS = ("config.json", "transformer/config.json")  # a model's, or that of the model in a pipeline of diffusers
+_SAVED_FILES = ("config.json", "model.safetensors", "ema.safetensors", "diffusion_pytorch_model.safetensors")
+_WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -95,29 +98,37 @@ def kind_of(path: str | Path) -> str:
         FileNotFoundError: nothing there; a hub id that cannot be reached; the message says what was tried.
         ValueError: a config that cannot be read; the message names the file.
     """
-    folder, _ = locate(path)
+    folder, checkpoint = locate(path)
     if folder.config.is_file():
         return recipe_kind(folder.config)
-    if folder.checkpoints.is_dir():
+    if checkpoint is None and folder.checkpoints.is_dir():
         raise FileNotFoundError(f"{folder.config} is missing; expected the folder of a run of fastdiff.train")
-    path = Path(path)
-    if path.is_file() or any((path / name).is_file() for name in ("model_index.json", "transformer/config.json")):
-        return _OF_RECIPES_WITHOUT_TASK  # a facebookresearch file, or the folder of a diffusers pipeline
-    if (path / "config.json").is_file():
-        return _kind_of_config(path / "config.json")
-    if path.exists():
-        raise FileNotFoundError(
-            f"{path}: no config.yaml and no config.json in it; expected a run's folder, one of its checkpoints, or a "
-            "saved model"
+    if Path(path).is_file():
+        return _kind_of_file(Path(path))
+    found = local_folder(path, _CONFIGS)
+    for name in _CONFIGS:
+        if (found / name).is_file():
+            return _kind_of_config(found / name)
+    raise FileNotFoundError(
+        f"{path}: no config.yaml and no config.json in it; expected a run's folder, one of its checkpoints, or a "
+        "saved model"
+    )
+
+
+def _kind_of_file(file: Path) -> str:
+    if file.name == "config.yaml" or (file.name in _SAVED_FILES and (file.parent / "config.json").is_file()):
+        raise ValueError(f"{file}: got one file of a folder; expected the folder; pass {file.parent}")
+    if file.suffix not in _WEIGHT_FILES:
+        raise ValueError(
+            f"{file}: got a file; expected a folder, a hub id, or a facebookresearch/DiT file "
+            f"({', '.join(_WEIGHT_FILES)})"
         )
-    if not _HUB_ID.fullmatch(str(path)):
-        raise FileNotFoundError(f"{path}: no such folder; expected a run, a checkpoint, a saved model or a hub id")
-    return _kind_of_config(hub_file(str(path), "config.json"))
+    return _OF_FILES
 
 
 def _kind_of_config(file: Path) -> str:
     content = read_json(file)
-    marks = {content.get("_class_name"), content.get("model_type")}
+    marks = {str(content.get("_class_name")), str(content.get("model_type"))}
     for name in KINDS:
         if marks & set(kind_named(name).saved_as):
             return name
@@ -154,9 +165,18 @@ def load(path: str | Path, *, weights: str = "ema", device: Any = None, **option
         A `fastdiff.tasks.run.Run` of the kind: `.model`, and `.sample(…)` or `.generate(…)` where it has them.
 
     Raises:
-        FileNotFoundError: nothing there, or no checkpoint yet.
+        FileNotFoundError: nothing there, no checkpoint yet, or a hub that cannot be reached.
         ValueError: a damaged file, a model that is not known, or a device that this machine does not have.
+        TypeError: an option that the kind does not have.
     """
     if weights not in ("ema", "model"):
         raise ValueError(f"weights: got {weights!r}; expected 'ema' or 'model'")
-    return kind_named(kind_of(path)).get("load")(path, weights=weights, device=device, **options)
+    device, kind = check_device(device), kind_named(kind_of(path))
+    loader = kind.get("load")
+    known = inspect.signature(loader).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        unknown = [name for name in options if name not in {parameter.name for parameter in known}]
+        if unknown:
+            expected = ", ".join(each.name for each in known if each.kind is each.KEYWORD_ONLY)
+            raise TypeError(f"{unknown[0]}: got an option that {kind.about} does not have; expected {expected}")
+    return loader(path, weights=weights, device=device, **options)

@@ -1,16 +1,102 @@
 """What the loaded runs of all kinds have in common."""
 
+import dataclasses
 import json
 import os
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from torch import nn
 
+from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, naming_config, read_config
+from fastdiff.recipes import plain
+from fastdiff.tasks.hub import local_folder, upload
+from fastdiff.tasks.kinds import kind_named, kind_of
 from fastdiff.tasks.model_card import write_model_card
-from fastdiff.training.run_folder import RunFolder
+from fastdiff.training.checkpoint import STATE_FILE, read_state
+from fastdiff.training.run_folder import RunFolder, locate, locate_checkpoint
+
+Sampling = TypeVar("Sampling")
+_PRECISIONS = ("auto", "bf16", "no")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the weights of something to load lie.
+
+    Attributes:
+        source: the folder (or file) with the weights.
+        folder: the run's folder; None for what is not in one.
+        state: a checkpoint's trainer_state.json; None for what is not a checkpoint.
+        weights: which of a checkpoint's weights are wanted, "ema" or "model"; None where there is no choice.
+    """
+
+    source: Path
+    folder: RunFolder | None
+    state: dict[str, Any] | None
+    weights: str | None
+
+    @property
+    def weights_file(self) -> str:
+        """The name of the file with the weights in a folder written by fastdiff."""
+        return "ema.safetensors" if self.weights == "ema" else WEIGHTS_NAME
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The fields of `Run` that say where it came from."""
+        step = None if self.state is None else self.state["step"]
+        return {"source": self.source, "folder": self.folder, "step": step, "weights": self.weights}
+
+
+def find(path: str | Path, kind: str, weights: str, files: Sequence[str] | None = None) -> Found:
+    """Finds what a kind's `load` was asked for: a run, a checkpoint in its run or alone, a saved model, a hub id.
+
+    Args:
+        path, weights: as of `fastdiff.load`.
+        kind: the kind that loads.
+        files: patterns of the files to download where the path is a hub id; None takes all.
+
+    Raises:
+        FileNotFoundError: nothing there, or no checkpoint yet.
+        ValueError: something of another kind, or a checkpoint that is not whole.
+    """
+    if (found := kind_of(path)) != kind:
+        raise ValueError(
+            f"{path}: got {kind_named(found).about}; expected {kind_named(kind).about}; fastdiff.load loads any kind"
+        )
+    if locate(path)[0].config.is_file():
+        folder, checkpoint = locate_checkpoint(path)
+        return Found(checkpoint, folder, read_state(checkpoint), weights)
+    source = local_folder(path, files)
+    if (source / STATE_FILE).is_file():
+        return Found(source, None, read_state(source), weights)
+    return Found(source, None, None, None)
+
+
+def sampling_keys(sampling: Any, mixed_precision: str) -> dict[str, Any]:
+    """What config.json of a saved model says of its sampling; `stored_sampling` reads it."""
+    return {"sampling": plain(dataclasses.asdict(sampling)), "mixed_precision": mixed_precision}
+
+
+def stored_sampling(folder: Path, kind: type[Sampling]) -> tuple[Sampling, str]:
+    """How a saved model samples where nobody says otherwise, and its `mixed_precision`.
+
+    Both are those of the run that it was saved from; the defaults of `kind`, and "auto", where its config.json names
+    none. Raises ValueError, naming the file, for values that do not fit.
+    """
+    config = read_config(folder) if (folder / CONFIG_NAME).is_file() else {}
+    precision = config.get("mixed_precision", "auto")
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: mixed_precision: got {precision!r}; expected one of {', '.join(_PRECISIONS)}"
+        )
+    with naming_config(folder, "a model with its sampling"):
+        values = dict(config.get("sampling", {}))
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}), (
+            precision
+        )
 
 
 @dataclass(frozen=True)
@@ -19,10 +105,11 @@ class Run:
 
     Attributes:
         model: in eval mode.
-        source: the folder (or hub id) that the weights came from.
+        source: the folder (or file) that the weights came from.
         folder: the run's folder; None for what is not a run of fastdiff.train.
         recipe: what the run was trained by, or None.
         step: optimizer steps behind the checkpoint; None for what is not a checkpoint of fastdiff.train.
+        weights: which of a checkpoint's weights these are, "ema" or "model"; None for what is not a checkpoint.
     """
 
     kind: ClassVar[str]
@@ -32,13 +119,14 @@ class Run:
     folder: RunFolder | None = None
     recipe: Any = None
     step: int | None = None
+    weights: str | None = None
 
     def sample(self, *_: Any, **__: Any) -> Any:
-        """Draws samples, where the kind has any."""
+        """Draws samples, where the kind has any. Raises TypeError where it has none."""
         self._cannot("sample")
 
     def generate(self, *_: Any, **__: Any) -> Any:
-        """Generates text, where the kind does."""
+        """Generates text, where the kind does. Raises TypeError where it does not."""
         self._cannot("generate")
 
     def _cannot(self, what: str) -> NoReturn:
@@ -49,13 +137,14 @@ class Run:
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes a folder that `fastdiff.load` reads: weights, configuration, and a model card README.md.
 
-        The card has the recipe, the numbers of the last `fastdiff.evaluate` and the picture of samples, where the run
-        has them. Raises OSError where the folder cannot be written.
+        What is loaded from it samples as this does. The card has the recipe, the numbers that `fastdiff.evaluate`
+        measured of this checkpoint and these weights, and the run's picture of samples, where there are any. A card
+        that the model was loaded with is kept.
+
+        Raises OSError where the folder cannot be written.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._save(directory)
-        write_model_card(directory, self)
+        self._write(directory, directory.resolve().name if self.folder is None else self.folder.path.resolve().name)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, commit_message: str | None = None) -> str:
         """Uploads what `save_pretrained` writes to the Hugging Face Hub, in one commit; makes the repository first.
@@ -68,29 +157,38 @@ class Run:
         Returns:
             The commit's address.
 
-        Raises what huggingface_hub raises: no login, no network, no permission.
+        Raises:
+            ValueError: a repo_id that cannot be one.
+            PermissionError: no login, or one that may not write there.
+            ConnectionError: the hub cannot be reached, or fails.
         """
-        from huggingface_hub import HfApi
+        message = commit_message or "Upload with fastdiff"
+        return upload(
+            repo_id, lambda folder, name: self._write(folder, name, name), private=private, commit_message=message
+        )
 
-        api = HfApi()
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload with fastdiff"
-            )
-        return str(done.commit_url)
+    def _write(self, directory: Path, title: str, address: str = "PATH_OR_HUB_ID") -> None:
+        """All of a saved folder; `address` is what its card passes to `fastdiff.load`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._save(directory)
+        write_model_card(directory, self, title, address)
 
     def _save(self, directory: Path) -> None:
         """Writes all but the model card."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is saved")
 
+    def usage(self) -> str:
+        """Lines of Python for the model card that use `run`, what `fastdiff.load` gives."""
+        return "run.model"
+
     def numbers(self) -> dict[str, Any]:
-        """What the last `fastdiff.evaluate` measured of this checkpoint; {} where it has not."""
+        """What the last `fastdiff.evaluate` measured of this checkpoint and these weights; {} where it has not."""
         if self.folder is None:
             return {}
         try:
             content = json.loads((self.folder.path / "evaluation.json").read_text())
         except (OSError, ValueError):
             return {}
-        return content if isinstance(content, dict) and content.get("step") == self.step else {}
+        mine = {"step": self.step, "weights": self.weights}
+        fits = isinstance(content, dict) and all(content.get(name, value) == value for name, value in mine.items())
+        return content if fits and "step" in content else {}

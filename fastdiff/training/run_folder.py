@@ -124,7 +124,8 @@ class RunFolder:
     def _clear(self) -> None:
         for checkpoint in list_checkpoints(self.checkpoints):
             remove_checkpoint(checkpoint)
-        for path in (self.metrics, self.validation, self.loss_picture, self.samples_picture, self.config):
+        pictures, evaluation = (self.loss_picture, self.samples_picture), self.path / "evaluation.json"
+        for path in (self.metrics, self.validation, *pictures, evaluation, self.config):
             path.unlink(missing_ok=True)
 
     def _check_same(self, recipe: dict[str, Any]) -> None:
@@ -155,6 +156,9 @@ def locate_checkpoint(path: str | Path) -> tuple[RunFolder, Path]:
         raise FileNotFoundError(
             f"{folder.checkpoints} has no checkpoint yet; train longer, or set training.checkpoint_every lower"
         )
+    if not checkpoint.is_dir():
+        there = ", ".join(each.name for each in list_checkpoints(folder.checkpoints)) or "none"
+        raise FileNotFoundError(f"{checkpoint}: no such checkpoint; expected one of {there}")
     return folder, checkpoint
 
 

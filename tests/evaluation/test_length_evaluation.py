@@ -308,7 +308,7 @@ def test_runs_without_held_out_pairs(make_run, pairs_run, tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()
     (images / "config.yaml").write_text("task: dit\n")
-    _fails([str(images), "--length"], "unrecognized arguments: --length", capsys)
+    _fails([str(images), "--length"], "nrecognized arguments: --length", capsys)
 
 
 def test_a_checkpoint_without_length_format(pairs_run, tmp_path, capsys):

@@ -136,8 +136,8 @@ def test_what_cannot_be_loaded(language_run, tmp_path, capsys):
     shutil.copy(language_run / "config.yaml", empty)
     assert "has no checkpoint yet" in fails(empty)
     (empty / "config.yaml").write_text("model: {depth: 2}")
-    assert "is a run of a diffusion transformer; python -m fastdiff.sample draws from it" in fails(empty)
-    assert "python -m fastdiff.generate draws from it" in failure(capsys, language_run, main=sample.main)
+    assert "use fastdiff.sample or fastdiff.evaluate" in fails(empty)
+    assert "use fastdiff.generate or fastdiff.evaluate" in failure(capsys, language_run, main=sample.main)
 
 
 # ---------------------------------------------------------------------------------------------- generating

@@ -32,7 +32,14 @@ class Checkout:
         self.folder = folder
         for name in ("kernels", "csrc"):
             (folder / name).mkdir(parents=True)
-        for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "constraints.txt", "csrc/module.cpp"):
+        for name in (
+            "CMakeLists.txt",
+            "kernels/CMakeLists.txt",
+            "setup.py",
+            "pyproject.toml",
+            "constraints.txt",
+            "csrc/module.cpp",
+        ):
             (folder / name).touch()
         shutil.copy(ROOT / "Makefile", folder)
         for name in ("python3", "python3.x"):

@@ -50,7 +50,7 @@ def test_a_command_calls_itself_as_it_was_called(name, capsys):
 
 def test_a_module_calls_itself_as_it_was_called():
     done = subprocess.run([sys.executable, "-m", "fastdiff.info", "--help"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: python -m fastdiff.info")
+    assert done.stdout.startswith("usage: fastdiff info")
 
 
 def test_the_package_is_the_command():

@@ -354,7 +354,7 @@ def test_a_model_learns_to_copy(make_trainer, tmp_path):
         (["--data.sample", "documents"], "data.sample: got 'documents'; the data set numbers needs 'pairs'"),
         (["--data.name", "jsonl"], "data.path: got none; jsonl needs the file"),
         (["--model.architecture", "rnn"], "architecture: got 'rnn'; expected one of mdlm, gpt2, llada, dream, llama"),
-        (["--model.init_from", "/nowhere"], "/nowhere: no such folder in /; name one that is there"),
+        (["--model.init_from", "/nowhere"], "/nowhere: no such folder; expected a run"),
         (["--model.init_from", "README.md"], "README.md: a file; expected the folder"),
         (["--objective.normalizer", "words"], "objective.normalizer"),
         (["--diffusion.schedule", "steep"], "diffusion.schedule"),

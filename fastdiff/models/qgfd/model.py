@@ -81,7 +81,7 @@ class QGFDModel(Pretrained):
 
     config_class = QGFDModelConfig
     title = "a QGFD model"
-    extra_keys = ("class_names",)
+    extra_keys = (*Pretrained.extra_keys, "class_names")
 
     def __init__(self, config: QGFDModelConfig) -> None:
         super().__init__()

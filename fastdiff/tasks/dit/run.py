@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,20 +13,24 @@ from tqdm import tqdm
 
 from fastdiff.device import autocast_dtype, check_device
 from fastdiff.diffusion import Diffusion, DiffusionConfig, sample_classes, samplers_for
+from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.models.dit import DiT
-from fastdiff.models.pretrained import CONFIG_NAME, read_config
+from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, check_overrides, read_config
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.dit.recipe import DiTRecipe, SamplingConfig
-from fastdiff.tasks.hub import local_folder
-from fastdiff.tasks.labels import parse_labels
-from fastdiff.tasks.run import Run
-from fastdiff.training.checkpoint import load_weights, read_state
-from fastdiff.training.run_folder import locate, locate_checkpoint
+from fastdiff.tasks.images import to_pil
+from fastdiff.tasks.labels import label_of, parse_labels
+from fastdiff.tasks.run import Found, Run, find, sampling_keys, stored_sampling
+from fastdiff.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SCHEDULER_CONFIG = "scheduler_config.json"
+_HUB_FILES = (  # of a pipeline, what is not its decoder
+    CONFIG_NAME, SCHEDULER_CONFIG, "model_index.json", WEIGHTS_NAME, "diffusion_pytorch_model*", "transformer/*",
+    "scheduler/*", "README.md", "samples.png",
+)  # fmt: skip
 # The process of the published DiT checkpoints, which is assumed of a folder that does not name its own.
 _PUBLISHED = DiffusionConfig(prediction_type="epsilon", noise_levels="linear")
 
@@ -55,7 +59,7 @@ class DiTRun(Run):
 
     def sample(
         self,
-        classes: Sequence[int | str] | None = None,
+        classes: "Sequence[int | str] | Tensor | int | str | None" = None,
         *,
         num_images_per_class: int = 1,
         num_inference_steps: int | None = None,
@@ -67,14 +71,19 @@ class DiTRun(Run):
         """Draws images.
 
         Args:
-            classes: labels or class names; None is every class once.
-            num_images_per_class: images of each entry of `classes`; image i has the seed `seed` + i.
-            num_inference_steps, guidance_scale, seed: None is what the run's recipe says.
-            output_type: "pil" gives PIL images, "pt" a float32 tensor [N, C, H, W] with values around -1 … 1.
+            classes: labels or class names, one or several; None is every class once.
+            num_images_per_class: images of each entry of `classes`; they follow each other.
+            num_inference_steps, guidance_scale, seed: None is what the run's recipe says. Image i of the call has the
+                seed `seed` + i.
+            output_type: "pil" or "pt".
             progress: shows a bar.
 
+        Returns:
+            N = len(classes) · num_images_per_class images. "pil": PIL images of 8 bits, grey ("L") or RGB. "pt": a
+            float32 tensor [N, C, H, W] on the CPU, with values around -1 … 1, or the latents of a model of latents.
+
         Raises:
-            ValueError: not a class, a number out of range, or latents asked for as images.
+            ValueError: not a class, a number out of range, or latents asked for as images; before any work.
         """
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type: got {output_type!r}; expected 'pil' or 'pt'")
@@ -86,13 +95,14 @@ class DiTRun(Run):
             )
         if num_images_per_class < 1:
             raise ValueError(f"num_images_per_class: got {num_images_per_class}; expected at least 1")
-        names = range(len(self.class_names)) if classes is None else classes
-        if isinstance(names, str | int):
-            names = [names]
-        labels = [each for name in names for each in parse_labels(str(name), self.class_names)]
+        wanted = range(len(self.class_names)) if classes is None else classes
+        wanted = [wanted] if isinstance(wanted, str | int) else wanted
+        labels = [label_of(each, self.class_names) for each in wanted]
+        if not labels:
+            raise ValueError("classes: got none; expected one or more, or None for every class")
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed}
-        values = {name: value for name, value in given.items() if value is not None}
-        sampling = SamplingConfig(**{**vars(self.sampling), **values})
+        sampling = replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
+        check_sampler(sampling, self.diffusion.config)
         images = self.draw(torch.tensor(labels).repeat_interleave(num_images_per_class), sampling, progress=progress)
         return to_pil(images) if output_type == "pil" else images
 
@@ -130,70 +140,86 @@ class DiTRun(Run):
                 bar.update(len(part))
         return torch.cat(parts)
 
+    def usage(self) -> str:
+        latents = self.model.config.in_channels not in (1, 3)
+        show = ', output_type="pt")  # latents' if latents else ')\nimages[0].save("sample.png")'
+        return f'images = run.sample(["{self.class_names[0]}"]{show}'
+
     def _save(self, directory: Path) -> None:
-        save_model(directory, self.model, self.diffusion, self.class_names)
+        save_model(directory, self.model, self.diffusion, self.class_names, self.sampling, self.mixed_precision)
 
 
-def save_model(directory: Path, model: DiT, diffusion: Diffusion, class_names: Sequence[str]) -> None:
-    """Writes a DiT so that it samples by itself: with its diffusion process and the names of its classes."""
+def save_model(
+    directory: Path,
+    model: DiT,
+    diffusion: Diffusion,
+    class_names: Sequence[str],
+    sampling: SamplingConfig,
+    mixed_precision: str,
+) -> None:
+    """Writes a DiT so that it samples by itself: with its diffusion process, class names and ways of sampling."""
     id2label = {str(label): name for label, name in enumerate(class_names)}
-    model.save_pretrained(directory, extra={"id2label": id2label} if id2label else None)
+    extra = sampling_keys(sampling, mixed_precision) | ({"id2label": id2label} if id2label else {})
+    model.save_pretrained(directory, extra=extra)
     diffusion.save_pretrained(directory)
 
 
-def to_pil(images: Tensor) -> "list[Image]":  # [N, C, H, W], -1 … 1
-    """8-bit images, grey or RGB."""
-    from PIL import Image
-
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(image.squeeze(-1).numpy()) for image in pixels]
-
-
-def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | str | None = None) -> DiTRun:
+def load_run(
+    path: str | Path, *, weights: str = "ema", device: torch.device | str | None = None, **fields: Any
+) -> DiTRun:
     """Loads a DiT; arguments and errors are those of `fastdiff.load`.
 
     Of a run, the newest checkpoint or the one named. Of anything else the folder or file is read as
     `DiT.from_pretrained` does; without a scheduler_config.json the process of the published DiT checkpoints is assumed,
-    with a warning.
+    with a warning. `fields` are those of `DiT.from_pretrained`, such as the `num_heads` of a facebookresearch file.
     """
     device = check_device(device)
-    folder, _ = locate(path)
-    if folder.config.is_file():
-        return _load_checkpoint(path, weights, device)
-    path = local_folder(path)
-    model = DiT.from_pretrained(path).to(device)
-    diffusion = _diffusion_of(path)
-    names = _names_of(path, model.config.num_classes)
-    return DiTRun(model=model, source=Path(path), diffusion=diffusion, class_names=names)
+    found = find(path, "dit", weights, _HUB_FILES)
+    if found.folder is not None:
+        check_overrides(fields, ())
+        return _load_checkpoint(found, device)
+    own = {} if found.state is None else {"weights": found.weights_file}
+    model = DiT.from_pretrained(found.source, **own, **fields).to(device)
+    diffusion = _diffusion_of(found)
+    sampling, mixed_precision = stored_sampling(found.source, SamplingConfig)
+    return DiTRun(
+        model=model,
+        **found.origin,
+        diffusion=diffusion,
+        class_names=_names_of(found.source, model.config.num_classes),
+        sampling=sampling,
+        mixed_precision=mixed_precision,
+    )
 
 
-def _load_checkpoint(path: str | Path, weights: str, device: torch.device) -> DiTRun:
-    folder, _ = locate(path)
-    recipe = load_recipe(DiTRecipe, folder.config)
-    folder, checkpoint = locate_checkpoint(path)
-    state = read_state(checkpoint)
+def _load_checkpoint(found: Found, device: torch.device) -> DiTRun:
+    recipe = load_recipe(DiTRecipe, found.folder.config)
     model = DiT(recipe.model)
-    load_weights(model, checkpoint / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
+    load_weights(model, found.source / found.weights_file)
     return DiTRun(
         model=model.to(device).eval(),
-        source=checkpoint,
-        folder=folder,
+        **found.origin,
         recipe=recipe,
-        step=state["step"],
         diffusion=Diffusion(recipe.diffusion),
-        class_names=tuple(state["task"]["class_names"]),
+        class_names=tuple(found.state["task"]["class_names"]),
         sampling=recipe.sampling,
         mixed_precision=recipe.training.mixed_precision,
     )
 
 
-def _diffusion_of(path: Path) -> Diffusion:
+def _diffusion_of(found: Found) -> Diffusion:
+    path = found.source
     if any((path / name).is_file() for name in (SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}")):
         return Diffusion.from_pretrained(path)
+    if found.state is not None:  # of fastdiff 0.1.0, whose config.yaml alone has the process
+        raise FileNotFoundError(
+            f"{path}: got a checkpoint without {SCHEDULER_CONFIG}; expected it in its run's folder, whose config.yaml "
+            "names the diffusion process; put it back there"
+        )
     warnings.warn(
         f"{path}: no {SCHEDULER_CONFIG} beside the weights; assuming the process of the published DiT checkpoints "
         "(1000 levels, linear betas, predicted noise)",
-        stacklevel=2,
+        stacklevel=4,
     )
     return Diffusion(_PUBLISHED)
 

@@ -84,8 +84,11 @@ class DiTTask:
         return self.stream.indices(step).tolist()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The model as `fastdiff.load` reads it: with its diffusion process and class names."""
-        save_model(folder, model, self.diffusion, self.data.class_names)
+        """The model as `fastdiff.load` reads it: with its diffusion process, class names and ways of sampling."""
+        recipe = self.config
+        save_model(
+            folder, model, self.diffusion, self.data.class_names, recipe.sampling, recipe.training.mixed_precision
+        )
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Nothing: fastdiff.evaluate scores samples, which takes a classifier."""

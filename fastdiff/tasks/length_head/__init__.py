@@ -1,6 +1,9 @@
 """Heads that tell the length of a masked diffusion language model's answers."""
 
+from fastdiff.lazy import exports
 from fastdiff.tasks.kinds import Kind
+
+__all__ = ["KIND", "LengthHeadRecipe", "LengthHeadRun", "LengthHeadTask"]
 
 KIND = Kind(
     __name__,
@@ -9,4 +12,13 @@ KIND = Kind(
     task="task:LengthHeadTask",
     load="run:load_run",
     saved_as=("fastdiff_length_head",),
+)
+
+__getattr__ = exports(
+    __name__,
+    {
+        "LengthHeadRecipe": "fastdiff.tasks.length_head.recipe",
+        "LengthHeadRun": "fastdiff.tasks.length_head.run",
+        "LengthHeadTask": "fastdiff.tasks.length_head.task",
+    },
 )

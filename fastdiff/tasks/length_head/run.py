@@ -10,12 +10,8 @@ from torch import nn
 from fastdiff.device import check_device
 from fastdiff.models.length_heads import read_length_head, save_length_head
 from fastdiff.recipes import load_recipe
-from fastdiff.tasks.hub import local_folder
-from fastdiff.tasks.kinds import recipe_kind
 from fastdiff.tasks.length_head.recipe import LengthHeadRecipe
-from fastdiff.tasks.run import Run
-from fastdiff.training.checkpoint import STATE_FILE, read_state
-from fastdiff.training.run_folder import locate, locate_checkpoint
+from fastdiff.tasks.run import Run, find
 
 if TYPE_CHECKING:
     from fastdiff.models.masked_lm import MaskedDiffusionLM
@@ -33,6 +29,16 @@ class LengthHeadRun(Run):
 
     about: dict[str, Any] = field(default_factory=dict)
 
+    def usage(self) -> str:
+        return (
+            "from fastdiff.generation.length import LengthPredictor\n"
+            'lm = fastdiff.load("THE_LANGUAGE_MODEL")  # the one that the head was trained on\n'
+            f'predictor = LengthPredictor(lm.model, window={self.about["window"]}, rule="{self.model.kind}", '
+            "head=run.model)\n"
+            'prompt = lm.tokenizer("a prompt", return_tensors="pt").input_ids.to(lm.model.device)\n'
+            "print(predictor(prompt).bounds)  # tokens"
+        )
+
     def _save(self, directory: Path) -> None:
         own = {"model_type", "fastdiff_version", "head", "hidden_size"}  # what saving writes itself
         facts = {name: value for name, value in self.about.items() if name not in own}
@@ -42,13 +48,10 @@ class LengthHeadRun(Run):
 def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | str | None = None) -> LengthHeadRun:
     """Loads a length head; arguments and errors are those of `fastdiff.load`."""
     device = check_device(device)
-    path = local_folder(path)
-    head, about, checkpoint = _read(path, weights)
-    folder, recipe, step = None, None, None
-    if locate(path)[0].config.is_file():
-        folder, _ = locate_checkpoint(path)
-        recipe, step = load_recipe(LengthHeadRecipe, folder.config), read_state(checkpoint)["step"]
-    return LengthHeadRun(head.to(device).eval(), Path(checkpoint), folder, recipe, step, about)
+    found = find(path, "length_head", weights)
+    head, about = read_length_head(found.source, found.weights_file)
+    recipe = None if found.folder is None else load_recipe(LengthHeadRecipe, found.folder.config)
+    return LengthHeadRun(model=head.to(device).eval(), **found.origin, recipe=recipe, about=about)
 
 
 def load_length_head(path: str | Path, model: "MaskedDiffusionLM", *, weights: str = "ema") -> nn.Module:
@@ -68,26 +71,13 @@ def load_length_head(path: str | Path, model: "MaskedDiffusionLM", *, weights: s
     """
     from fastdiff.generation.length.calibration import model_hash
 
-    head, about, _ = _read(path, weights)
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"length head {str(path)!r} is not a folder; expected a run of `task: length_head`")
+    run = load_run(path, weights=weights, device=next(model.parameters()).device)
+    about = run.about
     if about.get("model_hash") != model_hash(model):
         raise ValueError(
             f"{path}: a length head for another model than this one (it was trained on {about.get('run')}); pass that "
             "model, or train the head anew on this one"
         )
-    return head.to(next(model.parameters()).device)
-
-
-def _read(path: str | Path, weights: str) -> tuple[nn.Module, dict[str, Any], Path]:
-    """A head, what is known of it, and the folder that it was read from."""
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"length head {str(path)!r} is not a folder; expected a run of `task: length_head`")
-    folder, _ = locate(path)
-    if folder.config.is_file() and recipe_kind(folder.config) != "length_head":
-        raise ValueError(f"{path}: got a run of {recipe_kind(folder.config)}; expected one of `task: length_head`")
-    checkpoint = locate_checkpoint(path)[1] if folder.config.is_file() else Path(path)
-    file = "model.safetensors"
-    if (checkpoint / STATE_FILE).is_file() or folder.config.is_file():
-        read_state(checkpoint)  # its files are whole
-        file = "ema.safetensors" if weights == "ema" else file
-    head, about = read_length_head(checkpoint, file)
-    return head, about, checkpoint
+    return run.model

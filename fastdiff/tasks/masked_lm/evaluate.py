@@ -17,6 +17,7 @@ from fastdiff.tasks.masked_lm.held_out import evenly_spaced, likelihood_argument
 from fastdiff.tasks.masked_lm.options import EvaluateOptions
 from fastdiff.tasks.masked_lm.run import (
     LanguageModel,
+    decoding_defaults,
     language_model_recipe,
     load_language_model,
     load_length_predictor,
@@ -52,7 +53,8 @@ def evaluate_language_model(path: str, options: EvaluateOptions) -> None:
     held_out = options.held_out and recipe is not None
     tasks = [task.strip() for task in (options.lm_eval or "").split(",") if task.strip()]
     _check(path, options, tasks, held_out)
-    defaults = {} if recipe is None else {"max_new_tokens": recipe.data.max_length, **recipe.sampling.generation}
+    longest = {} if recipe is None else {"max_new_tokens": recipe.data.max_length}
+    defaults = longest | decoding_defaults(path, recipe)
     decoding = merged_options(options.decoding(), {"seed": 0, **defaults})
     config = MaskedDiffusionGenerationConfig(**decoding)
     harness = manager = None

@@ -15,6 +15,7 @@ from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
 from fastdiff.generation.config import GenerationOptions, merged_options
 from fastdiff.tasks.masked_lm.run import (
     DEFAULT_NEW_TOKENS,
+    decoding_defaults,
     language_model_recipe,
     load_language_model,
     load_length_predictor,
@@ -80,7 +81,7 @@ def generate_text(path: str, options: GenerateOptions) -> None:
 def _generate(path: str, options: GenerateOptions, output: Path | None, records: list[dict[str, Any]]) -> None:
     prompts = read_prompts(options.prompt, options.prompt_file, options.unconditional)
     recipe = language_model_recipe(path)
-    defaults = {} if recipe is None else recipe.sampling.generation
+    defaults = decoding_defaults(path, recipe)
     decoding = merged_options(options.generation, {"max_new_tokens": DEFAULT_NEW_TOKENS, **defaults})
     if decoding.get("seed") is None:
         decoding["seed"] = secrets.randbelow(2**31)

@@ -1,6 +1,6 @@
 """Masked diffusion language models, loaded to generate with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,20 +9,25 @@ import torch
 
 from fastdiff.device import check_device, check_dtype
 from fastdiff.errors import one_line
+from fastdiff.files import read_json
 from fastdiff.recipes import load_recipe
+from fastdiff.tasks.hub import local_folder
 from fastdiff.tasks.kinds import kind_named, kind_of
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
-from fastdiff.tasks.run import Run
-from fastdiff.training.checkpoint import STATE_FILE, read_state
-from fastdiff.training.run_folder import locate, locate_checkpoint
+from fastdiff.tasks.run import Found, Run, find
+from fastdiff.training.run_folder import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig
+    from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig, Streamer
     from fastdiff.generation.length import LengthPredictor
+    from fastdiff.models.masked_lm import MaskedDiffusionLM
 
 DEFAULT_NEW_TOKENS = 64
+GENERATION_CONFIG = "generation_config.json"  # transformers' name
+_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", "samples.png")  # what a hub's repository has beside
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the second only of repositories without the first
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,13 @@ class LanguageModel(Run):
     Attributes:
         tokenizer: its tokenizer; the mask token that counts is `model.config.mask_token_id`. A length calibration lies
             in `source`.
+        decoding: how texts are decoded where nobody says otherwise: fields of `MaskedDiffusionGenerationConfig`.
     """
 
     kind: ClassVar[str] = "masked_lm"
 
     tokenizer: "PreTrainedTokenizerBase | None" = field(default=None, repr=False)
+    decoding: dict[str, Any] = field(default_factory=dict)
 
     def generate(
         self,
@@ -45,6 +52,7 @@ class LanguageModel(Run):
         num_samples: int = 1,
         batch_size: int = 16,
         chat: bool = False,
+        streamer: "Streamer | None" = None,
         **options: Any,
     ) -> "list[Continuation]":
         """Continues prompts, and fills mask tokens in them.
@@ -54,26 +62,104 @@ class LanguageModel(Run):
             num_samples: samples of each prompt.
             batch_size: samples decoded at once; it does not change them.
             chat: each prompt is a user's message, put into the tokenizer's chat template.
-            options: fields of `MaskedDiffusionGenerationConfig`; what is not given is what the run's recipe says.
+            streamer: called after each step of each batch, as streamer(token_ids, step); see
+                `fastdiff.generation.generate`.
+            options: fields of `MaskedDiffusionGenerationConfig`; what is not given is what the run's recipe says, or
+                the saved folder's generation_config.json.
 
         Returns:
-            A `Continuation` (`.text`, `.tokens`, …) for each sample: those of the first prompt, then of the second, …
+            A `Continuation` (`.text`, `.tokens` as a list of ids, …) for each sample: those of the first prompt, then
+            of the second, …
 
-        Raises ValueError for options that do not fit and prompts that leave no room; the message names them.
+        Raises:
+            ValueError: options that do not fit, prompts that leave no room, or no prompt; the message names them.
         """
         from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
+        from fastdiff.generation.config import merged_options
 
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        recipe = {} if self.recipe is None else self.recipe.sampling.generation
-        config = MaskedDiffusionGenerationConfig(**{"max_new_tokens": DEFAULT_NEW_TOKENS, **recipe, **options})
+        for name, value in (("prompts", len(prompts)), ("num_samples", num_samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}; expected at least 1")
+        decoding = merged_options(options, _with_length(self.decoding, self.model))
+        unset = {name: None for name, value in options.items() if value is None}  # what the recipe says is not wanted
+        config = MaskedDiffusionGenerationConfig(**decoding | unset)
         generator = TextGenerator(self.model, self.tokenizer, config, load_length_predictor(self, config))
         rows = generator.encode(prompts, chat=chat, unconditional=True)
-        batches = generator.generate(prompts, rows, num_samples=num_samples, batch_size=batch_size)
+        make_streamer = None if streamer is None else lambda *_: streamer
+        batches = generator.generate(
+            prompts, rows, num_samples=num_samples, batch_size=batch_size, streamer=make_streamer
+        )
         return [sample for batch in batches for sample in batch]
 
+    def usage(self) -> str:
+        return 'print(run.generate("", seed=0)[0].text)'
+
     def _save(self, directory: Path) -> None:
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        save_model(directory, self.model, self.tokenizer, self.decoding)
+        _copy_calibration(self, directory)
+
+
+def save_model(
+    directory: Path, model: "MaskedDiffusionLM", tokenizer: "PreTrainedTokenizerBase", decoding: Mapping[str, Any]
+) -> None:
+    """Writes a language model so that it generates by itself: with its tokenizer and ways of decoding."""
+    from fastdiff.generation import MaskedDiffusionGenerationConfig
+
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    MaskedDiffusionGenerationConfig(**_with_length(decoding, model)).save_pretrained(directory)
+
+
+def _with_length(decoding: Mapping[str, Any], model: "MaskedDiffusionLM") -> dict[str, Any]:
+    """Decoding options with max_new_tokens: by default 64, or as many whole blocks as fit behind a token."""
+    block = decoding.get("block_length") or 1
+    most = min(DEFAULT_NEW_TOKENS, model.config.max_position_embeddings - 1) // block * block
+    return {"max_new_tokens": max(most, block), **decoding}
+
+
+def _copy_calibration(run: LanguageModel, directory: Path) -> None:
+    """The calibration of lengths beside the checkpoint goes with the weights that it was made for."""
+    from fastdiff.files import write_atomically
+    from fastdiff.generation.length import CALIBRATION_FILE, load_calibration
+
+    file = run.source / CALIBRATION_FILE
+    if not file.is_file() or (directory / CALIBRATION_FILE).resolve() == file.resolve():
+        return
+    try:
+        load_calibration(run.source, "cdf", run.model, run.tokenizer)
+    except ValueError:  # of other weights, or damaged
+        return
+    write_atomically(directory / CALIBRATION_FILE, file.read_bytes())
+
+
+def saved_decoding(folder: Path) -> dict[str, Any]:
+    """The decoding options in generation_config.json of a folder that fastdiff wrote; {} for other projects' models.
+
+    Raises ValueError, naming the file, for options that do not fit.
+    """
+    from fastdiff.generation import MaskedDiffusionGenerationConfig
+    from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
+
+    file = folder / GENERATION_CONFIG
+    ours = read_json(folder / "config.json").get("model_type") == MaskedDiffusionLMConfig.model_type
+    if not ours or not file.is_file():
+        return {}
+    defaults = MaskedDiffusionGenerationConfig.option_defaults()
+    stored = {name: value for name, value in read_json(file).items() if name in defaults}
+    try:
+        MaskedDiffusionGenerationConfig(**stored)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    return {name: value for name, value in stored.items() if value != defaults[name] or name == "max_new_tokens"}
+
+
+def decoding_defaults(path: str | Path, recipe: MaskedLMRecipe | None) -> dict[str, Any]:
+    """`LanguageModel.decoding` of what lies at a path, without loading it. `recipe` is its recipe.
+
+    Raises FileNotFoundError and ValueError as `load_language_model`.
+    """
+    return saved_decoding(local_folder(path, _TEXTS)) if recipe is None else dict(recipe.sampling.generation)
 
 
 def language_model_recipe(path: str | Path) -> MaskedLMRecipe | None:
@@ -117,31 +203,36 @@ def load_language_model(
     from fastdiff.models.masked_lm_checkpoints import build_masked_lm, read_model_config
     from fastdiff.models.pretrained import read_tensors
 
-    device, dtype, recipe = check_device(device), check_dtype(dtype), language_model_recipe(path)
-    folder, checkpoint = locate(path)
-    if recipe is not None:
-        folder, checkpoint = locate_checkpoint(path)
-    elif (Path(path) / STATE_FILE).is_file():  # a checkpoint taken out of its run
-        checkpoint = Path(path)
-    source = path if checkpoint is None else checkpoint
-    state = None if checkpoint is None else read_state(checkpoint)
+    device, dtype = check_device(device), check_dtype(dtype)
+    found = find_language_model(path, weights)
+    recipe = None if found.folder is None else load_recipe(MaskedLMRecipe, found.folder.config)
+    source = found.source
     config = read_model_config(source, {})
     tokenizer = _tokenizer(source, config)
-    if checkpoint is None:
+    if found.state is None:
         model = MaskedDiffusionLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **fields)
     else:
-        name = "ema.safetensors" if weights == "ema" else "model.safetensors"
-        tensors, config = read_tensors(checkpoint / name), MaskedDiffusionLM.config_class.from_pretrained(checkpoint)
-        model = build_masked_lm(MaskedDiffusionLM, config, tensors, dtype, checkpoint / name)
+        file = source / found.weights_file
+        tensors, config = read_tensors(file), MaskedDiffusionLM.config_class.from_pretrained(source)
+        model = build_masked_lm(MaskedDiffusionLM, config, tensors, dtype, file)
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= model.config.vocab_size:
         raise ValueError(
-            f"{source}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} ids; expected the "
+            f"{path}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} ids; expected the "
             "tokenizer that the model was trained with"
         )
-    step = None if state is None else state["step"]
-    folder = None if recipe is None else folder
-    return LanguageModel(model.to(device), Path(source), folder, recipe, step, tokenizer)
+    decoding = saved_decoding(source) if recipe is None else recipe.sampling.generation
+    return LanguageModel(
+        model=model.to(device), **found.origin, recipe=recipe, tokenizer=tokenizer, decoding=dict(decoding)
+    )
+
+
+def find_language_model(path: str | Path, weights: str = "ema") -> Found:
+    """Where a language model lies; one on the hub is downloaded. Raises as `load_language_model`."""
+    found = find(path, "masked_lm", weights, (*_TEXTS, _WEIGHTS[0]))
+    if not Path(path).exists() and not any(found.source.glob(_WEIGHTS[0])):
+        found = find(path, "masked_lm", weights, (*_TEXTS, _WEIGHTS[1]))
+    return found
 
 
 def load_length_predictor(

@@ -19,6 +19,7 @@ from fastdiff.nn import annealed_attention_mask
 from fastdiff.recipes import plain
 from fastdiff.tasks.masked_lm.held_out import likelihood_arguments, windows_of_pairs
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
+from fastdiff.tasks.masked_lm.run import save_model
 from fastdiff.tasks.masked_lm.start import build_model, load_start
 from fastdiff.training.randomness import derive_seed, generator
 from fastdiff.training.task import Batch
@@ -148,9 +149,8 @@ class MaskedLMTask:
         return self._starts(step, length).tolist()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Model and tokenizer, as `from_pretrained` of either reads them."""
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Model, tokenizer and ways of decoding, as `from_pretrained` of each reads them."""
+        save_model(folder, model, self.tokenizer, self.config.sampling.generation)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """The Monte-Carlo likelihood bound of the held-out text."""

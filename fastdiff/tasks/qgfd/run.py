@@ -1,7 +1,7 @@
 """Runs of QGFD diffusion models, loaded to sample from or to take their adapters."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,22 +9,21 @@ import torch
 
 from fastdiff.data import TableSchema
 from fastdiff.device import autocast_dtype, check_device
+from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.models.pretrained import read_config
 from fastdiff.models.qgfd.backbone import QGFDSelfAttention
 from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.recipes import load_recipe
-from fastdiff.tasks.hub import local_folder
-from fastdiff.tasks.kinds import kind_named, kind_of
+from fastdiff.tasks.labels import label_of
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.sources import Source, load_source
-from fastdiff.tasks.run import Run
-from fastdiff.training.checkpoint import load_weights, read_state
-from fastdiff.training.run_folder import locate, locate_checkpoint
+from fastdiff.tasks.run import Run, find, sampling_keys, stored_sampling
+from fastdiff.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastdiff.tasks.qgfd.samples import Samples
+    from fastdiff.tasks.qgfd.decoded import QGFDSamples
 
 # of an adapter that is taken from another run
 _TRAINED_ANEW = ("label_embedding.", "token_head.", "condition_encoder.")
@@ -65,36 +64,108 @@ class QGFDRun(Run):
             )
         return source
 
-    def sample(self, modality: str | None = None, num_samples: int | None = None, **options: Any) -> "Samples":
+    def sample(
+        self,
+        modality: str | None = None,
+        num_samples: int | None = None,
+        *,
+        labels: "Sequence[int | str] | int | str | None" = None,
+        prompts: Sequence[str] | str | None = None,
+        length: int | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> "QGFDSamples":
         """Draws samples of a modality.
 
         Args:
-            modality: None where the model has one.
-            num_samples: of each class where there are classes; None is what the run's samples show.
-            options: fields of `QGFDSamplingConfig` such as num_inference_steps, guidance_scale and seed.
+            modality: "text", "image", "audio", "video" or "tabular"; None where the model has one.
+            num_samples: for each label where there are classes, for each prompt where there are prompts, else in all;
+                None is what the run's own samples show (one for each prompt).
+            labels: of a modality with classes: labels or class names; None is every class once.
+            prompts: of text that is conditioned on a text, which needs them: one or several.
+            length: of each sample, in tokens, audio samples or frames; None is that of training.
+            progress: shows a bar.
+            options: fields of `QGFDSamplingConfig`: num_inference_steps, guidance_scale, guidance_interval, sampler,
+                seed. What is not given is what the run's recipe says. Sample i of the call has the seed `seed` + i.
 
         Returns:
-            `fastdiff.tasks.qgfd.samples.Samples`: `.batch` as the modality's adapter takes it, and `.labels`.
+            `QGFDSamples`: `.samples` are PIL images, texts, waveforms, lists of frames or a table; `.batch` the same as
+            tensors.
 
-        Raises ValueError for a modality that the model does not have, or options that do not fit.
+        Raises:
+            ValueError: a modality, class, prompt, length or option that does not fit; before any work.
         """
-        from fastdiff.tasks.qgfd.samples import Shown, default_labels, draw_samples
+        from fastdiff.tasks.qgfd.decoded import decoded
+        from fastdiff.tasks.qgfd.samples import Shown, default_labels, draw_samples, encode_prompts, label_count
 
         name = self.model.adapter(modality).modality
-        shown = Shown(tuple(self.facts.get(name, {}).get("class_names", ())), self.tokenizer, schema=self.schema)
-        count, labels = default_labels(self.model, name, shown, num_samples)
-        sampling = QGFDSamplingConfig(**{**vars(self.sampling), **options})
+        for option, value in (("num_samples", num_samples), ("length", length)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option}: got {value}; expected at least 1")
+        unknown = [option for option in options if option not in vars(self.sampling)]
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}: got an option that there is not; expected {', '.join(vars(self.sampling))}"
+            )
+        sampling = replace(self.sampling, **options)
+        check_sampler(sampling, self.model.config.diffusion)
+        conditional, names = self._takes_prompts(name), tuple(self.facts.get(name, {}).get("class_names", ()))
+        self._check_conditions(name, labels, prompts)
+        given = encode_prompts(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts) if prompts else None
+        shown = Shown(names, self.tokenizer, conditional, self.schema, prompts=given)
+        each = num_samples or sampling.num_samples
+        count, drawn = default_labels(self.model, name, shown, each)
+        if given is not None:
+            count = len(given["condition_ids"]) * (num_samples or 1)
+            given = {field: value.repeat_interleave(num_samples or 1, 0) for field, value in given.items()}
+        elif labels is not None:
+            wanted = [label_of(label, names) for label in ([labels] if isinstance(labels, int | str) else labels)]
+            drawn = torch.tensor(wanted).repeat_interleave(count // label_count(self.model, name))
+            count = len(drawn)
         dtype = autocast_dtype(self.mixed_precision, next(self.model.parameters()).device.type)
-        return draw_samples(self.model, name, count, sampling, labels=labels, dtype=dtype)
+        samples = draw_samples(
+            self.model, name, count, sampling, labels=drawn, prompts=given, length=length, dtype=dtype,
+            progress=progress,
+        )  # fmt: skip
+        return decoded(samples, name, shown, self.model.adapter(name).config)
+
+    def _takes_prompts(self, modality: str) -> bool:
+        return modality == "text" and self.model.adapter(modality).config.conditional
+
+    def _check_conditions(self, modality: str, labels: Any, prompts: Any) -> None:
+        """Raises ValueError for conditions that the modality does not have, and for prompts that it lacks."""
+        if labels is not None and not self.model.adapter(modality).config.num_classes:
+            raise ValueError(f"labels: got {labels!r}; expected None: the model's {modality} is not of classes")
+        if labels is not None and not isinstance(labels, int | str) and not len(labels):
+            raise ValueError("labels: got none; expected one or more, or None for every class")
+        if prompts is not None and not self._takes_prompts(modality):
+            raise ValueError(f"prompts: got {prompts!r}; expected None: the model's {modality} takes no prompts")
+        if not prompts and self._takes_prompts(modality):
+            raise ValueError(f"prompts: got {prompts!r}; expected one or more texts: the model's text answers a text")
+
+    def usage(self) -> str:
+        name = self.model.config.modalities[0]
+        given = [f'"{name}"'] if len(self.model.config.modalities) > 1 else []
+        given += ['prompts=["…"]'] if self._takes_prompts(name) else ["num_samples=1"]
+        return f"drawn = run.sample({', '.join(given)})\nprint(drawn.samples)"
 
     def _save(self, directory: Path) -> None:
         names = {name: facts.get("class_names", []) for name, facts in self.facts.items()}
-        save_model(directory, self.model, names, [each for each in (self.tokenizer, self.schema) if each is not None])
+        processors = [each for each in (self.tokenizer, self.schema) if each is not None]
+        save_model(directory, self.model, names, processors, self.sampling, self.mixed_precision)
 
 
-def save_model(directory: Path, model: QGFDModel, class_names: Mapping[str, Sequence[str]], processors: Sequence[Any]):
-    """Writes a model so that it samples by itself: with its classes' names, tokenizer and table columns."""
-    model.save_pretrained(directory, extra={"class_names": {name: list(names) for name, names in class_names.items()}})
+def save_model(
+    directory: Path,
+    model: QGFDModel,
+    class_names: Mapping[str, Sequence[str]],
+    processors: Sequence[Any],
+    sampling: QGFDSamplingConfig,
+    mixed_precision: str,
+) -> None:
+    """Writes a model so that it samples by itself: with class names, tokenizer, table columns, ways of sampling."""
+    names = {name: list(each) for name, each in class_names.items()}
+    model.save_pretrained(directory, extra={"class_names": names, **sampling_keys(sampling, mixed_precision)})
     for processor in processors:
         processor.save_pretrained(directory)
 
@@ -102,30 +173,25 @@ def save_model(directory: Path, model: QGFDModel, class_names: Mapping[str, Sequ
 def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | str | None = None) -> QGFDRun:
     """Loads a run of `task: qgfd`, or a saved model; arguments and errors are those of `fastdiff.load`."""
     device = check_device(device)
-    if (kind := kind_of(path)) != "qgfd":
-        raise ValueError(f"{path}: got {kind_named(kind).about}; expected a QGFD model; fastdiff.load loads any kind")
-    folder, _ = locate(path)
-    if not folder.config.is_file():
-        source = local_folder(path)
-        model = QGFDModel.from_pretrained(source)
-        names = read_config(source).get("class_names", {})
+    found = find(path, "qgfd", weights)
+    model = QGFDModel.from_pretrained(found.source)
+    if found.weights == "ema":
+        load_weights(model, found.source / found.weights_file)
+    if found.folder is not None:
+        recipe = load_recipe(QGFDRecipe, found.folder.config)
+        facts, sampling, precision = found.state["task"]["modalities"], recipe.sampling, recipe.training.mixed_precision
+    else:
+        recipe, names = None, read_config(found.source).get("class_names", {})
         facts = {name: {"class_names": names.get(name, [])} for name in model.adapters}
-        return QGFDRun(model.to(device).eval(), Path(source), facts=facts, **_processors(source, model))
-    folder, checkpoint = locate_checkpoint(path)
-    recipe, state = load_recipe(QGFDRecipe, folder.config), read_state(checkpoint)
-    model = QGFDModel.from_pretrained(checkpoint)
-    if weights == "ema":
-        load_weights(model, checkpoint / "ema.safetensors")
+        sampling, precision = stored_sampling(found.source, QGFDSamplingConfig)
     return QGFDRun(
         model=model.to(device).eval(),
-        source=checkpoint,
-        folder=folder,
+        **found.origin,
         recipe=recipe,
-        step=state["step"],
-        facts=state["task"]["modalities"],
-        sampling=recipe.sampling,
-        mixed_precision=recipe.training.mixed_precision,
-        **_processors(checkpoint, model),
+        facts=facts,
+        sampling=sampling,
+        mixed_precision=precision,
+        **_processors(found.source, model),
     )
 
 

@@ -15,7 +15,7 @@ from fastdiff.tasks.qgfd.samples import (
     Shown,
     default_labels,
     draw_samples,
-    encode_prompt,
+    encode_prompts,
     label_count,
     sampling_title,
     save_samples,
@@ -96,7 +96,7 @@ def _wanted(run: QGFDRun, modality: str, options: SampleOptions) -> tuple[Shown,
     if modality == "tabular" or (conditional and options.prompt is None):
         shown = Shown.of_source(run.source_of(modality))  # real rows to draw beside the samples', held-out prompts
     else:
-        prompts = encode_prompt(run.tokenizer, options.prompt) if conditional else None
+        prompts = encode_prompts(run.tokenizer, [options.prompt]) if conditional else None
         shown = Shown(names, run.tokenizer, conditional, run.schema, prompts=prompts)
     if not label_count(run.model, modality):
         return shown, *default_labels(run.model, modality, shown, options.num_samples)

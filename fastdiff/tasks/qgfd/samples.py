@@ -1,7 +1,7 @@
 """Samples of QGFD models as files that people look at or listen to."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,12 +157,16 @@ def save_samples(
     return _WRITERS[modality](samples, model, shown, stem, title)
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> dict[str, Tensor]:
-    """A text to condition on, as `Shown.prompts` has it. Raises ValueError for one without tokens."""
-    ids = encode_texts(tokenizer, [text])[0]
-    if not ids:
-        raise ValueError(f"--prompt: got {text!r}, which has no tokens; expected some text")
-    return {"condition_ids": torch.tensor([ids]), "condition_mask": torch.ones(1, len(ids), dtype=torch.bool)}
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> dict[str, Tensor]:
+    """Texts to condition on, as `Shown.prompts` has them. Raises ValueError for one without tokens."""
+    rows = encode_texts(tokenizer, list(texts))
+    for text, ids in zip(texts, rows, strict=True):
+        if not ids:
+            raise ValueError(f"prompt: got {text!r}, which has no tokens; expected some text")
+    longest, pad = max(map(len, rows)), tokenizer.pad_token_id or 0
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+    return {"condition_ids": ids, "condition_mask": mask}
 
 
 def texts_of(samples: Samples, shown: Shown) -> list[str]:

@@ -135,10 +135,11 @@ class QGFDTask:
         return [index for name in self._modalities(step) for index in self.streams[name].indices(turn).tolist()]
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The model as `fastdiff.load` reads it: with class names, the tokenizer of text and the columns of a table."""
+        """The model as `fastdiff.load` reads it; see `save_model`."""
         names = {name: source.data.class_names for name, source in self.sources.items()}
         processors = [source.processor for source in self.sources.values() if source.processor is not None]
-        save_model(folder, model, names, processors)
+        recipe = self.config
+        save_model(folder, model, names, processors, recipe.sampling, recipe.training.mixed_precision)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Losses on held-out samples, at times and with noise that are the same at each preview."""
