@@ -296,7 +296,7 @@ BAD = {
     ),
     "no folder": (("audio",), {"audio_data": {"folder": "/nowhere"}}, "audio_data.folder: got '/nowhere', which"),
     "out of range": (("video",), {"video_data": {"num_frames": 0}}, "video_data.num_frames: got 0; expected at least"),
-    "no run": (("image",), {"objective": {"adapters_from": "/nowhere"}}, "/nowhere: no such folder; expected a run"),
+    "no run": (("image",), {"objective": {"adapters_from": "/nowhere"}}, "/nowhere: no such folder"),
 }  # fmt: skip
 
 
