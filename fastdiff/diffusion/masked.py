@@ -219,7 +219,7 @@ def maskable_tokens(
     if prompt_lengths is not None:
         if prompt_lengths.shape != input_ids.shape[:1]:
             raise ValueError(
-                f"prompt_lengths: got shape {list(prompt_lengths.shape)}; expected [{len(input_ids)}], one a sequence"
+                f"prompt_lengths: got shape {list(prompt_lengths.shape)}; expected [{len(input_ids)}], one per sequence"
             )
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         maskable &= positions >= prompt_lengths.to(input_ids.device)[:, None]

@@ -240,7 +240,7 @@ def _check_masks(masks: Masks, batch: int, queries: int, keys: int, device: torc
 
 def _check_bool(name: str, mask: Tensor, device: torch.device) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        given = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise TypeError(f"{name}: got {given}; expected a bool torch.Tensor, True = attend")
     if mask.device != device:
         raise ValueError(f"{name}: got one on {mask.device}, query on {device}; expected one device: move one of them")
@@ -248,7 +248,7 @@ def _check_bool(name: str, mask: Tensor, device: torch.device) -> None:
 
 def _check_cu_seqlens(ends: Tensor, batch: int, queries: int, keys: int, device: torch.device) -> None:
     if not isinstance(ends, Tensor) or ends.dtype not in (torch.int32, torch.int64):
-        given = ends.dtype if isinstance(ends, Tensor) else type(ends).__name__
+        given = ends.dtype if isinstance(ends, Tensor) else f"a {type(ends).__name__}"
         raise TypeError(f"cu_seqlens: got {given}; expected an int32 or int64 torch.Tensor [S + 1]")
     if ends.ndim != 1 or ends.shape[0] < 2 or ends.device != device:
         raise ValueError(f"cu_seqlens: got shape {list(ends.shape)} on {ends.device}; expected [S + 1] on {device}")

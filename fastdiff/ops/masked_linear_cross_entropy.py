@@ -145,7 +145,7 @@ def _check(hidden, weight, bias, targets, mask, row_weight, suppress_tokens, lab
     vocab, lead = weight.shape[0], hidden.shape[:-1]
     check_integers("targets", targets, hidden.device)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        given = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise TypeError(f"mask: got {given}; expected a bool torch.Tensor, True where a row takes part")
     for name, t in (("targets", targets), ("mask", mask)):
         if t.shape != lead:

@@ -85,8 +85,8 @@ def test_an_interval_is_the_binomials():
     [
         ([], [], {}, r"bounds: got shape \[0\] with lengths of shape \[0\]; expected \[N\]"),
         ([1, 2], [1], {}, r"bounds: got shape \[2\] with lengths of shape \[1\]"),
-        ([9], [1], {}, "got bounds 9 to 9 .* expected bounds of 0 to the window, 8"),
-        ([-1], [1], {}, "got bounds -1 to -1"),
+        ([9], [1], {}, "bounds: got 9 to 9 .* expected bounds of 0 to the window, 8"),
+        ([-1], [1], {}, "bounds: got -1 to -1"),
         ([1], [-2], {}, "lengths from -2 on"),
         ([1], [2], {"resamples": 0}, "resamples: got 0; expected at least 1"),
     ],

@@ -105,7 +105,7 @@ def test_the_batch_size_changes_nothing_and_the_mode_is_kept():
         (TEXTS, {"num_samples": 1}, "num_samples: got 1"),
         ([torch.full((9,), 4)], {}, "got 9 tokens; expected at most max_position_embeddings = 8"),
         ([torch.tensor([4, 9])], {}, "got ids 4 to 9; expected 0 to 8"),
-        ([torch.tensor([4, MASK])], {}, "is the mask token 3"),
+        ([torch.tensor([4, MASK])], {}, "got the mask token 3"),
         (torch.tensor([[4, 5]]), {"maskable": torch.zeros(1, 2, dtype=torch.bool)}, "no token may be masked"),
         (torch.tensor([[4, 5]]), {"maskable": torch.zeros(2, dtype=torch.bool)}, r"maskable: got shape \[2\]"),
         (torch.tensor([4, 5]), {}, r"sequences: got shape \[2\]"),

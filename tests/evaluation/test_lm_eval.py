@@ -210,7 +210,7 @@ def test_accuracy_is_of_the_bounds(tasks, language_run, tmp_path):
             "--lm-eval: got 'no_such_task', which lm-eval does not know.*--lm-eval-include",
         ),
         (["--lm-eval", ","], "--lm-eval: got no task"),
-        (["--lm-eval", "x", "--lm-eval-include-path", "/nowhere"], "'/nowhere' is not a folder"),
+        (["--lm-eval", "x", "--lm-eval-include-path", "/nowhere"], "got '/nowhere', which is not a folder"),
         (["--no-held-out"], "nothing to evaluate: --no-held-out; pass --lm-eval TASKS"),
         (["--draws", "0", "--lm-eval", "x"], "--draws: got 0; expected at least 1"),
         (["--num-samples", "3"], "nrecognized arguments: --num-samples"),

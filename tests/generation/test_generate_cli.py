@@ -255,7 +255,7 @@ def test_prompts_of_an_encoder(tmp_path, capsys):
     too_many = ["--max-new-tokens", 48, "--block-length", 48]  # BoS is one of the 48 positions
     assert "max_new_tokens is 48; expected at most 48 together" in failure(capsys, run, "--prompt", "to be", *too_many)
     assert "this model's prompts go through an encoder" in failure(capsys, run, "--prompt", "<mask> be")
-    assert "prompt 1 is empty" in failure(capsys, run, "--unconditional")
+    assert "prompt 1: got no text" in failure(capsys, run, "--unconditional")
 
 
 def test_stop_strings_and_caches(language_run, capsys):
@@ -295,10 +295,10 @@ def test_options_are_the_fields_of_the_configuration(capsys, language_run):
     ("arguments", "message"),
     [
         ([], "prompt: got none; expected --prompt TEXT"),
-        (["--prompt", ""], r"prompt 1 is empty; expected at least one token, or unconditional"),
+        (["--prompt", ""], r"prompt 1: got no text; expected at least one token, or unconditional"),
         (["--prompt", "a" * 40], r"prompt 1: got 40 tokens, and max_new_tokens is 12; expected at most 48 together"),
-        (["--prompt", "a", "--prompt", "b" * 60, "--max-new-tokens", "0"], "prompt 1 has no mask token <mask>"),
-        (["--prompt", "<mask>" + "b" * 60, "--max-new-tokens", "0"], "prompt 1 has 61 tokens"),
+        (["--prompt", "a", "--prompt", "b" * 60, "--max-new-tokens", "0"], "prompt 1: got no mask token <mask>"),
+        (["--prompt", "<mask>" + "b" * 60, "--max-new-tokens", "0"], "prompt 1: got 61 tokens"),
         (["--prompt", "a", "--block-length", "5"], "block_length: got 5; expected a divisor of max_new_tokens = 12"),
         (
             ["--prompt", "a", "--num-inference-steps", "3"],
@@ -314,7 +314,7 @@ def test_options_are_the_fields_of_the_configuration(capsys, language_run):
         (["--prompt", "a", "--dtype", "int8"], "dtype: got 'int8'; expected float32"),
         (["--prompt", "a", "--output", "/nowhere/x.jsonl"], "lies in a folder that does not exist"),
         (["--prompt", "a", "--seeed", "1"], "nrecognized"),
-        (["--prompt-file", "/nowhere.txt"], "--prompt-file '/nowhere.txt' is not a file"),
+        (["--prompt-file", "/nowhere.txt"], "--prompt-file: got '/nowhere.txt', which is not a file"),
     ],
 )
 def test_bad_options(language_run, capsys, arguments, message):
@@ -326,7 +326,7 @@ def test_bad_options(language_run, capsys, arguments, message):
     [
         ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 at byte 3"),
         ("a.txt", b"", "prompt: got none"),
-        ("a.txt", b"to be\n\nor", "prompt 2 is empty"),
+        ("a.txt", b"to be\n\nor", "prompt 2: got no text"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', r"a.jsonl, line 2: expected an object with the text field"),
         ("a.jsonl", b'{"prompt": "x"', r"a.jsonl, line 1: not JSON"),
     ],

@@ -270,7 +270,7 @@ def test_arguments_that_change_attention_are_refused():
     for name in ("softcap", "s_aux", "head_mask"):
         with pytest.raises(ValueError, match=f"gives its attention {name}, which"):
             qgfd.qgfd_attention_forward(module, states, states, states, None, **{name: torch.ones(4)})
-    with pytest.raises(ValueError, match='output_attentions is True; .* attn_implementation="eager"'):
+    with pytest.raises(ValueError, match='output_attentions: got True; .* attn_implementation="eager"'):
         qgfd.qgfd_attention_forward(module, states, states, states, None, output_attentions=True)
     with pytest.raises(ValueError, match="attention_mask: got torch.int64 .* with is_causal=False"):
         qgfd.qgfd_attention_forward(module, states, states, states, torch.ones(1, 5, dtype=torch.int64))

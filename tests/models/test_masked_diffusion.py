@@ -144,8 +144,8 @@ def test_likelihood_draws_are_unbiased():
         (lambda: MaskedDiffusion(MaskedDiffusionConfig(), -1), "mask_token_id: got -1"),
         (lambda: process().corrupt(torch.zeros(2, 3).long(), torch.zeros(3)), r"t: got shape \[3\]; expected \[2\]"),
         (lambda: process().corrupt(torch.zeros(2, 3), torch.zeros(2)), "expected an int64 tensor"),
-        (lambda: process().corrupt(torch.tensor([[1, MASK]]), torch.zeros(1)), r"input_ids\[0, 1\] is the mask token"),
-        (lambda: process().mask_exactly(torch.zeros(1, 3).long(), torch.tensor([4])), r"counts\[0\] is 4; .* 0 to 3"),
+        (lambda: process().corrupt(torch.tensor([[1, MASK]]), torch.zeros(1)), r"ids\[0, 1\]: got the mask token"),
+        (lambda: process().mask_exactly(torch.zeros(1, 3).long(), torch.tensor([4])), r"counts\[0\]: got 4; .* 0 to 3"),
         (lambda: maskable_tokens(torch.zeros(2, 3), prompt_lengths=torch.tensor([1])), "prompt_lengths"),
         (
             lambda: process().corrupt(torch.zeros(1, 3).long(), torch.zeros(1), torch.ones(1, 2, dtype=torch.bool)),

@@ -358,7 +358,7 @@ def test_our_own_checkpoint_never_falls_back_to_random_weights(tmp_path, damage)
 def test_gpt2_options_that_do_not_exist_here_are_named():
     with pytest.raises(ValueError, match="reorder_and_upcast_attn: got True; expected False"):
         MaskedDiffusionLM.from_gpt2(gpt2(reorder_and_upcast_attn=True), mask_token_id=9)
-    with pytest.raises(ValueError, match="activation_function 'relu' is not known"):
+    with pytest.raises(ValueError, match="activation_function: got 'relu'; expected gelu_new"):
         MaskedDiffusionLM.from_gpt2(gpt2(activation_function="relu"), mask_token_id=9)
     with pytest.raises(ValueError, match="from_gpt2: got a model of type 'llama'; expected gpt2"):
         MaskedDiffusionLM.from_gpt2(llama(), mask_token_id=9)

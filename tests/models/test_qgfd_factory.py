@@ -174,7 +174,7 @@ def test_bad_names_are_one_line(checkpoints, tmp_path):
         lambda: create_qgfd_model("text"),
     )
     one_line(ValueError, r"processor: got None for a table .*TableSchema.fit", lambda: create_qgfd_model("tabular"))
-    one_line(FileNotFoundError, "'/no/such' is not a folder", lambda: create_qgfd_model("image", "/no/such"))
+    one_line(FileNotFoundError, "got '/no/such', which is not a folder", lambda: create_qgfd_model("image", "/no/such"))
     one_line(
         TypeError,
         "got a QGFDConfig; expected a QGFDModelConfig",

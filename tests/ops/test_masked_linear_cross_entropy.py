@@ -407,7 +407,7 @@ BAD = {
         lambda: call(targets=ONE_WRONG.clamp_max(4), suppress_tokens=(2,)),
     ),
     "mask-dtype": (TypeError, "mask: got torch.float32; expected a bool", lambda: call(mask=M.float())),
-    "mask-type": (TypeError, "mask is list; expected a bool", lambda: call(mask=[True])),
+    "mask-type": (TypeError, "mask: got a list; expected a bool", lambda: call(mask=[True])),
     "mask-shape": (ValueError, r"mask: got shape \[3\]", lambda: call(mask=M[0])),
     "row_weight-shape": (
         ValueError,
@@ -423,7 +423,7 @@ BAD = {
         lambda: call(suppress_tokens=(5,)),
     ),
     "suppress-type": (TypeError, "suppress_tokens: got an element of type float", lambda: call(suppress_tokens=(1.0,))),
-    "suppress-all": (ValueError, "names all 5 ids", lambda: call(suppress_tokens=range(5))),
+    "suppress-all": (ValueError, "suppress_tokens: got all 5 ids", lambda: call(suppress_tokens=range(5))),
     "smoothing-one": (
         ValueError,
         r"label_smoothing: got 1.0; expected a number in \[0, 1\)",

@@ -117,7 +117,7 @@ BAD = {
     "ids-expanded": (ValueError, "do not overlap", bad(IDS[:1].expand(2, 6))),
     "rule": (ValueError, "rule: got 'best'; expected one of count", bad(rule="best")),
     "order": (ValueError, "order: got 'entropi'; expected one of confidence", bad(order="entropi")),
-    "no-number": (ValueError, "rule 'threshold' needs threshold", bad_number("threshold")),
+    "no-number": (ValueError, "threshold: got None; rule 'threshold' needs it", bad_number("threshold")),
     "wrong-number": (ValueError, "count: got one with rule 'factor'", bad(rule="factor", factor=1.0)),
     "two-numbers": (ValueError, "factor: got one with rule 'count'", bad(factor=1.0)),
     "count-0": (ValueError, "count: got 0; expected an int >= 1", bad(count=0)),

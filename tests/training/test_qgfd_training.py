@@ -116,7 +116,7 @@ def test_several_modalities_share_a_backbone(train_run, order, capsys):
     evaluate.main([str(run), "--modality", "text", "--num-samples", "8"])
     assert "text" in json.loads((run / "evaluation_text.json").read_text())
     assert not (run / "evaluation.json").exists()  # which has the numbers of all, where they were measured
-    assert "does not fit image; expected --images-per-label" in failure(
+    assert "which it does not fit; expected --images-per-label" in failure(
         sample, [run, "--modality", "image", "--num-samples", "2"], capsys
     )
     sample.main([str(run), "--modality", "tabular", "--num-samples", "3", "--output", str(run / "mine.csv")])
@@ -296,7 +296,7 @@ BAD = {
     ),
     "no folder": (("audio",), {"audio_data": {"folder": "/nowhere"}}, "audio_data.folder: got '/nowhere', which"),
     "out of range": (("video",), {"video_data": {"num_frames": 0}}, "video_data.num_frames: got 0; expected at least"),
-    "no run": (("image",), {"objective": {"adapters_from": "/nowhere"}}, "run '/nowhere' is not a folder"),
+    "no run": (("image",), {"objective": {"adapters_from": "/nowhere"}}, "/nowhere: no such folder"),
 }  # fmt: skip
 
 
