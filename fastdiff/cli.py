@@ -17,6 +17,7 @@ from jsonargparse import SUPPRESS, ActionYesNo, ArgumentError
 
 from fastdiff.errors import TrainingError, one_line
 from fastdiff.recipes import ArgumentParser
+from fastdiff.tasks.options import GenerationOptions
 
 # Types of the fields whose default, None, does not tell. A field that is in neither is read as JSON, or else as text.
 _TYPES: dict[str, Any] = {
@@ -121,8 +122,6 @@ def add_options(parser: ArgumentParser, options: type) -> None:
     The docstring's Attributes are the help. A field of type `GenerationOptions` stands for all options of decoding that
     the class does not have itself. `metadata` of a field are further arguments of `add_argument`.
     """
-    from fastdiff.generation.config import GenerationOptions
-
     meanings, hints = _meanings(options), get_type_hints(options)
     decoding = None
     for field in dataclasses.fields(options):
@@ -149,12 +148,12 @@ def add_options(parser: ArgumentParser, options: type) -> None:
 
 def options_from(options: type, given: dict[str, Any]) -> Any:
     """The dataclass made of what a parser of `add_options` found. Its own checks run here."""
-    from fastdiff.generation.config import GenerationOptions, MaskedDiffusionGenerationConfig
-
     hints, own = get_type_hints(options), {field.name for field in dataclasses.fields(options)}
     values = {name: value for name, value in given.items() if name in own}
     for name in own:
         if hints[name] is GenerationOptions:
+            from fastdiff.generation.config import MaskedDiffusionGenerationConfig  # transformers: a second
+
             decoding = set(MaskedDiffusionGenerationConfig.option_defaults()) - own
             values[name] = GenerationOptions({key: value for key, value in given.items() if key in decoding})
     return options(**values)

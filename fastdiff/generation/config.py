@@ -21,10 +21,6 @@ _OTHERS = (  # what transformers itself passes or stores
 )  # fmt: skip
 
 
-class GenerationOptions(dict[str, Any]):
-    """Decoding options that somebody gave, by field of `MaskedDiffusionGenerationConfig`; the others are left out."""
-
-
 class MaskedDiffusionGenerationConfig(GenerationConfig):
     """Options of `fastdiff.generation.generate`. Fields of other ways to decode (num_beams, …) are refused.
 

@@ -7,6 +7,13 @@ from typing import Any, Literal, TypeVar
 Sampling = TypeVar("Sampling")
 
 
+class GenerationOptions(dict[str, Any]):
+    """Decoding options that somebody gave, by field of `fastdiff.generation.MaskedDiffusionGenerationConfig`.
+
+    A command's dataclass with a field of this type has all of these options; those not given are left out.
+    """
+
+
 def at_least(option: str, value: float | None, least: float) -> None:
     """Raises ValueError for an option of a command line that is given and too small."""
     if value is not None and value < least:

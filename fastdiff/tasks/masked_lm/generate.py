@@ -12,7 +12,7 @@ from typing import Any
 from fastdiff.data.text_config import LengthFormat
 from fastdiff.files import output_path, write_atomically
 from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
-from fastdiff.generation.config import GenerationOptions, merged_options
+from fastdiff.generation.config import merged_options
 from fastdiff.tasks.masked_lm.run import (
     DEFAULT_NEW_TOKENS,
     decoding_defaults,
@@ -20,7 +20,7 @@ from fastdiff.tasks.masked_lm.run import (
     load_language_model,
     load_length_predictor,
 )
-from fastdiff.tasks.options import RunOptions, at_least
+from fastdiff.tasks.options import GenerationOptions, RunOptions, at_least
 
 _WATCHED = 3  # sequences shown by --watch
 

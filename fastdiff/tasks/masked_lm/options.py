@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from fastdiff.generation.config import GenerationOptions
-from fastdiff.tasks.options import RunOptions, at_least
+from fastdiff.tasks.options import GenerationOptions, RunOptions, at_least
 
 
 @dataclasses.dataclass
