@@ -122,7 +122,7 @@ def test_several_modalities_share_a_backbone(train_run, order, capsys):
     sample.main([str(run), "--modality", "tabular", "--num-samples", "3", "--output", str(run / "mine.csv")])
     assert len((run / "mine.csv").read_text().splitlines()) == 4 and (run / "mine.png").exists()
     assert "not conditioned on classes" in failure(sample, [run, "--modality", "text", "--labels", "1"], capsys)
-    assert "has '11'; expected 0 to 9" in failure(sample, [run, "--modality", "image", "--labels", "11"], capsys)
+    assert "got '11'; expected 0 to 9" in failure(sample, [run, "--modality", "image", "--labels", "11"], capsys)
 
 
 @pytest.mark.parametrize("order", ["in_turn", "mixed"])
