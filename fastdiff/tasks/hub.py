@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: told from local folders, downloaded, uploaded. What fails is told in one line."""
+"""Models on the Hugging Face Hub: recognised, downloaded and uploaded. Errors are one line."""
 
 import difflib
 import re
@@ -47,7 +47,7 @@ def upload(repo_id: str, fill: Callable[[Path, str], object], *, private: bool |
 
     Args:
         repo_id: "name" or "owner/name".
-        fill: writes the files into the folder that it is given; it is told the whole repo_id. It is called when the
+        fill: writes the files into the folder that it is given; its argument is the whole repo_id. It is called when the
             repository is there.
         private, commit_message: as of `Run.push_to_hub`.
 

@@ -157,7 +157,7 @@ def load(path: str | Path, *, weights: str = "ema", device: Any = None, **option
     Args:
         path: a run's folder (its newest checkpoint), one of its checkpoints, a folder written by `save_pretrained`, a
             folder or file in a public format that the kind reads, or a hub id.
-        weights: of a run: the averaged ones ("ema") or those that the optimizer has ("model").
+        weights: for runs: the averaged ones ("ema") or those that the optimizer has ("model").
         device: a torch.device or its name; None takes a GPU where there is one.
         options: those of the kind's own `load`, such as `dtype` of a language model.
 

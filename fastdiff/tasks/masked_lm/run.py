@@ -189,7 +189,7 @@ def load_language_model(
     Args:
         path: a run's folder (the newest checkpoint), one of its checkpoints, or a folder or hub id of any format that
             `MaskedDiffusionLM.from_pretrained` reads.
-        weights: of a run: the averaged ones ("ema") or those that the optimizer has.
+        weights: for runs: the averaged ones ("ema") or those that the optimizer has.
         device: None takes a GPU where there is one.
         dtype: a torch.dtype or its name; None is as stored.
         fields: of the configuration of a checkpoint in a foreign format, such as a mask_token_id that it lacks.
