@@ -47,7 +47,7 @@ def upload(repo_id: str, fill: Callable[[Path, str], object], *, private: bool |
 
     Args:
         repo_id: "name" or "owner/name".
-        fill: writes the files into the folder that it is given; its argument is the whole repo_id. It is called when the
+        fill: writes the files into the folder that it is given, the whole repo_id beside. It is called when the
             repository is there.
         private, commit_message: as of `Run.push_to_hub`.
 

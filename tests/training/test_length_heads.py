@@ -246,26 +246,26 @@ def test_bounds_of_a_trained_head(trained, run):
 
 def test_a_picture_needs_answers(tmp_path):
     for predicted, lengths in (([], []), ([1.0], [1, 2])):
-        with pytest.raises(ValueError, match="predicted and"):
+        with pytest.raises(ValueError, match="predicted: got"):
             save_length_scatter(predicted, lengths, tmp_path / "x.png")
 
 
 def test_what_is_no_head(run, trained, tmp_path):
     model = load_language_model(run).model
-    with pytest.raises(FileNotFoundError, match="is not a folder; expected a run of recipes/eos_head"):
+    with pytest.raises(FileNotFoundError, match="none: no such folder; expected a run of `task: length_head`"):
         load_length_head(tmp_path / "none", model)
-    with pytest.raises(FileNotFoundError, match="no config.json in it"):
+    with pytest.raises(FileNotFoundError, match="no config.yaml and no config.json in it"):
         load_length_head(tmp_path, model)
-    with pytest.raises(ValueError, match="is not a run of a length head"):
+    with pytest.raises(ValueError, match="got a masked diffusion language model; expected a head"):
         load_length_head(run, model)
     (tmp_path / "config.json").write_text('{"model_type": "fastdiff_masked_lm"}')
-    with pytest.raises(ValueError, match="config.json: not the configuration of a length head"):
+    with pytest.raises(ValueError, match="got a masked diffusion language model; expected a head"):
         load_length_head(tmp_path, model)
     checkpoint = shutil.copytree(trained[2].checkpoint, tmp_path / "damaged")
     (checkpoint / "ema.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="ema.safetensors has 5 bytes"):
         load_length_head(checkpoint, model)
-    with pytest.raises(ValueError, match="model of type 'fastdiff_length_head'"):
+    with pytest.raises(ValueError, match="got a head .*; expected a masked diffusion language model"):
         load_language_model(shutil.copytree(trained[2].checkpoint, tmp_path / "alone"))
 
 
@@ -298,7 +298,7 @@ def test_what_cannot_be_trained_on(run, pairs, tmp_path, capsys):
     (images / "checkpoints").mkdir(parents=True)
     (images / "config.yaml").write_text("data: {name: digits}")
     assert "not a run of text; a length head needs a language model's run of pairs" in refuse(run=str(images))
-    assert "documents, which have no answers" in refuse(run=str(run), data={**jsonl, "sample": "documents"})
+    assert "which have no answers whose length" in refuse(run=str(run), data={**jsonl, "sample": "documents"})
     assert "window: got 0; expected at least 1 token" in refuse(run=str(run), window=0)
     assert "prompts and window have up to 25 tokens" in refuse(run=str(run), window=21)
     assert "there is no field data.nmae; did you mean data.name?" in refuse(run=str(run), data={"nmae": 1})
@@ -340,7 +340,7 @@ def test_commands_say_what_a_head_is_for(trained, capsys):
     for command, options in ((generate, ["--prompt", "1"]), (evaluate, []), (sample, [])):
         for path in (folder, trained[2].checkpoint):
             text = failure(command, [path, *options], capsys)
-            assert "is a run of a length head, which generates nothing" in text and "load_length_head" in text
+            assert "got a head that tells an answer's length" in text and "fastdiff.load(path).model" in text
 
 
 @pytest.mark.parametrize("head", HEADS)

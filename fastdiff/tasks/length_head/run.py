@@ -72,7 +72,7 @@ def load_length_head(path: str | Path, model: "MaskedDiffusionLM", *, weights: s
     from fastdiff.generation.length.calibration import model_hash
 
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"length head {str(path)!r} is not a folder; expected a run of `task: length_head`")
+        raise FileNotFoundError(f"{path}: no such folder; expected a run of `task: length_head`, or a saved head")
     run = load_run(path, weights=weights, device=next(model.parameters()).device)
     about = run.about
     if about.get("model_hash") != model_hash(model):
