@@ -181,7 +181,12 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
     steps = max(_FEWEST_STEPS, steps)
     training = dataclasses.replace(training, max_steps=steps, resume=True, overwrite=False)
     trainer = trainer_for(training)
-    return trainer, trainer.train()
+    outcome = trainer.train(seconds=1.3 * left + 10)
+    if outcome.finished or time.perf_counter() - start < seconds:  # as planned, or Ctrl-C
+        return trainer, outcome
+    # the machine became slower: what there is counts; this only draws the pictures
+    trainer = trainer_for(dataclasses.replace(training, max_steps=outcome.steps))
+    return trainer, dataclasses.replace(trainer.train(), samples_per_second=outcome.samples_per_second)
 
 
 def _finish(

@@ -110,13 +110,14 @@ class Trainer:
         checkpoints.load_optimizer(optimizer, self.names, newest / "optimizer.safetensors")
         return state["step"]
 
-    def train(self, stop_at: int | None = None) -> Outcome:
+    def train(self, stop_at: int | None = None, seconds: float | None = None) -> Outcome:
         """Runs up to max_steps and ends with a checkpoint and pictures.
 
         Where the run that it resumes has come that far already, nothing is trained and only missing pictures are made.
 
         Args:
             stop_at: a step to end at before max_steps, with a checkpoint but no pictures; None runs to the end.
+            seconds: a time to end after in the same way, at the next step that is logged; None sets no limit.
 
         Raises:
             TrainingError: a loss was not finite, or the disk is full; one line that names the last whole checkpoint.
@@ -137,6 +138,7 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         self._seconds, self._timed_steps, self._clock = 0.0, 0, time.perf_counter()
+        deadline = float("inf") if seconds is None else self._clock + seconds
         self._smooth_loss, self._smoothed = 0.0, 0
         stopped = False
         with self._progress, stop_on_signals() as signals:
@@ -146,7 +148,7 @@ class Trainer:
                 due = any(map(self._due, (config.log_every, config.checkpoint_every, config.preview_every)))
                 # several processes agree on stopping in the collective of `_flush`, so all must reach the same one
                 if due or (signals.received and self.accelerator.num_processes == 1):
-                    stopped = self._flush(signals.received)
+                    stopped = self._flush(signals.received or time.perf_counter() > deadline)
                 if stopped or self._due(config.checkpoint_every):
                     self._save()
                 if stopped:

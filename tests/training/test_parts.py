@@ -139,3 +139,8 @@ def test_errors_name_the_section_that_a_recipe_has():
             raise KeyError
         assert named("hop") == "data.hop"  # an inner section ends with its error
     assert message(contextlib.nullcontext()) == "hop: got 0; expected at least 1"
+
+
+def test_training_ends_after_a_time_with_a_checkpoint(make_trainer, tmp_path):
+    outcome = make_trainer(tmp_path / "run", "--training.max_steps", 500, "--training.log_every", 2).train(seconds=0)
+    assert not outcome.finished and outcome.steps == 2 and outcome.checkpoint.name == "step_2"
