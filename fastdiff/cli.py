@@ -58,7 +58,11 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         if os.environ.get("FASTDIFF_TRACEBACK") == "1":
             return main(argv)
         try:
-            return main(argv)
+            main(argv)
+            sys.stdout.flush()  # here, where an error of it is caught
+        except BrokenPipeError:  # who read the output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and where what can be made again is kept."""
 
+import errno
 import json
 import os
 import shutil
@@ -34,7 +35,9 @@ def write_atomically(path: str | os.PathLike, content: bytes | str | Callable[[P
     Raises:
         OSError: it cannot be written; the message names `path`. And what the function raises; nothing is left behind.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # what a link names is written, the link stays
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file, so that it cannot be replaced by one", str(path))
     temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.writing")
     try:
         if callable(content):
@@ -134,6 +137,8 @@ def output_path(given: str | None, default: Path) -> Path:
     name, existed = f"--output {str(path)!r}", os.path.exists(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{name} is a folder; expected the name of a file")
+    if existed and not path.is_file():
+        raise PermissionError(f"{name} is a device or a pipe; expected the name of a file")
     if not os.path.isdir(path.parent):
         raise FileNotFoundError(f"{name} lies in a folder that does not exist; make it first")
     try:

@@ -92,7 +92,7 @@ def parse_recipe(recipe: type[Recipe], arguments: RecipeArguments | Sequence[str
         raise ValueError(f"no recipe given; expected: {parser.usage}")
     check_recipe_file(recipe, arguments.recipe)
     # first, whatever its place was: options replace what it says
-    return build(recipe, parser.parse_args(["--recipe", str(arguments.recipe), *arguments.options]))
+    return build(recipe, parser.parse_args([f"--recipe={arguments.recipe}", *arguments.options]))
 
 
 def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:

@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace, run: Path, hops: int, seed: int) -> d
 
     loaded = load_run(folder_of(arguments, run, hops, seed), device="cpu")
     (modality,) = loaded.recipe.modalities
-    held_out = loaded.source(modality).data.held_out
+    held_out = loaded.source_of(modality).data.held_out
     losses = {}
     for noise in NOISES:
         parts = held_out_losses(loaded.model, modality, held_out, arguments.draws, input_noise=noise)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ def kind_of(path: str | Path) -> str:
         FileNotFoundError: nothing there; a hub id that cannot be reached; the message says what was tried.
         ValueError: a config that cannot be read; the message names the file.
     """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"path: got {path!r}; expected a run, a checkpoint, a saved model or a hub id")
     folder, checkpoint = locate(path)
     if folder.config.is_file():
         return recipe_kind(folder.config)

@@ -65,6 +65,8 @@ class TrainingConfig:
     project: str = "fastdiff"
 
     def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError(f"{named('output_dir')}: got ''; expected the name of a folder")
         for name in ("batch_size", "accumulation_steps", "max_steps", "checkpoint_every", "keep_last", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")

@@ -10,7 +10,9 @@ from filelock import FileLock, Timeout
 
 from fastdiff.errors import TrainingError
 from fastdiff.files import flush_to_disk, write_atomically
+from fastdiff.recipes import read_recipe_file
 from fastdiff.training.checkpoint import (
+    STATE_FILE,
     list_checkpoints,
     remove_checkpoint,
     remove_leftovers,
@@ -71,6 +73,7 @@ class RunFolder:
         self._lock()
         if self.config.exists() or self.latest() is not None:
             if training.overwrite:
+                self._check_is_run()
                 self._clear()
             elif training.resume:
                 self._check_same(recipe)
@@ -121,6 +124,26 @@ class RunFolder:
                 f"training.output_dir: got {str(self.path)!r}, which cannot be written ({error.strerror}); {advice}"
             ) from None
 
+    def _read_config(self) -> dict[str, Any]:
+        """config.yaml as plain values. Raises ValueError, naming the file, where it is not a recipe."""
+        content = read_recipe_file(self.config)
+        if not isinstance(content, dict) or not isinstance(content.get("training"), dict):
+            raise ValueError(
+                f"{self.config}: got no recipe of a run; expected the section training; pass another folder"
+            )
+        return content
+
+    def _check_is_run(self) -> None:
+        """Raises ValueError where a config.yaml or a checkpoint is not one that fastdiff.train wrote: it is kept."""
+        if self.config.exists():
+            self._read_config()
+        for checkpoint in list_checkpoints(self.checkpoints):
+            if not (checkpoint / STATE_FILE).is_file():
+                raise ValueError(
+                    f"training.overwrite: got {str(checkpoint)!r}, which is not a checkpoint of fastdiff.train; "
+                    "nothing was deleted; pass another training.output_dir"
+                )
+
     def _clear(self) -> None:
         for checkpoint in list_checkpoints(self.checkpoints):
             remove_checkpoint(checkpoint)
@@ -131,7 +154,7 @@ class RunFolder:
     def _check_same(self, recipe: dict[str, Any]) -> None:
         if not self.config.exists():
             raise FileNotFoundError(f"{self.config} is missing; a run cannot be resumed without it")
-        old, new = _flatten(yaml.safe_load(self.config.read_text())), _flatten(recipe)
+        old, new = _flatten(self._read_config()), _flatten(recipe)
         for key in sorted(old.keys() | new.keys()):
             free = key.startswith("sampling.") or key.removeprefix("training.") in _FREE
             if not free and old.get(key) != new.get(key):

@@ -196,7 +196,11 @@ def test_learned_heads(pairs_run, tmp_path, capsys):
         saved = load_calibration(run / "checkpoints" / "step_60", head.kind, loaded.model, loaded.tokenizer, head)
         assert saved.num_pairs == 65
     _fails([str(run), "--length", "--length-heads", *heads, heads[0]], "is a second classifier", capsys)
-    _fails([str(run), "--length", "--length-heads", str(tmp_path / "no")], "length head .*no' is not a folder", capsys)
+    _fails(
+        [str(run), "--length", "--length-heads", str(tmp_path / "no")],
+        "no: no such folder; expected a run of `task: length_head`",
+        capsys,
+    )
     save_length_head(EndClassifier(32), tmp_path / "other", model_hash="another")
     _fails([str(run), "--length", "--length-heads", str(tmp_path / "other")], "for another model than this", capsys)
 

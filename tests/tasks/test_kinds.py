@@ -80,5 +80,8 @@ def test_bad_names_are_one_line(toy, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other.yaml"
     other.write_text("task: cooking")
     assert "task: got 'cooking'; expected one of dit" in fails(train.main, [other], capsys)
+    for path in ("", None, 3):
+        with pytest.raises(ValueError, match="path: got"):
+            fastdiff.load(path)
     with pytest.raises(ValueError, match="weights: got 'best'"):
         fastdiff.load(tmp_path, weights="best")

@@ -203,8 +203,8 @@ def test_arguments_that_do_not_fit(runs):
     fails("classes: got none", loaded.sample, [])
     fails("output_type: got 'np'", loaded.sample, [1], output_type="np")
     fails("num_images_per_class: got 0", loaded.sample, [1], num_images_per_class=0)
-    fails("num_inference_steps is 0", loaded.sample, [1], num_inference_steps=0)
-    fails("guidance_scale is nan", loaded.sample, [1], guidance_scale=float("nan"))
+    fails("num_inference_steps: got 0", loaded.sample, [1], num_inference_steps=0)
+    fails("guidance_scale: got nan", loaded.sample, [1], guidance_scale=float("nan"))
     fails("generate: got a run of dit, which has none; use .sample", loaded.generate, "x", kind=TypeError)
     head = fastdiff.load(runs / "length_head", device="cpu")
     fails("sample: got a run of length_head, which has none; use its .model", head.sample, kind=TypeError)
@@ -235,7 +235,7 @@ def test_saved_ways_of_sampling_that_were_damaged(runs, tmp_path):
     for change, message in (
         ({"mixed_precision": "fp8"}, "config.json: mixed_precision: got 'fp8'; expected one of auto, bf16, no"),
         ({"sampling": {"steps": 3}}, "config.json: not the configuration of .*steps"),
-        ({"sampling": {"num_inference_steps": 0}}, "config.json: .*num_inference_steps is 0"),
+        ({"sampling": {"num_inference_steps": 0}}, "config.json: .*num_inference_steps: got 0"),
         ({"id2label": {"0": "a"}}, "id2label: got 1 names; expected those of 0 to 9"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

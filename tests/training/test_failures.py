@@ -197,3 +197,16 @@ def test_ctrl_c_while_a_checkpoint_is_written_leaves_nothing_half_written(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write_checkpoint(tmp_path, 2, {}, write, keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_overwrite_keeps_what_is_not_a_run(make_trainer, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("db: x\n")
+    with pytest.raises(ValueError, match="config.yaml: got no recipe of a run"):
+        make_trainer(folder, "--training.overwrite", "true")
+    (folder / "config.yaml").unlink()
+    (folder / "checkpoints" / "step_5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="step_5.* not a checkpoint of fastdiff.train"):
+        make_trainer(folder, "--training.overwrite", "true")
+    assert (folder / "checkpoints" / "step_5").is_dir()

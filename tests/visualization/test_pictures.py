@@ -95,7 +95,7 @@ def test_the_loss_curve_shows_the_held_out_bound(tmp_path, figures):
     save_loss_curve(metrics, tmp_path / "loss.png", validation=validation)
     (plain,), (both,), (loss,) = (figure.axes for figure in figures)
     assert not plain.containers
-    for axes, label, value in ((both, "held-out bound, nats/token", 2.5), (loss, "held-out loss", 2.25)):
+    for axes, label, value in ((both, "held-out nats per token", 2.5), (loss, "held-out loss", 2.25)):
         (bar,) = axes.containers
         assert bar.get_label() == label and bar[0].get_xydata().tolist() == [[10, value]]
     (segments,) = (bars.get_segments() for bars in both.containers[0][2])
