@@ -8,7 +8,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -103,7 +103,7 @@ def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
         exit_on_error=False, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("run", type=str, help="a run's folder, one of its checkpoints, a saved model, or a hub id")
-    add_options(parser, options)
+    add_options(parser, options, without=unfit(path) if (unfit := getattr(options, "unfit", None)) else ())
     given = vars(parser.parse_args(arguments))
     made = options_from(options, given)
     quiet_libraries()
@@ -120,8 +120,11 @@ def find_path(arguments: Sequence[str]) -> str | None:
     return next(iter(sure), None) or next((word for _, word in values if Path(word).exists()), None)
 
 
-def add_options(parser: ArgumentParser, options: type) -> None:
+def add_options(parser: ArgumentParser, options: type, without: Collection[str] = ()) -> None:
     """Adds an option for each field of a dataclass; what is not given is not in the parser's result.
+
+    Fields in `without` get none: a dataclass whose options depend on the run has a static method `unfit(path)`, which
+    names them.
 
     The docstring's Attributes are the help. A field of type `GenerationOptions` stands for all options of decoding that
     the class does not have itself. `metadata` of a field are further arguments of `add_argument`.
@@ -129,6 +132,8 @@ def add_options(parser: ArgumentParser, options: type) -> None:
     meanings, hints = _meanings(options), get_type_hints(options)
     decoding = None
     for field in dataclasses.fields(options):
+        if field.name in without:
+            continue
         if hints[field.name] is GenerationOptions:
             decoding = field
             continue

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,8 +29,11 @@ _RECIPE = "dit_mnist"
 _BACKENDS = ("auto", "reference")  # fastdiff's kernels, and the same model on plain PyTorch operators
 _SAMPLES = 500
 _FEWEST_STEPS = 20
+_MEANINGFUL_STEPS = 800  # a run of fewer does not draw what people would call digits
 _MEASURING = 20.0  # seconds for measuring the rates, at most; a slow machine measures less
 _TRAINED = 0.7  # class accuracy below which nobody would call the model trained (five minutes give 98 %, chance 10 %)
+# what has to be typed before `fastdiff` can be, where the environment was not entered
+_ENTER = "" if shutil.which("fastdiff") else ". .venv/bin/activate && "
 # `make demo` installs and builds first
 _PHASES = ("install", "build", "measure", "train", "classify")
 
@@ -136,6 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         flush=True,
     )
     announce("train", f"about {planned} steps in {arguments.seconds / 60:.1f} minutes")
+    if planned < _MEANINGFUL_STEPS:
+        print(
+            f"this machine is slow or busy (load {about['load_before']} on {about['cores']} cores): so few steps make "
+            "no readable digits; Ctrl-C and try again when it is idle, or give it longer with --seconds",
+            flush=True,
+        )
     training_start = time.perf_counter()
     trainer, outcome = _train(recipe, training, data, arguments.seconds)
     training_seconds = time.perf_counter() - training_start
@@ -180,6 +188,7 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
     steps = tenth + max(tenth, int(left * outcome.samples_per_second / training.batch_size))
     steps = max(_FEWEST_STEPS, steps)
     training = dataclasses.replace(training, max_steps=steps, resume=True, overwrite=False)
+    print(f"{steps} steps in all, by the rate of the first {tenth}", flush=True)
     trainer = trainer_for(training)
     outcome = trainer.train(seconds=1.3 * left + 10)
     if outcome.finished or time.perf_counter() - start < seconds:  # as planned, or Ctrl-C
@@ -206,23 +215,20 @@ def _finish(
     scores = report.to_dict()
     ratio = report.samples.frechet_distance / report.held_out.frechet_distance
     total = time.perf_counter() - start
-    write_atomically(
-        folder / "report.json",
-        json.dumps(
-            {
-                "class_accuracy": report.samples.class_accuracy,
-                "frechet_ratio_to_held_out": ratio,
-                "guidance_scale": sampling.guidance_scale,
-                "num_inference_steps": sampling.num_inference_steps,
-                **scores,
-                "speed": speed,
-                "total_seconds": total,
-                "machine": about,
-            },
-            indent=1,
-        )
-        + "\n",
-    )
+    details = {
+        "class_accuracy": report.samples.class_accuracy,
+        "frechet_ratio_to_held_out": ratio,
+        "guidance_scale": sampling.guidance_scale,
+        "num_inference_steps": sampling.num_inference_steps,
+        **scores,
+        "speed": speed,
+        "total_seconds": total,
+        "machine": about,
+    }
+    write_atomically(folder / "report.json", json.dumps(details, indent=1) + "\n")
+    # as `fastdiff evaluate` writes it, for the model card
+    evaluation = {"run": str(folder), "step": run.step, "weights": "ema", **scores}
+    write_atomically(folder / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
     print(
         f"\n{report.to_markdown()}\n\n"
         f"| images/s of training | |\n| --- | ---: |\n"
@@ -239,12 +245,10 @@ def _tell_what_is_next(folder: Path, accuracy: float, steps: int, seconds: float
     """The next command, whole. Raises TrainingError where the model is not trained."""
     if accuracy < _TRAINED:
         raise TrainingError(
-            f"the model is not trained: {steps} steps fitted into the time, and {accuracy:.0%} of its samples are of "
-            f"their class; run it again when the machine is less busy, or longer: fastdiff demo --seconds "
-            f"{4 * seconds:.0f}"
+            f"the model is not trained: it made {steps} steps, and {accuracy:.0%} of its samples are of their class; "
+            f"run it again when the machine is less busy, or longer: {_ENTER}fastdiff demo --seconds {4 * seconds:.0f}"
         )
-    enter = "" if sys.prefix != sys.base_prefix and shutil.which("fastdiff") else ". .venv/bin/activate && "
-    print(f"\nnext: {enter}fastdiff sample {folder} --labels 3,1,4 --seed 7")
+    print(f"\nnext: {_ENTER}fastdiff sample {folder} --labels 3,1,4 --seed 7")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Recipes: YAML files and command-line options, as dataclasses."""
 
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -91,6 +92,12 @@ def parse_recipe(recipe: type[Recipe], arguments: RecipeArguments | Sequence[str
     if arguments.recipe is None:
         raise ValueError(f"no recipe given; expected: {parser.usage}")
     check_recipe_file(recipe, arguments.recipe)
+    if any(word == "-h" or word.startswith("--help") for word in arguments.options):  # the help tells its values
+        values = vars(parser.parse_args([f"--recipe={arguments.recipe}"]).as_flat())
+        values.pop("recipe", None)
+        for name, value in values.items():
+            with contextlib.suppress(KeyError):  # fields of a section that may be null have no option of their own
+                parser.set_defaults({name: value})
     # first, whatever its place was: options replace what it says
     return build(recipe, parser.parse_args([f"--recipe={arguments.recipe}", *arguments.options]))
 

@@ -169,13 +169,14 @@ class Run:
 
     def _write(self, directory: Path, title: str, address: str = "PATH_OR_HUB_ID") -> None:
         """All of a saved folder; `address` is what its card passes to `fastdiff.load`."""
+        if type(self)._save is Run._save:
+            raise TypeError(f"save_pretrained: got a run of {self.kind}, which has none; copy {self.source}")
         directory.mkdir(parents=True, exist_ok=True)
         self._save(directory)
         write_model_card(directory, self, title, address)
 
     def _save(self, directory: Path) -> None:
-        """Writes all but the model card."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is saved")
+        """Writes all but the model card; a kind without it cannot be saved."""
 
     def usage(self) -> str:
         """Lines of Python for the model card that use `run`, what `fastdiff.load` gives."""

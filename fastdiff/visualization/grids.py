@@ -42,7 +42,7 @@ def save_sample_grid(
             "[N, 1 or 3, H, W] with N >= 1, and [N]"
         )
     rows: list[tuple[int, Tensor]] = []  # label, images of the row
-    for label in labels.unique().tolist():
+    for label in dict.fromkeys(labels.tolist()):  # in the order of their first images
         members = images[labels == label]
         rows += [(label, members[start : start + columns]) for start in range(0, len(members), columns)]
     columns = max(len(members) for _, members in rows)

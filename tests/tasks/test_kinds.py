@@ -41,6 +41,10 @@ def test_a_kind_of_ones_own_is_trained_sampled_evaluated_and_loaded(run, capsys)
     loaded = fastdiff.load(run)
     assert loaded.kind == "toy" and loaded.step == 60 and loaded.recipe.data.mean == 5
     assert loaded.sample(2).shape == (2,)
+    loaded.save_pretrained(run.parent / "saved")
+    again = fastdiff.load(run.parent / "saved")
+    assert again.kind == "toy" and again.model.mean.item() == loaded.model.mean.item()
+    assert "a bell curve over numbers" in (run.parent / "saved" / "README.md").read_text()
     assert fastdiff.load(run / "checkpoints" / "step_60", weights="model").model.mean.item() != loaded.model.mean.item()
 
 

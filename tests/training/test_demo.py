@@ -13,7 +13,7 @@ def test_demo_leaves_its_report(tiny_yaml, tmp_path, capsys):
         demo.main(["--seconds", "0.01", "--recipe", str(tiny_yaml), "--output-dir", str(folder)])
     captured = capsys.readouterr()
     # 20 steps train nothing, and the demo says so instead of reporting success
-    assert exit_.value.code == 1 and "error: the model is not trained: 20 steps fitted" in captured.err
+    assert exit_.value.code == 1 and "error: the model is not trained: it made 20 steps" in captured.err
     assert {path.name for path in folder.iterdir()} >= {"samples.png", "loss.png", "report.json", "checkpoints"}
     report = json.loads((folder / "report.json").read_text())
     assert report["samples"]["images"] == 500 and 0 <= report["class_accuracy"] <= 1

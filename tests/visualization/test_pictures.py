@@ -22,12 +22,12 @@ def test_grid_has_every_image(tmp_path, figures):
     (axes,) = figures[0].axes
     sheet, pitch = np.asarray(axes.images[0].get_array()), 28 + 1
     assert sheet.shape == (3 * pitch - 1, 2 * pitch - 1, 3)
-    for image, (row, column) in ((1, (0, 0)), (3, (0, 1)), (0, (1, 0)), (2, (1, 1)), (4, (2, 0))):
+    for image, (row, column) in ((0, (0, 0)), (2, (0, 1)), (4, (1, 0)), (1, (2, 0)), (3, (2, 1))):
         block = sheet[row * pitch : row * pitch + 28, column * pitch : column * pitch + 28]
         assert (block == ((colours[image] + 1) * 127.5).round().numpy()).all()
-    assert (sheet[2 * pitch :, pitch:] == 255).all()  # no sixth image
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second"]
-    assert axes.get_yticks().tolist() == [13.5, pitch + 13.5]
+    assert (sheet[pitch : 2 * pitch, pitch:] == 255).all()  # no sixth image
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["second", "first"]  # as first seen
+    assert axes.get_yticks().tolist() == [13.5, 2 * pitch + 13.5]
 
 
 def test_grid_clips_and_takes_grey_images(tmp_path, figures):

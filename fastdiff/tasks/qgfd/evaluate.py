@@ -10,11 +10,13 @@ import torch
 from fastdiff.device import autocast_dtype
 from fastdiff.evaluation.features import batches_of, compare_with_real, encode_batches
 from fastdiff.files import output_path, write_atomically
+from fastdiff.recipes import load_recipe
 from fastdiff.tasks.options import SamplingOptions, at_least
-from fastdiff.tasks.qgfd.recipe import QGFDSamplingConfig
+from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.run import QGFDRun, load_run
 from fastdiff.tasks.qgfd.samples import Samples, draw_samples, label_count, table_columns
 from fastdiff.tasks.qgfd.sources import Source
+from fastdiff.training.run_folder import locate
 
 _REAL = 4000  # real training examples that the Fréchet distance is taken of, at most
 
@@ -34,6 +36,12 @@ class EvaluateOptions(SamplingOptions):
     modality: str | None = None
     num_samples: int | None = None
     output: str | None = None
+
+    @staticmethod
+    def unfit(path: str) -> set[str]:
+        """Options that mean nothing for a run: a choice where there is one modality."""
+        config = locate(path)[0].config
+        return {"modality"} if config.is_file() and len(load_recipe(QGFDRecipe, config).modalities) == 1 else set()
 
     def __post_init__(self):
         at_least("num_samples", self.num_samples, 2)

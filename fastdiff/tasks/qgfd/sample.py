@@ -7,8 +7,10 @@ import torch
 
 from fastdiff.device import autocast_dtype
 from fastdiff.files import output_path
+from fastdiff.recipes import load_recipe
 from fastdiff.tasks.labels import parse_labels
 from fastdiff.tasks.options import SamplingOptions, at_least
+from fastdiff.tasks.qgfd.recipe import QGFDRecipe
 from fastdiff.tasks.qgfd.run import QGFDRun, load_run
 from fastdiff.tasks.qgfd.samples import (
     SUFFIXES,
@@ -20,6 +22,7 @@ from fastdiff.tasks.qgfd.samples import (
     sampling_title,
     save_samples,
 )
+from fastdiff.training.run_folder import locate
 
 
 @dataclass
@@ -44,6 +47,25 @@ class SampleOptions(SamplingOptions):
     length: int | None = None
     prompt: str | None = None
     output: str | None = None
+
+    @staticmethod
+    def unfit(path: str) -> set[str]:
+        """Options that mean nothing for a run: another modality's, or a choice where there is only one."""
+        config = locate(path)[0].config
+        if not config.is_file():
+            return set()
+        recipe = load_recipe(QGFDRecipe, config)
+        there = set(recipe.modalities)
+        labelled = there & {"image", "audio", "video"} if recipe.objective.condition_on_labels else set()
+        fits = {
+            "modality": len(there) > 1,
+            "labels": bool(labelled),
+            "images_per_label": bool(labelled),
+            "num_samples": bool(there - labelled),
+            "length": bool(there & {"text", "audio", "video"}),
+            "prompt": "text" in there and recipe.text_data.sample != "documents",
+        }
+        return {name for name, fit in fits.items() if not fit}
 
     def __post_init__(self):
         for name in ("images_per_label", "num_samples", "length"):

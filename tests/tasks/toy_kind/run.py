@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -9,14 +10,17 @@ from fastdiff.recipes import load_recipe
 from fastdiff.tasks.options import RunOptions
 from fastdiff.tasks.run import Run
 from fastdiff.training.checkpoint import load_weights, read_state
-from fastdiff.training.run_folder import locate_checkpoint
+from fastdiff.training.run_folder import locate, locate_checkpoint
 from toy_kind.recipe import ToyRecipe
-from toy_kind.task import Bell
+from toy_kind.task import Bell, save_bell
 
 
 @dataclass(frozen=True)
 class ToyRun(Run):
     kind: ClassVar[str] = "toy"
+
+    def _save(self, directory):
+        save_bell(self.model, directory)
 
     def sample(self, count=1, seed=0):
         noise = torch.randn(count, generator=torch.Generator().manual_seed(seed))
@@ -24,8 +28,11 @@ class ToyRun(Run):
 
 
 def load_run(path, *, weights="ema", device=None):
-    folder, checkpoint = locate_checkpoint(path)
     model = Bell()
+    if not locate(path)[0].config.is_file():  # a folder of save_pretrained
+        load_weights(model, Path(path) / "model.safetensors")
+        return ToyRun(model.eval(), Path(path))
+    folder, checkpoint = locate_checkpoint(path)
     load_weights(model, checkpoint / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
     recipe = load_recipe(ToyRecipe, folder.config)
     return ToyRun(model.eval(), checkpoint, folder, recipe, read_state(checkpoint)["step"])
