@@ -132,7 +132,7 @@ def test_direct_calls_of_the_operator_are_checked():
         ((logits, targets, None, torch.tensor([3, 1]), 0.0, True), "suppress_tokens does not fit"),
         ((logits, targets, None, torch.tensor([5]), 0.0, True), "suppress_tokens does not fit"),
         ((logits, targets, None, torch.arange(5), 0.0, True), "suppress_tokens does not fit"),
-        ((logits, targets, None, None, 1.0, True), "label_smoothing: got 1"),
+        ((logits, targets, None, None, 1.0, True), "label_smoothing is 1"),
     ):
         with pytest.raises(RuntimeError, match=match):
             operator(*bad)
