@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv[0] = f"fastdiff {name}"  # what the command calls itself in its help
         try:
             importlib.import_module(f"fastdiff.{name}").main(rest)
+        except KeyboardInterrupt:  # while the command was imported
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
         finally:
             sys.argv[0] = program
     else:

@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training_seconds = time.perf_counter() - training_start
     if not outcome.finished:
         print(f"stopped after step {outcome.steps}; checkpoint: {outcome.checkpoint}")
-        return
+        raise SystemExit(130)
     speed = {
         "fastdiff_images_per_second": rates["auto"],
         "reference_images_per_second": rates["reference"],

@@ -73,6 +73,7 @@ def _train(kind: Any, recipe: Any) -> None:
             f"stopped by a signal after step {outcome.steps}; checkpoint: {outcome.checkpoint}; "
             "the same command with --training.resume true goes on from there"
         )
+        raise SystemExit(130)  # what shells expect of a command that Ctrl-C ended
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -210,3 +211,21 @@ def test_overwrite_keeps_what_is_not_a_run(make_trainer, tmp_path):
     with pytest.raises(ValueError, match="step_5.* not a checkpoint of fastdiff.train"):
         make_trainer(folder, "--training.overwrite", "true")
     assert (folder / "checkpoints" / "step_5").is_dir()
+
+
+def test_ctrl_c_ends_training_with_a_checkpoint_and_130(tiny_yaml, tmp_path, monkeypatch, capsys):
+    from fastdiff import train
+    from fastdiff.tasks.dit.task import DiTTask
+
+    whole = DiTTask.batch
+
+    def stop(task, step, slots):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(task, step, slots)
+
+    monkeypatch.setattr(DiTTask, "batch", stop)
+    with pytest.raises(SystemExit) as exit_:
+        train.main([str(tiny_yaml), "--training.output_dir", str(tmp_path / "run")])
+    assert exit_.value.code == 130 and (tmp_path / "run" / "checkpoints" / "step_2").is_dir()
+    assert "stopped by a signal after step 2" in capsys.readouterr().out
