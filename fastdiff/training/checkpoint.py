@@ -92,9 +92,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing; expected a checkpoint of fastdiff.train; {advice}")
     try:
         state = json.loads(path.read_text())
-        files = dict(state["files"])
+        step, files, _ = state["step"], dict(state["files"]), dict(state["task"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a whole trainer state; {advice}") from None
+    named = _NAME.fullmatch(checkpoint.name)
+    if not files or not isinstance(step, int) or (named and step != int(named[1])):
+        raise ValueError(f"{path} is not the trainer state of {checkpoint.name}; {advice}")
     for name, size in files.items():
         file = checkpoint / name
         if not file.is_file():
@@ -121,7 +124,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, s
         ValueError: the file has state of a parameter that the model has not, or of another shape than the parameter's.
     """
     by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(path).items():
+    try:
+        content = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    for key, tensor in content.items():
         entry, name = key.split("|", 1)
         by_name.setdefault(name, {})[entry] = tensor
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

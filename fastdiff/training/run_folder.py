@@ -214,11 +214,20 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off in the middle is left out."""
+    """The lines of a metrics.jsonl; a last line that was cut off in the middle is left out.
+
+    Raises ValueError for a file of something else; one line.
+    """
     lines = []
-    for text in path.read_text().splitlines():
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError(
+                f"{path}, line {number}: got {text[:40]!r}; expected the numbers of a step; delete the file, or pass "
+                "another folder"
+            )
+        lines.append(line)
     return lines

@@ -229,3 +229,27 @@ def test_ctrl_c_ends_training_with_a_checkpoint_and_130(tiny_yaml, tmp_path, mon
         train.main([str(tiny_yaml), "--training.output_dir", str(tmp_path / "run")])
     assert exit_.value.code == 130 and (tmp_path / "run" / "checkpoints" / "step_2").is_dir()
     assert "stopped by a signal after step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("checkpoints/step_3/optimizer.safetensors", b"junk", "optimizer.safetensors"),
+        (
+            "checkpoints/step_3/trainer_state.json",
+            b'{"step": 3, "task": {}, "files": {}}',
+            "not the trainer state of step_3",
+        ),
+        ("checkpoints/step_3/trainer_state.json", b'{"files": {"a": 1}}', "not a whole trainer state"),
+        ("metrics.jsonl", b'{"loss": 1}', "metrics.jsonl, line 1: got .*expected the numbers of a step"),
+        ("config.yaml", b"[1]", "config.yaml: got no recipe of a run"),
+    ],
+)
+def test_resume_from_damaged_files_is_one_line(make_trainer, tmp_path, file, content, message):
+    make_trainer(tmp_path / "run", "--training.max_steps", 3).train()
+    path = tmp_path / "run" / file
+    whole = path.read_bytes()
+    path.write_bytes(content + bytes(max(0, len(whole) - len(content))) if path.suffix == ".safetensors" else content)
+    with pytest.raises(ValueError, match=message) as error:
+        make_trainer(tmp_path / "run", "--training.max_steps", 4, "--training.resume", "true")
+    one_line(error)
