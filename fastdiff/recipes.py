@@ -113,7 +113,7 @@ def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
         raise FileNotFoundError(f"{path} is missing; expected the folder of a run of fastdiff.train")
     check_recipe_file(recipe, path)
     try:
-        return build(recipe, recipe_parser(recipe, "").parse_args(["--recipe", str(path)]))
+        return build(recipe, recipe_parser(recipe, "").parse_args([f"--recipe={path}"]))
     except ArgumentError as error:
         raise ValueError(f"{path} is not a recipe of this version: {one_line(error)}") from None
 

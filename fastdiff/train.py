@@ -65,9 +65,10 @@ def _train(kind: Any, recipe: Any) -> None:
         if getattr(recipe, "evaluated_after_training", False):
             print("measuring samples of the run; Ctrl-C leaves it as it is", flush=True)
             kind.get("evaluate")(str(trainer.folder.path), kind.options_of("evaluate")())
-        following = next((name for name in ("sample", "generate") if getattr(kind, name)), None)
-        if following:
-            print(f"next: fastdiff {following} {trainer.folder.path}")
+        if kind.sample:
+            print(f"next: fastdiff sample {trainer.folder.path}")
+        elif kind.generate:
+            print(f'next: fastdiff generate {trainer.folder.path} --prompt "…"')
     else:
         print(
             f"stopped by a signal after step {outcome.steps}; checkpoint: {outcome.checkpoint}; "

@@ -76,7 +76,7 @@ def upload(repo_id: str, fill: Callable[[Path, str], object], *, private: bool |
             files = sorted(path for path in Path(name).rglob("*") if path.is_file())
             added = [CommitOperationAdd(path.relative_to(name).as_posix(), path) for path in files]
             done = api.create_commit(repo_id, added, commit_message=commit_message)
-    except Exception as error:
+    except Exception as error:  # of the hub one line, ours as they are
         kind = _kind_of_failure(error)
         if kind is None:
             raise

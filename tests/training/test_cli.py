@@ -352,3 +352,10 @@ def test_evaluate_command(run, capsys):
     assert set(report["samples"]["accuracy_by_class"]) == set("0123456789")
     assert report["held_out"]["frechet_distance"] < report["samples"]["frechet_distance"]  # 3 steps draw noise
     assert report["samples"]["nearest_neighbour_median"] > report["held_out"]["nearest_neighbour_median"]
+
+
+def test_the_folder_of_a_run_may_begin_with_a_dash(tiny_yaml, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-run").mkdir()
+    (tmp_path / "-run" / "config.yaml").write_text(tiny_yaml.read_text())
+    assert load_recipe(DiTRecipe, Path("-run") / "config.yaml").model.depth == 2
