@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fastdiff.device import evaluating
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedTokens
-from fastdiff.ops import masked_linear_cross_entropy
+from fastdiff.nn.head import check_decodes
 
 _GROUPS = 32  # independent groups of draws; their spread is known to about 1 / sqrt(2 · 31) = 13 %
 
@@ -78,6 +78,7 @@ def likelihood_bound(
     """
     if num_samples < 2 or batch_size < 1:
         raise ValueError(f"num_samples: got {num_samples} and batch_size {batch_size}; expected at least 2 and 1")
+    check_decodes(model)
     texts = _Texts(sequences, maskable, attention_mask)
     condition = None if encoder_input_ids is None else _Texts(encoder_input_ids, None, encoder_attention_mask)
     texts.check(model, process, condition)
@@ -110,20 +111,15 @@ def sequence_losses(
 
     Logits never lie in memory. Raises what `MaskedDiffusionLM.hidden_states` and `masked_linear_cross_entropy` raise.
     """
-    device, inputs = model.head_weight.device, dict(encoder)
+    check_decodes(model)
+    device, inputs = model.device, dict(encoder)
     ids, mask = masked.input_ids.to(device), masked.mask.to(device)
     if model.config.timestep_embedding:
         inputs["timesteps"] = process.time_of(masked.mask.sum(1) / num_maskable.clamp(min=1)).to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     states = model.predicting_states(model.hidden_states(ids, attention_mask, **inputs))
-    _, losses = masked_linear_cross_entropy(
-        states,
-        model.head_weight,
-        clean.to(device),
-        mask,
-        bias=model.head_bias,
-        suppress_tokens=(model.config.mask_token_id,),
-    )
+    suppressed = (model.config.mask_token_id,)
+    _, losses = model.head.masked_cross_entropy(states, clean.to(device), mask, suppress_tokens=suppressed)
     return losses.double().sum(1).cpu() * masked.weight.double().cpu()
 
 
@@ -222,7 +218,7 @@ def _values(
     draws: _Draws,
     chosen: Tensor,
 ) -> Tensor:
-    rows, encoder, device = draws.rows[chosen], {}, model.head_weight.device
+    rows, encoder, device = draws.rows[chosen], {}, model.device
     clean, attended, width = texts.part(rows)
     mask = draws.masks[chosen, :width]
     masked = MaskedTokens(clean.masked_fill(mask, process.mask_token_id), mask, draws.weights[chosen])

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastdiff.device import evaluating
 from fastdiff.diffusion.guidance import guide
@@ -26,7 +25,8 @@ from fastdiff.generation.passes import Passes, Predicting, on_cpu, probed
 from fastdiff.generation.rows import ActiveRows, Turn, planned_turns
 from fastdiff.generation.stopping import Stopping
 from fastdiff.generation.windows import PredictedWindows, buckets, default_predictor, predict_windows
-from fastdiff.ops import TokenSample, lm_head_sample, sample_tokens, unmask_
+from fastdiff.nn.head import check_decodes
+from fastdiff.ops import TokenSample, sample_tokens, unmask_
 
 Streamer = Callable[[Tensor, int], None]
 
@@ -114,11 +114,13 @@ def generate(
     current share of tokens.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, a prompt is empty or too long, nothing is to be generated, or
-            the model's logits have NaN; the message names it.
+        TypeError, ValueError: an argument does not fit, a prompt is empty or too long, nothing is to be generated, the
+            model is wrapped in what decoding would go past (DDP, FSDP, prompt tuning), or its logits have NaN; the
+            message names it.
     """
     config = MaskedDiffusionGenerationConfig() if generation_config is None else generation_config
     config.validate()
+    check_decodes(model)
     attention_mask = check_prompts(model, input_ids, attention_mask, config)
     encoder_mask = check_encoder_inputs(
         model, len(input_ids), encoder_input_ids, encoder_attention_mask, encoder_hidden_states
@@ -337,8 +339,8 @@ class _Decoder:
             positions=safe % rows.width,
             invalid="raise" if on_cpu(safe.device) else "flag",  # to raise, the device would have to be waited for
         )
-        weight, bias = self.model.head_weight, self.model.head_bias
+        head = self.model.head
         if predicting.unconditional is None:
-            return lm_head_sample(predicting.states, weight, bias, **options)
-        both = functional.linear(torch.cat([predicting.states, predicting.unconditional]), weight, bias)
+            return head.sample(predicting.states, **options)
+        both = head.logits(torch.cat([predicting.states, predicting.unconditional]))
         return sample_tokens(guide(*both.chunk(2), config.guidance_scale), **options)

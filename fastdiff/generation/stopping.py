@@ -31,7 +31,7 @@ class Stopping:
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         if config.early_stop and not ends:
             raise ValueError("early_stop: neither the generation config nor the model has an eos_token_id; set it")
-        device, self.at_once = model.head_weight.device, at_once is not None
+        device, self.at_once = model.device, at_once is not None
         ends = ends if at_once is None else list(at_once)
         self.end_tokens = torch.tensor(ends, device=device) if config.early_stop or self.at_once else None
         self.strings, self.tokenizer = config.stop_strings, tokenizer

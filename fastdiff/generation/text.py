@@ -218,7 +218,7 @@ class TextGenerator:
     def _batch(
         self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer, cut: bool, record_steps: bool
     ) -> list[Continuation]:
-        device = self.model.head_weight.device
+        device = self.model.device
         ids, mask = padded([rows[row] for row, _, _ in jobs], device)
         options: dict[str, Any] = {"copies": [copy for _, _, copy in jobs], "length_predictor": self.length_predictor}
         if self.has_encoder:

@@ -87,7 +87,7 @@ class FastdiffLM(TemplateLM):
         if num_draws < 1 or batch_size < 1:
             raise ValueError(f"num_draws: got {num_draws} and batch_size {batch_size}; expected at least 1")
         self.text = TextGenerator(model, tokenizer, config or MaskedDiffusionGenerationConfig())
-        self.model, self.tokenizer, self._device = model, tokenizer, model.head_weight.device
+        self.model, self.tokenizer, self._device = model, tokenizer, model.device
         self.num_draws, self.batch_size, self.seed = num_draws, batch_size, seed
         self.process = process or MaskedDiffusion(MaskedDiffusionConfig(), self.text.mask_token_id)
         self.max_length: int = model.config.max_position_embeddings

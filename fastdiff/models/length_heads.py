@@ -94,7 +94,7 @@ class EndClassifier(LengthHead):
 
     def forward(self, states: Tensor) -> Tensor:  # float [..., D] -> float32 [...]
         """Logits of P(length ≤ offset), one for each state that predicts the window's token at that offset."""
-        return self.out(self.norm(states.to(self.out.weight.dtype))).squeeze(-1).float()
+        return self.out(self.norm(states.to(next(self.out.parameters()).dtype))).squeeze(-1).float()
 
 
 class LengthRegressor(LengthHead):
@@ -115,7 +115,7 @@ class LengthRegressor(LengthHead):
 
     def forward(self, prompt_mean: Tensor, logarithm: bool = False) -> Tensor:  # float [B, D] -> float32 [B]
         """Tokens before the EoS, at least 0; with `logarithm` log(1 + tokens) as predicted, which training compares."""
-        x = self.hidden(self.norm(prompt_mean.to(self.out.weight.dtype)))
+        x = self.hidden(self.norm(prompt_mean.to(next(self.out.parameters()).dtype)))
         log_length = self.out(nn.functional.gelu(x)).squeeze(-1).float()
         return log_length if logarithm else torch.expm1(log_length).clamp(min=0)
 

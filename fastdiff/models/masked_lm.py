@@ -15,11 +15,10 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from fastdiff.models.masked_lm_checkpoints import load_gpt2, load_masked_lm
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
-from fastdiff.nn import AdaLayerNorm, KeyValueCache, TimestepEmbedding, TransformerBlock
+from fastdiff.nn import AdaLayerNorm, KeyValueCache, LanguageModelHead, TimestepEmbedding, TransformerBlock
 from fastdiff.nn.checks import bool_mask, check_token_ids
 from fastdiff.nn.flash import resolve_implementation
 from fastdiff.nn.transformer import rotary_table
-from fastdiff.ops import masked_linear_cross_entropy
 
 IGNORED_LABEL = -100
 
@@ -116,14 +115,28 @@ class MaskedDiffusionLM(PreTrainedModel):
         self.post_init()
 
     @property
+    def head(self) -> LanguageModelHead:
+        """The head as it is now, wrapped or not: what every loss, draw and likelihood goes through."""
+        return LanguageModelHead(self.lm_head)
+
+    @property
     def head_weight(self) -> Tensor:  # [V, D]
-        """The head's weight; the token embedding where they are tied."""
-        return self.lm_head.weight
+        """The head's weight; the token embedding where they are tied. Raises ValueError where the head is wrapped."""
+        return self._plain_head()[0]
 
     @property
     def head_bias(self) -> Tensor | None:  # [V]
-        """The head's bias, or None."""
-        return self.lm_head.bias
+        """The head's bias, or None. Raises ValueError where the head is wrapped."""
+        return self._plain_head()[1]
+
+    def _plain_head(self) -> tuple[Tensor, Tensor | None]:
+        plain = self.head.plain
+        if plain is None:
+            raise ValueError(
+                f"lm_head: a {type(self.lm_head).__name__}, whose weight does not say all that it does; use model.head "
+                "or model.lm_head(states)"
+            )
+        return plain
 
     def hidden_states(
         self,
@@ -231,12 +244,10 @@ class MaskedDiffusionLM(PreTrainedModel):
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels: got shape {list(labels.shape)}; expected {list(input_ids.shape)}")
             counted = labels != IGNORED_LABEL
-            loss, _ = masked_linear_cross_entropy(
+            loss, _ = self.head.masked_cross_entropy(
                 states,
-                self.head_weight,
                 labels,
                 counted,
-                bias=self.head_bias,
                 row_weight=row_weight,
                 suppress_tokens=(self.config.mask_token_id,),
                 label_smoothing=label_smoothing,

@@ -2,6 +2,7 @@
 
 from fastdiff.nn.attention import SelfAttention
 from fastdiff.nn.embeddings import LabelEmbedding, PatchEmbed, TimestepEmbedding, sincos_2d, sincos_positions
+from fastdiff.nn.head import LanguageModelHead
 from fastdiff.nn.mlp import ACTIVATIONS, Mlp
 from fastdiff.nn.norm import AdaLayerNorm, GatedResidualAdaLayerNorm
 from fastdiff.nn.qgfd import DiffusedValues, QGFDAttention, QGFDSettings
@@ -14,6 +15,7 @@ __all__ = [
     "GatedResidualAdaLayerNorm",
     "KeyValueCache",
     "LabelEmbedding",
+    "LanguageModelHead",
     "Mlp",
     "PatchEmbed",
     "QGFDAttention",

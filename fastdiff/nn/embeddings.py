@@ -68,7 +68,7 @@ class TimestepEmbedding(nn.Module):
         return torch.cat(waves, dim=1)
 
     def forward(self, timestep: Tensor) -> Tensor:  # [B] -> [B, dim]
-        return self.mlp(self.sinusoids(timestep).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.sinusoids(timestep).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):

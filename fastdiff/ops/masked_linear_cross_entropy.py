@@ -87,6 +87,27 @@ def masked_linear_cross_entropy(
     return loss, row_loss.view(hidden.shape[:-1])
 
 
+def cross_entropy_from_logits(
+    logits: Tensor,  # [R, V]
+    targets: Tensor,  # int64 [R]
+    *,
+    row_weight: Tensor | None = None,  # [R]
+    suppress_tokens: Sequence[int] | Tensor | None = (),
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # [], [R]
+    """`masked_linear_cross_entropy` of rows that all count, whose logits are there already; in plain PyTorch.
+
+    For heads that are more than a weight and a bias (`fastdiff.nn.LanguageModelHead`). Raises as that does.
+    """
+    check_floats("logits", logits, 1)
+    rows, vocab = torch.ones_like(targets, dtype=torch.bool), logits.shape[-1]
+    suppressed = _check_rows(logits, vocab, targets, rows, row_weight, suppress_tokens, label_smoothing)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses = reference.row_losses(logits.to(wide), targets, suppressed, float(label_smoothing))
+    weighted = losses if row_weight is None else losses * row_weight.detach().to(wide)
+    return weighted.sum(), losses.detach()
+
+
 class _MaskedLinearCrossEntropy(torch.autograd.Function):
     """Saves gradients, not logits.
 
@@ -142,7 +163,11 @@ def _check(hidden, weight, bias, targets, mask, row_weight, suppress_tokens, lab
     if hidden.shape[-1] == 0:
         raise ValueError(f"hidden: got shape {list(hidden.shape)}; expected at least one number in the last dimension")
     check_head(hidden, weight, bias)
-    vocab, lead = weight.shape[0], hidden.shape[:-1]
+    return _check_rows(hidden, weight.shape[0], targets, mask, row_weight, suppress_tokens, label_smoothing)
+
+
+def _check_rows(hidden, vocab, targets, mask, row_weight, suppress_tokens, label_smoothing) -> Tensor | None:
+    lead = hidden.shape[:-1]
     check_integers("targets", targets, hidden.device)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"

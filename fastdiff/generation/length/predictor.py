@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastdiff.generation.length import rules
 from fastdiff.generation.length.calibration import Calibration, check_coverage, check_made_for
@@ -232,9 +231,7 @@ class LengthPredictor:
 
     def _end_logits(self, states: Tensor) -> Tensor:  # [B, W]
         ends = torch.tensor(self.end_token_ids, device=states.device)
-        bias = self.model.head_bias
-        weight = self.model.head_weight.index_select(0, ends)
-        return functional.linear(states, weight, None if bias is None else bias[ends]).float().logsumexp(-1)
+        return self.model.head.logits_of(states, ends).float().logsumexp(-1)
 
     def _apply_head(self, features: Tensor, shape: torch.Size) -> Tensor:
         own = next(self.head.parameters(), features)

@@ -11,7 +11,7 @@ from fastdiff.device import evaluating
 from fastdiff.generation.canvas import Canvas, padded
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
-from fastdiff.ops import eos_log_prob, lm_head_sample
+from fastdiff.nn.head import check_decodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ def probe_window(
     prompt_mean: Tensor | None,
 ) -> Probe:
     """See `LengthPredictor.probe`; likeliest: whether `end_is_likeliest` is wanted."""
+    check_decodes(model)
     mask = check_window(model, input_ids, attention_mask, window)
     encoder_mask = check_encoder_inputs(model, len(input_ids), None, encoder_attention_mask, encoder_hidden_states)
     canvas = Canvas(input_ids, mask, window, model.config.mask_token_id, model.config.pad_token_id)
@@ -64,11 +65,11 @@ def probe_window(
         states = model.hidden_states(canvas.ids, canvas.used, **inputs)
     if prompt_mean is None and encoder_hidden_states is None:
         prompt_mean = mean_embedding(model, input_ids, mask)
-    weight, bias, suppressed = model.head_weight, model.head_bias, (model.config.mask_token_id,)
-    ends = eos_log_prob(states, weight, end_token_ids, bias, suppress_tokens=suppressed).float()
+    head, suppressed = model.head, (model.config.mask_token_id,)
+    ends = head.eos_log_prob(states, end_token_ids, suppress_tokens=suppressed).float()
     if not likeliest:
         return Probe(ends, states, prompt_mean)
-    token = lm_head_sample(states, weight, bias, suppress_tokens=suppressed).token
+    token = head.sample(states.flatten(0, 1), suppress_tokens=suppressed).token.view(ends.shape)
     return Probe(ends, states, prompt_mean, torch.isin(token, torch.tensor(end_token_ids, device=states.device)))
 
 
@@ -82,7 +83,7 @@ def prompt_inputs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> dict[st
     empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
     if empty or not len(prompts):
         raise ValueError(f"prompts: {f'prompt {empty[0]} is empty' if empty else 'got none'}; pass at least one token")
-    ids, mask = padded(prompts, model.head_weight.device)
+    ids, mask = padded(prompts, model.device)
     if not model.config.num_encoder_layers:
         return {"input_ids": ids, "attention_mask": mask}
     if model.config.bos_token_id is None:

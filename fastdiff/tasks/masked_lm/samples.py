@@ -59,7 +59,7 @@ def draw_samples(
     config = MaskedDiffusionGenerationConfig(**{"max_new_tokens": room, **options})
     generator = TextGenerator(model, tokenizer, config)
     texts = [tokenizer.decode(prompt) for prompt in prompts]
-    with autocast(model.head_weight.device, dtype):
+    with autocast(model.device, dtype):
         (drawn,) = generator.generate(texts, prompts, batch_size=len(prompts), cut=pairs, record_steps=True)
     arrow = " → " if pairs else ""
     return [TextSample(sample.prompt + arrow, generator.pieces(sample.tokens), sample.steps) for sample in drawn]

@@ -184,7 +184,7 @@ class MaskedLMTask:
             {"seed": training.seed, **sampling.generation},
             max_length=self.config.data.max_length,
             pairs=self.pairs,
-            dtype=autocast_dtype(training.mixed_precision, model.head_weight.device.type),
+            dtype=autocast_dtype(training.mixed_precision, model.device.type),
         )
 
     def facts(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from fastdiff.models.qgfd.adapters.base import (
 )
 from fastdiff.models.qgfd.adapters.huggingface import encoder_of
 from fastdiff.models.qgfd.backbone import QGFDConfig
+from fastdiff.nn.head import embedding_table, linear_bias, linear_without_bias
 
 _LEAST_NOISE = 0.1  # least noise that the nearest embedding is chosen under
 _CERTAIN = 30.0  # logit of a token that is given
@@ -162,7 +163,7 @@ class TextAdapter(Adapter):
         scale = (alpha / sigma.square().clamp_min(_LEAST_VARIANCE)).float()
         with torch.autocast(noisy.device.type, enabled=False):  # logits of hundreds: 8 bits would be too few
             own = F.linear(noisy.float() * scale[:, None, None], self._embeddings().float())
-        return own + self.token_head.bias.float()
+        return own + linear_bias(self.token_head, self.latent_dim).float()
 
     def tell(self, evidence: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """In training: evidence that leaves no doubt of some tokens, and which are left to predict, bool [B, L]."""
@@ -188,10 +189,13 @@ class TextAdapter(Adapter):
         return F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none")
 
     def _posterior(self, prediction: Tensor, evidence: Tensor) -> Tensor:  # [B, L, vocab_size], float32
-        return F.linear(prediction, self.token_head.weight).float() + evidence
+        return linear_without_bias(self.token_head, prediction).float() + evidence
 
     def _embeddings(self) -> Tensor:  # [vocab_size, latent_dim]; not trained to be easy to predict
-        return unit_scale(self.embedding.weight.detach())
+        return unit_scale(self._table().detach())
+
+    def _table(self) -> Tensor:  # [vocab_size, latent_dim]
+        return embedding_table(self.embedding, self.config.vocab_size)
 
     def latent_length(self, batch: Batch) -> int:
         return batch["input_ids"].shape[1]
@@ -229,7 +233,7 @@ class TextAdapter(Adapter):
         # All embeddings have the same length, so that the nearest has the largest product; divided by the variance of
         # normal noise, products are the logarithms of what Bayes' rule makes of noisy latents.
         variance = max(self.config.reconstruction_noise, _LEAST_NOISE) ** 2
-        return F.linear(tokens, unit_scale(self.embedding.weight)) / variance
+        return F.linear(tokens, unit_scale(self._table())) / variance
 
     def _ids(self, batch: Batch, name: str, mask_name: str) -> tuple[Tensor, Tensor | None]:
         ids, vocab_size = batch[name], self.config.vocab_size
