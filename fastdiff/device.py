@@ -29,7 +29,7 @@ def check_device(device: torch.device | str | None) -> torch.device:
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A floating-point dtype by itself or its name; None stays None. Raises ValueError for another."""
     found = dtype if isinstance(dtype, torch.dtype | None) else getattr(torch, dtype, None)
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    if found not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64) or (dtype and not found):
         raise ValueError(f"dtype: got {dtype!r}; expected float32, bfloat16 or float16")
     return found
 

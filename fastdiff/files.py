@@ -10,6 +10,8 @@ from typing import Any
 
 from fastdiff.errors import reason_of
 
+_JSON_LEVELS = 64  # of objects and lists in one another: what walks them does so by calling itself
+
 
 def cache_folder() -> Path:
     """$FASTDIFF_CACHE, or ~/.cache/fastdiff."""
@@ -66,11 +68,17 @@ def _fill(path: Path, write: Callable[[Path], object]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError; ValueError for anything else in it, the message names the file."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {reason_of(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a JSON {type(content).__name__}; expected an object")
+    level = [content]
+    for _ in range(_JSON_LEVELS):
+        level = [entry for value in level for entry in (value.values() if isinstance(value, dict) else value)
+                 if isinstance(entry, dict | list)]  # fmt: skip
+    if level:
+        raise ValueError(f"{path}: not a JSON file of ours: nested more than {_JSON_LEVELS} deep")
     return content
 
 

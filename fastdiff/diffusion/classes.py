@@ -9,6 +9,7 @@ from fastdiff.device import evaluating
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.diffusion.guidance import Guided, check_guidance
 from fastdiff.diffusion.sampling import sample
+from fastdiff.nn.embeddings import check_label_range
 
 
 @torch.no_grad()
@@ -48,8 +49,8 @@ def sample_classes(
             forward pass of both halves.
 
     Raises:
-        ValueError: a sampler that does not fit, a label out of range, too many steps, or a list of seeds of another
-            length; the message names the argument and what was expected.
+        ValueError: a sampler that does not fit, a label out of range, guidance of a model without a null label, too
+            many steps, or a list of seeds of another length; the message names the argument and what was expected.
         TypeError: labels that are not integers.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -91,11 +92,13 @@ def _check_labels(labels: Tensor, config, guidance_scale: float) -> None:
         if guidance_scale != 1:
             raise ValueError(f"guidance_scale: got {guidance_scale}; a model without config.num_classes takes 1 only")
         return
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= num_classes):
+    null_label = getattr(config, "null_label", True)
+    if guidance_scale != 1 and not null_label:
         raise ValueError(
-            f"class_labels: got values {int(labels.min())}..{int(labels.max())}; expected 0..{num_classes} "
-            f"({num_classes} is the null label)"
+            f"guidance_scale: got {guidance_scale} for a model that was trained without label dropout and has no null "
+            "label to guide away from; expected 1"
         )
+    check_label_range(labels, num_classes, null_label)
 
 
 def _sample_shape(sample_size, config) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ branch that a block leaves is not added at its end but handed on with its gate, 
 the next site's `gated_residual_adaln`: all sites but the first are one fused operator.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASS, model_folder, read_foreign
 from fastdiff.models.dit_config import DiTConfig, preset_config
-from fastdiff.models.pretrained import Pretrained, check_state
+from fastdiff.models.pretrained import CONFIG_NAME, Pretrained, naming_config
+from fastdiff.models.weights import check_counts, check_state
 from fastdiff.nn import (
     GatedResidualAdaLayerNorm,
     LabelEmbedding,
@@ -114,7 +116,7 @@ class DiT(Pretrained):
         self,
         sample: Tensor,  # [B, C, H, W], H and W multiples of the patch size
         timestep: Tensor,  # [B] or a scalar
-        class_labels: Tensor | None = None,  # [B] int64 in [0, num_classes]; num_classes is the null label
+        class_labels: Tensor | None = None,  # [B] int64 in [0, num_classes]; num_classes is the null label, if any
         *,
         layer_conditioning: Tensor | None = None,  # [B, L, D]
         token_conditioning: Tensor | None = None,  # [B, N, D]
@@ -125,7 +127,7 @@ class DiT(Pretrained):
         Args:
             sample: noisy images, float32, bfloat16 or float16.
             timestep: a time for each sample, or one for all.
-            class_labels: None is the null label for all.
+            class_labels: None is the null label for all, where the model has one (`config.null_label`).
             layer_conditioning: row l is added to the conditioning vector of block l, the last row also to the final
                 layer's.
             token_conditioning: added to the conditioning vector of every block and of the final layer before it is
@@ -141,6 +143,8 @@ class DiT(Pretrained):
         self._check_conditioning(batch, tokens, timestep, class_labels, layer_conditioning, token_conditioning)
         timestep = timestep.expand(batch)
         if class_labels is None:
+            if not self.config.null_label:
+                raise ValueError("class_labels: got None; this model has no null label: pass a label for each sample")
             class_labels = torch.full((batch,), self.config.num_classes, device=sample.device)
         labels = self.y_embedder.drop(class_labels, label_generator)
         shared = self.t_embedder(timestep) + self.y_embedder(labels)
@@ -164,17 +168,21 @@ class DiT(Pretrained):
         return self._unpatchify(self.final_layer(residual, branch, gate, conditioning), sample)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, **options: Any) -> "DiT":
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, dtype: torch.dtype | str = torch.float32, **options: Any
+    ) -> "DiT":
         """Loads a model, in eval mode; its files say which format it has.
 
         Args:
             path: a folder written by `save_pretrained`; a folder of diffusers' DiTTransformer2DModel (or a pipeline
                 folder with one in `transformer/`); a facebookresearch/DiT file (.pt, or .safetensors with the same
-                names), its EMA weights if it holds both.
-            dtype: dtype of the parameters.
-            options: fields of `DiTConfig` that no weight depends on, such as `attention`; for a
-                facebookresearch file also `num_heads` where the width is not that of a preset. For a folder written
-                by `save_pretrained` also `weights`, the name of the file with them, as in a run's checkpoint.
+                names), its EMA weights if it holds both. Wrappers and prefixes of training scripts are taken off.
+            dtype: dtype of the parameters, or its name ("bfloat16").
+            options: fields of `DiTConfig` that no weight depends on, such as `attention`. For a facebookresearch file
+                also `num_heads` where the width is not that of a preset, and `num_classes`: as many rows in the label
+                table mean a model without a null label. None of the two is needed where the file has its command
+                line, "args". For a diffusers folder also `variant`, such as "fp16". For a folder written by
+                `save_pretrained` also `weights`, the name of the file with them, as in a run's checkpoint.
 
         Raises:
             FileNotFoundError: nothing there, or no checkpoint in the folder.
@@ -191,7 +199,9 @@ class DiT(Pretrained):
 
     @classmethod
     def _filled(cls, config: DiTConfig, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> "DiT":
-        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        check_counts(dataclasses.asdict(config), state, path / CONFIG_NAME)
+        # no memory and no time for weights that are replaced at once
+        with naming_config(path, cls.title), torch.device("meta"):
             model = cls(config)
         check_state(state, model.state_dict(), path, "its configuration")
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
@@ -200,7 +210,7 @@ class DiT(Pretrained):
 
     def reset_positions(self, dtype: torch.dtype = torch.float32) -> None:
         """Makes the positions of the grid trained on again, on the parameters' device; they are not saved."""
-        grid, device = self._grid(self.config.image_size), self.x_embedder.proj.weight.device
+        grid, device = self._grid(self.config.image_size), next(self.parameters()).device
         self.positions = self._positions_of(*grid, device=device).to(dtype)
 
     def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -237,7 +247,13 @@ def _embedders(config: DiTConfig) -> tuple[TimestepEmbedding, LabelEmbedding]:
     time = TimestepEmbedding(
         config.hidden_size, frequency_dim=config.frequency_embedding_size, frequency_shift=config.frequency_shift
     )
-    return time, LabelEmbedding(config.num_classes, config.hidden_size, dropout_prob=config.class_dropout_prob)
+    label = LabelEmbedding(
+        config.num_classes,
+        config.hidden_size,
+        dropout_prob=config.class_dropout_prob,
+        null_label=config.null_label,
+    )
+    return time, label
 
 
 def _add_conditioning(shared: Tensor, by_layer: Tensor | None, by_token: Tensor | None, layer: int) -> Tensor:

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+_MOST_TOKENS = 1 << 20  # of the table of positions, which no file holds: 2048 x 2048 latents at patch size 2
+
 
 @dataclass
 class DiTConfig:
@@ -20,6 +22,8 @@ class DiTConfig:
         num_heads: Attention heads; divides hidden_size.
         mlp_ratio: Width of the MLP over hidden_size.
         num_classes: Number of class labels; label num_classes is the null label.
+        null_label: Whether there is one. False is a model that was trained without label dropout: class_dropout_prob is
+            0, labels must be given, and guidance is refused.
         learn_sigma: Predict a variance beside the mean, in as many channels again.
         norm: "layer" (LayerNorm) or "rms" (RMSNorm).
         norm_eps: Added to the variance in the norms.
@@ -44,6 +48,7 @@ class DiTConfig:
     num_heads: int = 6
     mlp_ratio: float = 4.0
     num_classes: int = 1000
+    null_label: bool = True
     learn_sigma: bool = False
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-6
@@ -72,6 +77,10 @@ class DiTConfig:
             raise ValueError(f"DiTConfig.mlp_ratio: got {self.mlp_ratio}; expected a positive number")
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"DiTConfig.class_dropout_prob: got {self.class_dropout_prob}; expected 0 to 1")
+        if self.class_dropout_prob and not self.null_label:
+            raise ValueError(
+                f"DiTConfig.class_dropout_prob: got {self.class_dropout_prob} without a null label; expected 0"
+            )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"DiTConfig.num_heads: got {self.num_heads}; expected a divisor of hidden_size = {self.hidden_size}"
@@ -81,6 +90,12 @@ class DiTConfig:
         if any(side < 1 or side % self.patch_size for side in self.image_size):
             raise ValueError(
                 f"DiTConfig.input_size: got {self.input_size}; expected multiples of patch_size = {self.patch_size}"
+            )
+        tokens = math.prod(self.image_size) // self.patch_size**2
+        if tokens > _MOST_TOKENS:
+            raise ValueError(
+                f"DiTConfig.input_size: got {self.input_size}, {tokens} tokens of {self.patch_size} x "
+                f"{self.patch_size} pixels; expected at most {_MOST_TOKENS}"
             )
 
     @property

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastdiff.device import check_dtype
 from fastdiff.errors import reason_of
 from fastdiff.files import read_json
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
@@ -24,7 +25,8 @@ from fastdiff.models.masked_lm_layouts import (
     MODEL_TYPES,
     grow_vocabulary,
 )
-from fastdiff.models.pretrained import CONFIG_NAME, check_state, read_weights
+from fastdiff.models.pretrained import CONFIG_NAME, naming_config
+from fastdiff.models.weights import check_counts, check_state, header_of, read_weights, weight_files
 
 GPT2_MASK_TOKEN_ID = 10541  # DiffuGPT's: a token that text hardly ever has
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -37,10 +39,11 @@ def load_masked_lm(cls: type, path: Any, args: tuple, kwargs: dict[str, Any], na
     if kwargs.get("config") is not None or kwargs.get("state_dict") is not None:
         return native(path, *args, **kwargs)
     config = read_model_config(path, kwargs)
-    if _model_type(config) != cls.config_class.model_type:
-        folder = _folder(path, kwargs)
-        return _load_foreign(cls, folder, config, read_weights(folder, _WEIGHTS, "a language model"), {**kwargs})
-    return _load_native(path, args, kwargs, native)
+    if _model_type(config) == cls.config_class.model_type:
+        return _load_native(cls, path, config, args, kwargs, native)
+    folder, kwargs = _folder(path, kwargs), {**kwargs}
+    state = read_weights(folder, _WEIGHTS, "a language model", kwargs.pop("variant", None))
+    return _load_foreign(cls, folder, config, state, kwargs)
 
 
 def load_gpt2(cls: type, source: Any, mask_token_id: int | None, pad_token_id: int | None, kwargs: dict) -> Any:
@@ -52,28 +55,63 @@ def load_gpt2(cls: type, source: Any, mask_token_id: int | None, pad_token_id: i
         folder, config = None, source.config.to_dict()
     else:
         folder = _folder(source, kwargs)
-        config, state = read_model_config(folder, kwargs), read_weights(folder, _WEIGHTS, "a language model")
+        config = read_model_config(folder, kwargs)
+        state = read_weights(folder, _WEIGHTS, "a language model", kwargs.pop("variant", None))
     if _model_type(config) != "gpt2":
         raise ValueError(f"from_gpt2: got a model of type {_model_type(config)!r}; expected gpt2: use from_pretrained")
     return _load_foreign(cls, folder, config, state, kwargs)
 
 
-def _load_native(path: Any, args: tuple, kwargs: dict[str, Any], native: Callable) -> Any:
+def _load_native(
+    cls: type, path: Any, config: dict[str, Any], args: tuple, kwargs: dict[str, Any], native: Callable
+) -> Any:
     wants_report = kwargs.pop("output_loading_info", False)
+    exactly = not kwargs.get("ignore_mismatched_sizes")
+    if exactly and os.path.isdir(path):
+        _check_native(cls, Path(path), config, kwargs)
     try:
         model, report = native(path, *args, output_loading_info=True, **kwargs)
     except (SafetensorError, OSError) as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"{path}: weights missing, cut short or damaged: {reason_of(error)}") from error
-    lacking = [str(name) for key in ("missing_keys", "mismatched_keys") for name in sorted(report[key])]
-    if lacking and not kwargs.get("ignore_mismatched_sizes"):  # transformers would go on with random weights
-        raise ValueError(f"{path}: the weights are not those of its configuration: {', '.join(lacking[:3])} missing")
+    kinds = {"missing_keys": "missing", "mismatched_keys": "of another shape", "unexpected_keys": "unknown"}
+    problems = [f"{name} is {text}" for key, text in kinds.items() for name in sorted(map(str, report[key]))]
+    if problems and exactly:  # transformers would go on, with random weights or without some
+        raise ValueError(f"{path}: the weights are not those of its configuration: {'; '.join(problems[:3])}")
     return (model, report) if wants_report else model
+
+
+def _check_native(cls: type, folder: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Compares the files' headers with the configuration, before transformers makes a model of its sizes.
+
+    Raises FileNotFoundError and ValueError, one line.
+    """
+    state = header_of(weight_files(folder, _WEIGHTS, kwargs.get("variant")))
+    if state is None:  # of torch, whole in memory at once; transformers reads it
+        return
+    fields = {
+        name: value for name, value in (config | kwargs).items() if name in MaskedDiffusionLMConfig.__annotations__
+    }
+    check_counts(config | kwargs, state, folder / CONFIG_NAME)
+    with naming_config(folder, "a masked diffusion language model"):
+        expected = _outline(cls, cls.config_class(**{name: values[name] for name in own if name in values}))[1]
+    check_state(state, expected, folder, "its configuration")
+
+
+def _outline(cls: type, config: MaskedDiffusionLMConfig) -> tuple[Any, dict[str, Tensor]]:
+    """A model of a configuration, and the tensors that its files have: no memory and no time is taken by weights."""
+    with torch.device("meta"):
+        model = cls(config)
+    expected = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        expected.pop(HEAD)
+    return model, expected
 
 
 def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str, Tensor], kwargs: dict) -> Any:
     where, kind = folder or "model", _model_type(config)
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+    dtype = None if dtype == "auto" else check_dtype(dtype)
     attention = kwargs.pop("attn_implementation", None)
     overrides = {name: value for name, value in kwargs.items() if name not in _HUB}
     for name in overrides:
@@ -84,9 +122,10 @@ def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str,
             )
     if config.get("quantization_config"):
         raise ValueError(f"{where}: its weights are quantised; expected float32, bfloat16 or float16")
+    check_counts(config, state, where / CONFIG_NAME if folder else where)
     try:
         fields, state = LAYOUTS[kind](config, state)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: not a {kind} checkpoint that can be loaded: {reason_of(error)}") from error
     fields |= _special_tokens(folder, kind, config, overrides, fields["vocab_size"])
     fields |= overrides
@@ -102,17 +141,14 @@ def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str,
 def build_masked_lm(
     cls: type, config: MaskedDiffusionLMConfig, state: dict[str, Tensor], dtype: Any, where: Any
 ) -> Any:
-    """A model in eval mode with the tensors of `state`, a tied head left out; dtype None or "auto" is theirs.
+    """A model in eval mode with the tensors of `state`, a tied head left out; dtype None is theirs.
 
-    Raises ValueError, naming `where`, for other names or shapes than the configuration's.
+    Raises ValueError, naming `where`, for other names, shapes or dtypes than the configuration's.
     """
-    dtype = state[EMBEDDING].dtype if dtype in (None, "auto") else dtype
-    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-        model = cls(config)
-    expected = {name: tensor for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop(HEAD)
+    check_counts(config.to_diff_dict(), state, where)
+    model, expected = _outline(cls, config)
     check_state(state, expected, where, "its configuration")
+    dtype = state[EMBEDDING].dtype if dtype is None else dtype
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

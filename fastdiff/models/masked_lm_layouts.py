@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.models.weights import without_prefix
+
 Layout = Callable[[Mapping[str, Any], dict[str, Tensor]], tuple[dict[str, Any], dict[str, Tensor]]]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -53,7 +55,8 @@ def from_gpt2(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[dict
         hidden_act=_GPT2_ACTIVATIONS[activation],
     )
     renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    anchors = ("transformer.wte.weight", "denoise_model.wte.weight", "wte.weight", "embed_tokens.weight")
+    for name, tensor in without_prefix(state, *anchors).items():
         name = name.removeprefix("transformer.").removeprefix("denoise_model.")
         if name in ("wte.weight", "embed_tokens.weight"):
             renamed[EMBEDDING] = tensor
@@ -97,7 +100,7 @@ def from_llada(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[dic
         attention_bias=bias,
     )
     renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    for name, tensor in without_prefix(state, "transformer.wte.weight").items():
         name = name.removeprefix("model.").removeprefix("transformer.")
         if name.startswith("blocks."):
             _, index, module, kind = name.split(".", 3)
@@ -140,19 +143,24 @@ def _llama_style(config, state, fields, rope_theta):
         rope_theta=rope.get("rope_theta", config.get("rope_theta", rope_theta)),
     )
     renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    for name, tensor in without_prefix(state, "model.embed_tokens.weight").items():
         if name.endswith("rotary_emb.inv_freq"):  # old files hold it; it follows from the configuration
             continue
-        if name.startswith(("denoise_model.", "embed_tokens.")):  # DiffuLLaMA's training code
+        if not name.startswith(("model.", HEAD)):  # DiffuLLaMA's training code, or the model without its head
             name = "model." + name.removeprefix("denoise_model.")
         renamed[name] = tensor
     return fields, _untangle_head(renamed, config.get("tie_word_embeddings", False), fields)
 
 
 def _untangle_head(state: dict[str, Tensor], tied: bool, fields: dict[str, Any]) -> dict[str, Tensor]:
-    """Sets vocab_size and tie_word_embeddings from the weights; a tied head is dropped from them."""
+    """Sets vocab_size and tie_word_embeddings from the weights; a tied head is dropped from them.
+
+    Raises KeyError where a head of its own is missing.
+    """
     if EMBEDDING not in state and HEAD in state and tied:  # a file may hold either of two tied tensors
         state[EMBEDDING] = state[HEAD]
+    if HEAD not in state and not tied:
+        raise KeyError(HEAD)
     if HEAD not in state or (tied and torch.equal(state[HEAD], state[EMBEDDING])):
         state.pop(HEAD, None)
         fields["tie_word_embeddings"] = True

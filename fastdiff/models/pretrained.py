@@ -1,22 +1,21 @@
-"""What every model of fastdiff shares: saving to a folder, loading from one, and the errors of damaged files."""
+"""What every model of fastdiff shares: saving to a folder, loading from one, and its config.json."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import os
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastdiff.device import check_dtype
 from fastdiff.errors import reason_of
 from fastdiff.files import read_json, write_atomically
+from fastdiff.models.weights import check_counts, check_state, read_tensors
 from fastdiff.version import __version__
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
@@ -72,7 +71,7 @@ class Pretrained(nn.Module):
         cls: type[Model],
         path: str | os.PathLike,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         weights: str = WEIGHTS_NAME,
         **overrides: Any,
     ) -> Model:
@@ -80,7 +79,7 @@ class Pretrained(nn.Module):
 
         Args:
             path: the folder.
-            dtype: dtype of the parameters.
+            dtype: dtype of the parameters, or its name ("bfloat16").
             weights: name of the file with the weights, such as ema.safetensors in a checkpoint of a run.
             overrides: fields of the configuration that no weight depends on (`free_fields`).
 
@@ -89,7 +88,7 @@ class Pretrained(nn.Module):
             ValueError: a file is cut short, damaged or of another model; the message names it.
             TypeError: a field that cannot be changed.
         """
-        path = Path(path)
+        path, dtype = Path(path), check_dtype(dtype)
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder; expected a checkpoint of {cls.title}")
         config, state = cls._read(path, weights, overrides)
@@ -134,19 +133,22 @@ class Pretrained(nn.Module):
     @classmethod
     def _filled(cls: type[Model], config: Any, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> Model:
         """A model with the weights of `state`, in eval mode. Raises ValueError where they are another model's."""
+        check_counts(dataclasses.asdict(config), state, path / CONFIG_NAME)
+        with naming_config(path, cls.title), torch.device("meta"):  # no memory for sizes that the weights have not
+            outline = cls.from_config(config)
+        check_state(state, untied_state(outline), path, "its configuration")
         with naming_config(path, cls.title), torch.random.fork_rng(devices=[]):  # its first weights are replaced
             model = cls.from_config(config)
-        check_state(state, untied_state(model), path, "its configuration")
         model.load_state_dict(state, strict=False)  # tied weights have one name in the file
         return model.to(dtype).eval()
 
 
 @contextlib.contextmanager
 def naming_config(path: Path, title: str) -> Iterator[None]:
-    """Makes errors about a configuration say which folder's it is."""
+    """Makes errors about a configuration say which folder's it is; also those of torch for sizes that cannot be."""
     try:
         yield
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         message = f"{path / CONFIG_NAME}: not the configuration of {title}: {reason_of(error)}"
         raise ValueError(message) from error
 
@@ -163,31 +165,6 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if known else id(tensor)
         kept.setdefault(key, (name, tensor))
     return {name: tensor.detach() for name, tensor in kept.values()}
-
-
-def check_state(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], path: Path, owner: str) -> None:
-    """Raises ValueError where names or shapes of weights read from `path` are not those of a model's state dict.
-
-    Args:
-        state: the tensors that were read.
-        model_state: the state dict of the model that should get it.
-        path: named in the message.
-        owner: the model, in the message's words.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in model_state.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected == found:
-        return
-    problems = []
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            problems.append(f"{name} is missing")
-        elif name not in expected:
-            problems.append(f"{name} is unknown")
-        elif expected[name] != found[name]:
-            problems.append(f"{name} has shape {list(found[name])}, expected {list(expected[name])}")
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise ValueError(f"{path}: the weights are not those of {owner}: {'; '.join(problems[:3])}{more}")
 
 
 def check_overrides(overrides: Iterable[str], allowed: tuple[str, ...]) -> None:
@@ -210,50 +187,3 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} in it; expected a folder written by save_pretrained")
     return read_json(path)
-
-
-def read_tensors(path: Path, owner: str = "a model") -> dict[str, Any]:
-    """The content of a .safetensors file, or of a PyTorch file (.pt, .bin), on the CPU. Nothing in it is executed.
-
-    Args:
-        path: the file.
-        owner: the model whose weights it should hold, in the words of messages.
-
-    Returns the tensors by name; a training checkpoint of facebookresearch/DiT also holds its command line and dicts.
-    Raises FileNotFoundError where there is no file, ValueError for a damaged one and for other content.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the weights of {owner}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: cut short, damaged or not a safetensors file: {reason_of(error)}") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a command line; nothing else is let in
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: cut short, damaged, or more than tensors in it; expected a PyTorch checkpoint of {owner}: "
-            f"{reason_of(error)}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a state dict of {owner}")
-    return content
-
-
-def read_weights(folder: Path, names: tuple[str, ...], owner: str) -> dict[str, Any]:
-    """The tensors of the first of these files that a folder has, whole or in the shards that NAME.index.json lists.
-
-    Raises FileNotFoundError where it has none of them or lacks a shard, and ValueError as `read_tensors` does.
-    """
-    for name in names:
-        if (folder / name).is_file():
-            return read_tensors(folder / name, owner)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            state: dict[str, Any] = {}
-            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-                state.update(read_tensors(folder / shard, owner))
-            return state
-    raise FileNotFoundError(f"{folder}: no weights in it; expected {' or '.join(names)}, or their shards")

@@ -71,32 +71,43 @@ class TimestepEmbedding(nn.Module):
         return self.mlp(self.sinusoids(timestep).to(next(self.mlp.parameters()).dtype))
 
 
+def check_label_range(labels: Tensor, num_classes: int, null_label: bool = True) -> None:
+    """Raises ValueError where labels are not classes, 0 … num_classes - 1, or the null label, num_classes."""
+    last = num_classes - (not null_label)
+    if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) <= last):
+        about = f"{num_classes} is the null label" if null_label else "there is no null label"
+        raise ValueError(
+            f"class_labels: got values {int(labels.min())}..{int(labels.max())}; expected 0..{last} ({about})"
+        )
+
+
 class LabelEmbedding(nn.Module):
     """A table of `num_classes` class vectors and one null vector (index `num_classes`): `[B]` int64 → `[B, dim]`.
 
+    Without `null_label` there is no null vector, and no guidance.
+
     In training a label becomes the null one with probability `dropout_prob`, which is what classifier-free
     guidance needs: `drop` draws it, from torch's generator or the one handed in, and `forward` looks labels up.
-    Raises ValueError for a probability outside [0, 1] or, on CPU tensors, a label out of range.
+    Raises ValueError for a probability outside [0, 1] (or above 0 without a null label) or, on CPU tensors, a label out
+    of range.
     """
 
-    def __init__(self, num_classes: int, dim: int, *, dropout_prob: float = 0.1) -> None:
+    def __init__(self, num_classes: int, dim: int, *, dropout_prob: float = 0.1, null_label: bool = True) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes: got {num_classes}; expected at least 1")
         if not 0.0 <= dropout_prob <= 1.0:
             raise ValueError(f"dropout_prob: got {dropout_prob}; expected a probability in [0, 1]")
-        self.num_classes, self.dropout_prob = num_classes, dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        if dropout_prob and not null_label:
+            raise ValueError(f"dropout_prob: got {dropout_prob} without a null label; expected 0")
+        self.num_classes, self.dropout_prob, self.null_label = num_classes, dropout_prob, null_label
+        self.embedding_table = nn.Embedding(num_classes + null_label, dim)
 
     def check(self, labels: Tensor) -> None:
         """Raises ValueError or TypeError where `labels` are not int64 in [0, num_classes]; waits for a GPU."""
         if labels.dtype != torch.int64:
             raise TypeError(f"class_labels: got dtype {labels.dtype}; expected torch.int64")
-        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) <= self.num_classes):
-            raise ValueError(
-                f"class_labels: got values {int(labels.min())}..{int(labels.max())}; expected 0..{self.num_classes} "
-                f"({self.num_classes} is the null label)"
-            )
+        check_label_range(labels, self.num_classes, self.null_label)
 
     def drop(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:  # [B] -> [B]
         """In training mode labels with some replaced by the null label, otherwise the labels; checks them on a CPU."""

@@ -6,7 +6,8 @@ import torch
 from generation.plain import llada, padded, parallel, prompts, randomise, tiny
 from transformers import PreTrainedTokenizerFast
 
-from fastdiff.generation import MaskedDiffusionGenerationConfig, decoding, generate
+from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
+from fastdiff.nn import head
 
 MASK, EOS, NEW = 3, 2, 8
 
@@ -31,7 +32,7 @@ def model():
 def spied(monkeypatch, model):
     """Shapes of the model's input at each pass, and the rows that the head saw."""
     shapes, heads = [], []
-    hidden_states, sample = type(model).hidden_states, decoding.lm_head_sample
+    hidden_states, sample = type(model).hidden_states, head.lm_head_sample
 
     def spy(self, ids, *args, **inputs):
         shapes.append(tuple(ids.shape))
@@ -42,7 +43,7 @@ def spied(monkeypatch, model):
         return sample(states, *args, **options)
 
     monkeypatch.setattr(type(model), "hidden_states", spy)
-    monkeypatch.setattr(decoding, "lm_head_sample", counted)
+    monkeypatch.setattr(head, "lm_head_sample", counted)
     return shapes, heads
 
 

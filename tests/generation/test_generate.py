@@ -10,6 +10,7 @@ from generation.plain import llada, padded, prompts, randomise, tiny
 from torch.nn import functional
 
 from fastdiff.generation import MaskedDiffusionGenerationConfig, decoding, generate, passes
+from fastdiff.nn import head
 
 MASK, EOS = 3, 2
 
@@ -96,8 +97,8 @@ def test_head_and_sampling_see_only_masked_rows_of_the_block(model, monkeypatch)
         rows.append(len(states))
         return original(states, *args, **options)
 
-    original = decoding.lm_head_sample
-    monkeypatch.setattr(decoding, "lm_head_sample", counted)
+    original = head.lm_head_sample
+    monkeypatch.setattr(head, "lm_head_sample", counted)
     generate(model, *padded(prompts(0, 2, 5)), config(max_new_tokens=8, block_length=4, num_inference_steps=4))
     assert rows == [8, 4, 8, 4]
 

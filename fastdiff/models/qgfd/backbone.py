@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.pretrained import Pretrained, check_overrides, naming_config, read_config, read_tensors
+from fastdiff.models.pretrained import Pretrained, check_overrides, naming_config, read_config
+from fastdiff.models.weights import read_tensors
 from fastdiff.nn import AdaLayerNorm, Mlp, TimestepEmbedding, sincos_positions
 from fastdiff.nn.transformer import Attention, axial_rotary_table, rotate
 from fastdiff.ops import QGFDOptions, qgfd_attention, qgfd_attention_dense

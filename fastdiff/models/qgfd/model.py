@@ -344,7 +344,14 @@ def _join(conditional: Mapping[str, Tensor | None], null: Mapping[str, Tensor | 
 
 
 def as_config(values: Mapping) -> QGFDModelConfig:
-    """A configuration from plain values, as `dataclasses.asdict` gives them. Raises TypeError, ValueError."""
+    """A configuration from a checkpoint's plain values, as `dataclasses.asdict` gives them.
+
+    Raises TypeError or ValueError; also for an encoder that is named and not configured: it would be downloaded.
+    """
+    for name in MODALITIES:
+        adapter = values.get(name) or {}
+        if adapter.get("backbone_name") is not None and adapter.get("backbone_config") is None:
+            raise ValueError(f"{name}.backbone_config: got null with a backbone_name; expected the encoder's own")
     parts = {"backbone": QGFDConfig, "diffusion": DiffusionConfig, "text": TextAdapterConfig}
     parts |= {"image": ImageAdapterConfig, "audio": AudioAdapterConfig, "video": VideoAdapterConfig}
     parts["tabular"] = TabularAdapterConfig

@@ -49,8 +49,11 @@ class DiTRecipe:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, without `task`: recipes of DiTs had none at first, and resuming compares with those."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "task"}
+        """As plain values, without `task` and a `null_label` that is as ever: resuming compares with older recipes."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "task"}
+        if self.model.null_label:
+            del values["model"]["null_label"]
+        return values
 
 
 def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
@@ -65,6 +68,11 @@ def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
                 f"set --model.{key} to that"
             )
     check_sampler(recipe.sampling, recipe.diffusion)
+    if not recipe.model.null_label and recipe.sampling.guidance_scale != 1:
+        raise ValueError(
+            f"sampling.guidance_scale: got {recipe.sampling.guidance_scale}; with model.null_label false there is no "
+            "guidance: set it to 1"
+        )
     if recipe.model.learn_sigma and not recipe.diffusion.is_discrete:
         raise ValueError(
             "model.learn_sigma: got true; diffusion.noise_levels "

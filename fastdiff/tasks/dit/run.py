@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from fastdiff.diffusion import Diffusion, DiffusionConfig, sample_classes, sampl
 from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.models.dit import DiT
 from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, check_overrides, read_config
+from fastdiff.models.weights import check_counts, header_of
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.dit.recipe import DiTRecipe, SamplingConfig
 from fastdiff.tasks.images import to_pil
@@ -182,6 +183,8 @@ def load_run(
     model = DiT.from_pretrained(found.source, **own, **fields).to(device)
     diffusion = _diffusion_of(found)
     sampling, mixed_precision = stored_sampling(found.source, SamplingConfig)
+    if not model.config.null_label:
+        sampling = replace(sampling, guidance_scale=1.0)
     return DiTRun(
         model=model,
         **found.origin,
@@ -194,6 +197,7 @@ def load_run(
 
 def _load_checkpoint(found: Found, device: torch.device) -> DiTRun:
     recipe = load_recipe(DiTRecipe, found.folder.config)
+    check_counts(asdict(recipe.model), header_of([found.source / found.weights_file]), found.folder.config)
     model = DiT(recipe.model)
     load_weights(model, found.source / found.weights_file)
     return DiTRun(

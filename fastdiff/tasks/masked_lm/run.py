@@ -201,7 +201,7 @@ def load_language_model(
     """
     from fastdiff.models.masked_lm import MaskedDiffusionLM
     from fastdiff.models.masked_lm_checkpoints import build_masked_lm, read_model_config
-    from fastdiff.models.pretrained import read_tensors
+    from fastdiff.models.weights import read_tensors
 
     device, dtype = check_device(device), check_dtype(dtype)
     found = find_language_model(path, weights)

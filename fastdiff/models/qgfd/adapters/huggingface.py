@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdiff.errors import reason_of
+
 MODALITIES = ("text", "image", "audio", "video", "tabular")
 # Encoders of a square grid of patches after any number of class tokens.
 _IMAGE = (
@@ -17,6 +19,9 @@ _AUDIO = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")  # how their names begin
 # Parameters that the states of the last layer do not depend on, and that would never get a gradient.
 _UNUSED = ("pooler", "mask_token", "masked_spec_embed", "head.")
+# Keys of a configuration by which transformers would run or download code, and those of labels, of which it makes as
+# many names as a number says; beside these the implementations of attention and experts, which may name kernels.
+_DROPPED = ("auto_map", "custom_pipelines", "quantization_config", "num_labels", "id2label", "label2id")
 _UNUSED_OF = {"clip_vision_model": ("post_layernorm",)}
 
 
@@ -59,18 +64,40 @@ def load_encoder(name: str, modality: str) -> tuple[nn.Module, dict[str, Any]]:
     for field, value in (("apply_spec_augment", False), ("layerdrop", 0.0)):  # else its states are random in training
         if hasattr(config, field):
             setattr(config, field, value)
+    config._attn_implementation = config._experts_implementation = None  # it may name kernels to download
     load = _auto_class(modality).from_pretrained
     encoder = _fetch(load, name, "its weights", config=config, dtype=torch.float32)
-    return encoder, config.to_dict()
+    return encoder, _harmless(config.to_dict())
 
 
 def build_encoder(config: dict[str, Any], modality: str) -> nn.Module:
-    """An encoder of random weights from a configuration that `load_encoder` gave."""
+    """An encoder of random weights from a configuration that `load_encoder` gave, or that a stranger wrote.
+
+    No code but transformers' own is run. Raises ValueError where it is not the configuration of such an encoder.
+    """
     from transformers import AutoConfig
 
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    config = AutoConfig.for_model(config["model_type"], **values)
-    return _auto_class(modality).from_config(config).float()
+    kind = config.get("model_type") if isinstance(config, dict) else config
+    if kind not in model_types(modality):
+        raise ValueError(
+            f"backbone_config: got model_type {kind!r}; modality {modality!r} takes one of "
+            f"{', '.join(model_types(modality)) or 'none'}"
+        )
+    values = {key: value for key, value in _harmless(config).items() if key != "model_type"}
+    try:
+        made = AutoConfig.for_model(kind, **values)
+        return _auto_class(modality).from_config(made, trust_remote_code=False).float()
+    except Exception as error:  # transformers and torch raise many kinds on values that do not fit
+        raise ValueError(f"backbone_config: not a {kind} that can be built: {reason_of(error)}") from error
+
+
+def _harmless(config: Any) -> Any:
+    """A configuration without what names code to run (at any depth), or tables of labels that an encoder has not."""
+    if isinstance(config, list):
+        return [_harmless(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: _harmless(value) for key, value in config.items() if not (key in _DROPPED or "_implementation" in key)}
 
 
 def encoder_of(config: Any, modality: str) -> nn.Module | None:
