@@ -89,10 +89,8 @@ def _check_native(cls: type, folder: Path, config: dict[str, Any], kwargs: dict[
     state = header_of(weight_files(folder, _WEIGHTS, kwargs.get("variant")))
     if state is None:  # of torch, whole in memory at once; transformers reads it
         return
-    fields = {
-        name: value for name, value in (config | kwargs).items() if name in MaskedDiffusionLMConfig.__annotations__
-    }
-    check_counts(config | kwargs, state, folder / CONFIG_NAME)
+    values, own = config | kwargs, MaskedDiffusionLMConfig.__annotations__
+    check_counts(values, state, folder / CONFIG_NAME)
     with naming_config(folder, "a masked diffusion language model"):
         expected = _outline(cls, cls.config_class(**{name: values[name] for name in own if name in values}))[1]
     check_state(state, expected, folder, "its configuration")
@@ -135,7 +133,11 @@ def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str,
         if fields["vocab_size"] > len(state[EMBEDDING]) + len(wanted):
             raise ValueError(f"{where}: special tokens {wanted} are beyond its {len(state[EMBEDDING])} ids")
         grow_vocabulary(state, fields["vocab_size"])
-    return build_masked_lm(cls, cls.config_class(**fields, attn_implementation=attention), state, dtype, where)
+    try:
+        made = cls.config_class(**fields, attn_implementation=attention)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {reason_of(error)}") from error
+    return build_masked_lm(cls, made, state, dtype, where)
 
 
 def build_masked_lm(

@@ -351,8 +351,8 @@ def test_our_own_checkpoint_never_falls_back_to_random_weights(tmp_path, damage)
         path.unlink()
     message = {
         "missing tensor": "up_proj.weight is missing",
-        "cut short": "model.safetensors: cut short",
-        "no file": "no we",
+        "cut short": "cut short, damaged",
+        "no file": "no weights",
     }
     with pytest.raises((ValueError, FileNotFoundError), match=message[damage]) as caught:
         MaskedDiffusionLM.from_pretrained(tmp_path)
