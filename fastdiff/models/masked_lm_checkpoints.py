@@ -89,11 +89,16 @@ def _check_native(cls: type, folder: Path, config: dict[str, Any], kwargs: dict[
     state = header_of(weight_files(folder, _WEIGHTS, kwargs.get("variant")))
     if state is None:  # of torch, whole in memory at once; transformers reads it
         return
-    values, own = config | kwargs, MaskedDiffusionLMConfig.__annotations__
+    expected = _outline(cls, own_config(config | kwargs, state, folder))[1]
+    check_state(state, expected, folder, "its configuration")
+
+
+def own_config(values: dict[str, Any], state: dict[str, Tensor], folder: Path) -> MaskedDiffusionLMConfig:
+    """The configuration in a config.json of ours, for these tensors. Raises ValueError where it does not fit."""
     check_counts(values, state, folder / CONFIG_NAME)
     with naming_config(folder, "a masked diffusion language model"):
-        expected = _outline(cls, cls.config_class(**{name: values[name] for name in own if name in values}))[1]
-    check_state(state, expected, folder, "its configuration")
+        fields = MaskedDiffusionLMConfig.__annotations__.keys() & values.keys()
+        return MaskedDiffusionLMConfig(**{name: values[name] for name in fields})
 
 
 def _outline(cls: type, config: MaskedDiffusionLMConfig) -> tuple[Any, dict[str, Tensor]]:

@@ -200,7 +200,7 @@ def load_language_model(
             a device that this machine does not have.
     """
     from fastdiff.models.masked_lm import MaskedDiffusionLM
-    from fastdiff.models.masked_lm_checkpoints import build_masked_lm, read_model_config
+    from fastdiff.models.masked_lm_checkpoints import build_masked_lm, own_config, read_model_config
     from fastdiff.models.weights import read_tensors
 
     device, dtype = check_device(device), check_dtype(dtype)
@@ -213,8 +213,8 @@ def load_language_model(
         model = MaskedDiffusionLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **fields)
     else:
         file = source / found.weights_file
-        tensors, config = read_tensors(file), MaskedDiffusionLM.config_class.from_pretrained(source)
-        model = build_masked_lm(MaskedDiffusionLM, config, tensors, dtype, file)
+        tensors = read_tensors(file)
+        model = build_masked_lm(MaskedDiffusionLM, own_config(config, tensors, source), tensors, dtype, file)
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= model.config.vocab_size:
         raise ValueError(

@@ -201,7 +201,7 @@ def _processors(folder: Path, model: QGFDModel) -> dict[str, Any]:
     if "text" in model.adapters:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     schema = TableSchema.from_pretrained(folder) if "tabular" in model.adapters else None
     return {"tokenizer": tokenizer, "schema": schema}
 
