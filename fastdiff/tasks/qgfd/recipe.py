@@ -15,7 +15,7 @@ from fastdiff.data import (
 )
 from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
-from fastdiff.errors import named
+from fastdiff.errors import named, section
 from fastdiff.models.qgfd.adapters import (
     MODALITIES,
     AudioAdapterConfig,
@@ -147,7 +147,8 @@ def check_recipe(recipe: QGFDRecipe) -> None:
         raise ValueError(
             f"recipe: got no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in image: {{}}"
         )
-    check_sampler(recipe.sampling, recipe.diffusion)
+    with section("sampling"):
+        check_sampler(recipe.sampling, recipe.diffusion)
     count = len(recipe.modalities)
     if recipe.objective.order == "mixed" and recipe.training.batch_size < count:
         raise ValueError(
