@@ -62,7 +62,8 @@ class SamplerConfig:
         with naming_section():
             check_guidance(self.guidance_scale, self.guidance_interval)
             seeds_of(self.seed, 1)
-            SamplerOptions(**{name: value for name, value in self.options().items() if value is not None})
+            given = {name: value for name, value in self.options().items() if value is not None}
+            self.timesteps = SamplerOptions(**given).timesteps
 
     def options(self) -> dict[str, Any]:
         """The fields of `SamplerOptions`; None is as the diffusion has it."""

@@ -105,18 +105,12 @@ def _whole(value: Any) -> int:
 
 
 def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    is_shape = isinstance(shape, Sequence) and not isinstance(shape, str)
-    if (
-        not is_shape
-        or len(shape) < 2
-        or not all(isinstance(size, int) for size in shape)
-        or shape[0] < 0
-        or (min(shape[1:]) < 1)
-    ):
-        got = list(shape) if isinstance(shape, Sequence | Tensor) and not isinstance(shape, str) else repr(shape)
-        kind = ValueError if isinstance(shape, Sequence | Tensor) else TypeError
-        raise kind(
-            f"shape: got {got}; expected [B, C, ...], the sizes of all samples together "
-            "(sample_classes takes class labels)"
-        )
-    return tuple(shape)
+    expected = "expected [B, C, ...], the sizes of all samples together (sample_classes takes class labels)"
+    sizes = list(shape) if isinstance(shape, Tensor | Sequence) and not isinstance(shape, str) else None
+    if sizes is None:
+        raise TypeError(f"shape: got {shape!r}; {expected}")
+    if isinstance(shape, Tensor) or len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
+        raise ValueError(f"shape: got {sizes}; {expected}")
+    if sizes[0] < 0 or min(sizes[1:]) < 1:
+        raise ValueError(f"shape: got {sizes}; {expected}")
+    return tuple(sizes)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SCHEDULER_CONFIG = "scheduler_config.json"
 _HUB_FILES = (
     CONFIG_NAME, SCHEDULER_CONFIG, "model_index.json", WEIGHTS_NAME, "diffusion_pytorch_model*", "transformer/*",
-    "scheduler/*", f"{FOLDER}/*", "README.md", "samples.png",
+    "scheduler/*", f"{FOLDER}/{CONFIG_NAME}", f"{FOLDER}/diffusion_pytorch_model*", "README.md", "samples.png",
 )  # fmt: skip
 # The process of the published DiT checkpoints, which is assumed of a folder that does not name its own.
 _PUBLISHED = DiffusionConfig(prediction_type="epsilon", noise_levels="linear")
@@ -196,9 +196,11 @@ def load_run(
     `DiT.from_pretrained` does. A pipeline of diffusers (DiTPipeline) loads whole: its scheduler says how samples are
     drawn, its vae makes images of them, and they are drawn with the defaults of its call: 50 steps, guidance 4 of all
     channels. A facebookresearch/DiT file is sampled as that repository's sample.py: ddpm, 250 steps, guidance 4 of the
-    first 3 channels (`guidance_channels`). Where a scheduler_config.json is missing, the process of the published DiT
-    checkpoints is assumed, with a warning that says all of this. `fields` are those of `DiT.from_pretrained`, such as
-    the `num_heads` of a facebookresearch file.
+    first 3 channels (`guidance_channels`). Both run in the dtype of their weights: float32, or the `dtype` given.
+
+    Where a scheduler_config.json is missing, the process of the published DiT checkpoints is assumed, with a warning
+    that says all of this. `fields` are those of `DiT.from_pretrained`, such as
+    `dtype`, or the `num_heads` of a facebookresearch file.
     """
     device = check_device(device)
     found = find(path, "dit", weights, _HUB_FILES)
@@ -210,12 +212,14 @@ def load_run(
     decoder = None if found.source.is_file() else load_decoder(found.source, model.config.in_channels, device)
     diffusion, sampling = _sampled_as(found, model)
     stored, mixed_precision = stored_sampling(found.source, SamplingConfig)
+    if sampling is not None:  # as public code draws: in the dtype of the weights
+        stored, mixed_precision = sampling, "no"
     return DiTRun(
         model=model.to(device),
         **found.origin,
         diffusion=diffusion,
         class_names=_names_of(found.source, model.config.num_classes),
-        sampling=stored if sampling is None else sampling,
+        sampling=stored,
         mixed_precision=mixed_precision,
         decoder=decoder,
     )
@@ -278,6 +282,6 @@ def _names_of(path: Path, num_classes: int) -> tuple[str, ...]:
     names = values.get("id2label")
     if not isinstance(names, dict):
         return tuple(str(label) for label in range(num_classes))
-    if sorted(map(int, names)) != list(range(num_classes)):
+    if set(names) != {str(label) for label in range(num_classes)}:
         raise ValueError(f"{path}: id2label: got {len(names)} names; expected those of 0 to {num_classes - 1}")
     return tuple(str(names[key]) for key in sorted(names, key=int))
