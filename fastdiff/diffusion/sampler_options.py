@@ -206,5 +206,5 @@ def _is_number(value: Any, kinds: Any) -> bool:
 
 
 def _shown(levels: Any) -> str:
-    shown = ", ".join(map(str, list(levels)[:6]))
+    shown = ", ".join(f"{level:g}" for level in list(levels)[:6])
     return f"[{shown}, …]" if len(levels) > 6 else f"[{shown}]"
