@@ -285,7 +285,7 @@ def test_other_refusals():
             dict(timestep_spacing="leading"),
             "timestep_spacing: got 'leading' with sampler 'euler'; expected one of trail",
         ),
-        (dict(timesteps=[2.0]), r"timesteps: got \[2.0\] with noise_levels .* expected noise times in \(0, 1\]"),
+        (dict(timesteps=[2.0]), r"timesteps: got \[2\] with noise_levels .* expected noise times in \(0, 1\]"),
         (dict(sampler="renoise", timestep_spacing="linspace"), "with sampler 'renoise'; expected it with euler"),
         (dict(variance_type="fixed_small"), "variance_type: .* expected none with noise_levels 'logit_normal'"),
     ):
