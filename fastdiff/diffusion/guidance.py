@@ -1,6 +1,7 @@
 """Classifier-free guidance (Ho & Salimans, 2022): a prediction moved away from the one without the condition."""
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ def check_guidance(
 
     Raises TypeError where they are no numbers.
     """
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
         raise TypeError(f"guidance_scale: got {guidance_scale!r}; expected a number")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale: got {guidance_scale}; expected a finite number")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.continuous import Diffusion
@@ -39,6 +39,8 @@ class SamplerConfig:
         variance_type: noise of DDPM, "learned_range", "fixed_small" or "fixed_large"; null is "learned_range" for a
             model with learn_sigma, else "fixed_small". The last step adds none.
     """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ()  # fields that say how many samples there are, not how one is denoised
 
     num_inference_steps: int = 25
     guidance_scale: float = 1.5
@@ -81,9 +83,10 @@ class SamplerConfig:
     def replaced(self, given: Mapping[str, Any]) -> Self:
         """With the fields of `given` that are not None in their place; `timesteps` and a spacing replace each other.
 
-        Raises TypeError for a name that is no field, and for a wrong type; ValueError for a wrong value.
+        Raises TypeError for a name that is no field or one of `COUNTS`, and for a wrong type; ValueError for a wrong
+        value.
         """
-        names = [field.name for field in dataclasses.fields(self)]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in self.COUNTS]
         unknown = [name for name in given if name not in names]
         if unknown:
             raise TypeError(f"{unknown[0]}: got an option that there is not; expected {', '.join(names)}")

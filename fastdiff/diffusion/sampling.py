@@ -109,8 +109,10 @@ def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
     sizes = list(shape) if isinstance(shape, Tensor | Sequence) and not isinstance(shape, str) else None
     if sizes is None:
         raise TypeError(f"shape: got {shape!r}; {expected}")
-    if isinstance(shape, Tensor) or len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
+    try:
+        counts = () if isinstance(shape, Tensor) else tuple(_whole(size) for size in sizes)
+    except TypeError:
+        counts = ()
+    if len(counts) < 2 or counts[0] < 0 or min(counts[1:]) < 1:
         raise ValueError(f"shape: got {sizes}; {expected}")
-    if sizes[0] < 0 or min(sizes[1:]) < 1:
-        raise ValueError(f"shape: got {sizes}; {expected}")
-    return tuple(sizes)
+    return counts

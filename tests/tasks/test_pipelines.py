@@ -247,6 +247,7 @@ def test_wrong_arguments_are_one_line(runs):
     fails("labels: got 3.5; expected class labels", run.sample, 3.5, kind=TypeError)
     fails(r"labels: got \[None\]; expected class labels", run.sample, [None], kind=TypeError)
     fails("steps: got an option that there is not", run.sample, [1], steps=3, kind=TypeError)
+    fails("images_per_class: got an option that there is not", run.sample, [1], images_per_class=3, kind=TypeError)
     fails("sampler: got 'ddim' for prediction_type", run.sample, [1], sampler="ddim")
     fails("timesteps: got 5; expected a list", run.sample, [1], timesteps=5, kind=TypeError)
     qgfd = fastdiff.load(runs / "qgfd", device="cpu")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastdiff.data import DataConfig, ImageData
 from fastdiff.diffusion.config import DiffusionConfig
@@ -22,6 +22,8 @@ class SamplingConfig(SamplerConfig):
             all.
         images_per_class: images of each class in samples.png.
     """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("images_per_class",)
 
     guidance_channels: int | None = None
     images_per_class: int = 8

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastdiff.data import (
     AudioDataConfig,
@@ -66,6 +66,8 @@ class QGFDSamplingConfig(SamplerConfig):
             or video of a class, 6 texts, as many rows of a table as it is trained on.
         evaluation_samples: samples for the measures at the run's end (`fastdiff.evaluate`); 0 for none.
     """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("num_samples", "evaluation_samples")
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
