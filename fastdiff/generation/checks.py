@@ -31,9 +31,10 @@ def check_prompts(
             f"most max_position_embeddings = {longest} together: shorten the prompt or ask for fewer tokens"
         )
     vocab = model.config.vocab_size
-    for token in config.suppress_tokens or ():
-        if token >= vocab:
-            raise ValueError(f"suppress_tokens: got {token}; expected 0 to {vocab - 1}")
+    for name in ("suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"):
+        for token in getattr(config, name) or ():
+            if token >= vocab:
+                raise ValueError(f"{name}: got {token}; expected 0 to {vocab - 1}")
     return attention_mask
 
 

@@ -53,7 +53,8 @@ def unmask_(
 
     Candidates of row b are the positions in its block that hold `mask_token_id` and whose sampled token is neither that
     nor -1. Every active row that has candidates commits at least one (except under "ancestral"), by `rule`, the best
-    first by `order`, ties to the lower position. Nothing synchronises with a GPU, so the call can be captured in a graph.
+    first by `order`, ties to the lower position. Nothing synchronises with a GPU, so the call can be captured in a
+    graph.
 
     Args:
         token_ids: int64 `[B, L]` with a contiguous last dimension, changed in place; `[L]` is one row.
