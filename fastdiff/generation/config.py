@@ -163,6 +163,10 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"{name}: got {tokens!r}; expected a list of token ids, or None")
             for token in tokens or ():
                 _integer(name, token, 0)
+        for name in ("eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            for token in ids if isinstance(ids, list | tuple) else [ids]:
+                _integer(name, token, 0, optional=True)
         if self.cfg_keep_tokens and self.guidance_scale == 1:
             raise ValueError("cfg_keep_tokens: got some without guidance; set guidance_scale, or leave it out")
         self._validate_rule()

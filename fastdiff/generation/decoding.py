@@ -19,7 +19,7 @@ from torch.nn import functional
 from fastdiff.device import evaluating
 from fastdiff.diffusion.guidance import guide
 from fastdiff.generation.canvas import Canvas, padding_last
-from fastdiff.generation.checks import check_encoder_inputs, check_prompts, condition_names
+from fastdiff.generation.checks import check_encoder_inputs, check_prompts, check_types, condition_names
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.length import LengthPredictor, mean_embedding
 from fastdiff.generation.passes import Passes, Predicting, on_cpu, probed
@@ -118,14 +118,14 @@ def generate(
         TypeError, ValueError: an argument does not fit, a prompt is empty or too long, nothing is to be generated, or
             the model's logits have NaN; the message names it.
     """
+    count = len(input_ids) if isinstance(input_ids, Tensor) and input_ids.ndim else None
+    check_types(model, generation_config, streamer, tokenizer, copies, count)
     config = MaskedDiffusionGenerationConfig() if generation_config is None else generation_config
     config.validate()
     attention_mask = check_prompts(model, input_ids, attention_mask, config)
     encoder_mask = check_encoder_inputs(
         model, len(input_ids), encoder_input_ids, encoder_attention_mask, encoder_hidden_states
     )
-    if copies is not None and (len(copies) != len(input_ids) or min(copies, default=0) < 0):
-        raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one per row")
     predictor = _predictor(model, config, length_predictor)
     ends = None if predictor is None else predictor.end_token_ids
     stopping = Stopping(model, config, tokenizer, at_once=ends)
@@ -171,6 +171,8 @@ def _predictor(
 ) -> LengthPredictor | None:
     if given is None:
         return default_predictor(model, config)
+    if not isinstance(given, LengthPredictor):
+        raise TypeError(f"length_predictor: got a {type(given).__name__}; expected a LengthPredictor, or None")
     if config.length == "fixed":
         raise ValueError('length_predictor: got one with length="fixed"; set length="auto", or leave it out')
     if given.model is not model or given.coverage != config.coverage:

@@ -191,9 +191,14 @@ def dllm(model, prompt, steps, gen_length, block_length, counts, cfg_scale=0.0, 
             confidence = without(logits, {mask_id, *late}).softmax(-1).gather(-1, x0[..., None])[..., 0]
             confidence[:, end:] = -math.inf
             confidence[x != mask_id] = -math.inf
-            chosen = confidence[0].topk(count).indices
+            chosen = best(confidence[0], count)
             x[0, chosen] = x0[0, chosen]
     return x
+
+
+def best(scores, count):
+    """topk, which says nothing of ties: the first of them."""
+    return scores.sort(descending=True, stable=True).indices[:count]
 
 
 def dllm_counts(rate):
@@ -256,7 +261,7 @@ def dream(model, prompts, steps, gen_length, alg, generator, eps=1e-3, temperatu
                 score = scores.gather(1, token[:, None])[:, 0]
                 if not number:
                     continue
-                chosen = score.topk(number).indices
+                chosen = best(score, number)
                 if alg_temp:
                     chosen = torch.multinomial((score / alg_temp).softmax(-1), number, generator=generator)
             x[row, masked[chosen]], when[row, masked[chosen]] = token[chosen], step

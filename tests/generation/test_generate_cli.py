@@ -13,6 +13,7 @@ import torch
 from language_runs import byte_tokenizer, tiny_model, write_run
 from transformers.utils import logging
 
+import fastdiff
 from fastdiff import generate as command
 from fastdiff import sample
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
@@ -299,11 +300,8 @@ def test_options_are_the_fields_of_the_configuration(capsys, language_run):
         (["--prompt", "a" * 40], r"prompt 1: got 40 tokens, and max_new_tokens is 12; expected at most 48 together"),
         (["--prompt", "a", "--prompt", "b" * 60, "--max-new-tokens", "0"], "prompt 1: got no mask token <mask>"),
         (["--prompt", "<mask>" + "b" * 60, "--max-new-tokens", "0"], "prompt 1: got 61 tokens"),
-        (["--prompt", "a", "--block-length", "5"], "block_length: got 5; expected a divisor of max_new_tokens = 12"),
-        (
-            ["--prompt", "a", "--num-inference-steps", "3"],
-            "num_inference_steps: got 3 for 2 blocks; expected a multipl",
-        ),
+        (["--prompt", "a", "--block-length", "0"], "block_length: got 0; expected an int of 1 or more"),
+        (["--prompt", "a", "--num-inference-steps", "0"], "num_inference_steps: got 0; expected an int of 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature: got -1.0"),
         (["--prompt", "a", "--temperature", "warm"], "temperature.*float.*warm"),
         (["--prompt", "a", "--unmasking-rule", "all"], "invalid choice: 'all'"),
@@ -341,6 +339,58 @@ def test_a_rule_on_the_command_line_drops_the_recipes_numbers(tmp_path, capsys):
     run = write_run(tmp_path / "run", generation=options, steps=(1,))
     assert "6 tokens" in output_of(capsys, run, "--prompt", "a")[-1]
     assert output_of(capsys, run, "--prompt", "a", "--unmasking-rule", "count")[-1].endswith("6 forward passes")
+
+
+def test_fewer_tokens_than_the_recipes_block(tmp_path, capsys):
+    run = write_run(tmp_path / "run", generation={"max_new_tokens": 24, "block_length": 8}, steps=(1,))
+    assert "5 tokens" in output_of(capsys, run, "--prompt", "a", "--max-new-tokens", "5")[-1]
+    assert "13 tokens" in output_of(capsys, run, "--prompt", "a", "--max-new-tokens", "13")[-1]
+    last = output_of(capsys, run, "--prompt", "a", "--max-new-tokens", "10", "--num-inference-steps", "3")[-1]
+    assert "10 tokens" in last and last.endswith("4 forward passes")  # two blocks of 3 / 2 steps, rounded up
+
+
+def test_no_text_is_missed_where_no_new_tokens_were_asked_for(language_run, tmp_path, capsys):
+    arguments = [language_run, "--prompt", "to <mask><mask>e", "--max-new-tokens", "0"]
+    command.main([str(a) for a in arguments])
+    assert "no text" not in capsys.readouterr().err
+    model = load_language_model(language_run, device="cpu").model
+    with torch.no_grad():
+        model.head_weight.zero_()
+        model.head_weight[EOS] += 1  # every state's likeliest token, or its least likely: one of the two is EoS
+    folder = save_model(tmp_path / "ending", model, byte_tokenizer())
+    suppressed = [str(token) for token in range(len(byte_tokenizer())) if token not in (EOS, MASK)]
+    command.main([str(folder), "--prompt", "to", "--max-new-tokens", "3", "--suppress-tokens", *suppressed])
+    assert capsys.readouterr().err == "(no text: it begins with an end token)\n"
+
+
+def test_python_calls_of_other_types_are_one_line(language_run):
+    run = fastdiff.load(language_run, device="cpu")
+    model, ids = run.model, torch.tensor([[9, 8]])
+    config = MaskedDiffusionGenerationConfig(max_new_tokens=4)
+    calls = {
+        "prompts: got None; expected a text": lambda: run.generate(None),
+        "prompts: got .3.; expected a text": lambda: run.generate([3]),
+        "num_samples: got 'x'; expected at least 1": lambda: run.generate("a", num_samples="x"),
+        "seed: got 'x'; expected an int or None": lambda: run.generate("a", seed="x"),
+        "seed: got 18446744073709551616; expected an int": lambda: run.generate("a", seed=2**64),
+        "temperature: got '1'": lambda: run.generate("a", temperature="1"),
+        "eos_token_id: got 'x'": lambda: MaskedDiffusionGenerationConfig(eos_token_id="x"),
+        "model: got a NoneType; expected a fastdiff.models.MaskedDiffusionLM": lambda: generate(None, ids),
+        "model: got a Linear": lambda: generate(torch.nn.Linear(1, 1), ids),
+        "input_ids: got NoneType": lambda: generate(model, None),
+        "input_ids: got str": lambda: generate(model, "to be"),
+        "attention_mask: got a str": lambda: generate(model, ids, "x", config),
+        "generation_config: got a dict": lambda: generate(model, ids, None, {"max_new_tokens": 4}),
+        "streamer: got a int": lambda: generate(model, ids, None, config, 5),
+        "length_predictor: got a int": lambda: generate(model, ids, None, config, length_predictor=5),
+        "tokenizer: got a int": lambda: generate(model, ids, None, config, tokenizer=5),
+        "copies: got 5; expected 1 numbers": lambda: generate(model, ids, None, config, copies=5),
+        "copies: got .1.5.; expected": lambda: generate(model, ids, None, config, copies=[1.5]),
+    }
+    for message, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
 
 
 def test_ctrl_c_ends_in_one_line(tmp_path):
