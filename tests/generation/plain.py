@@ -109,7 +109,7 @@ def parallel(model, prompt, gen_length, block_length, rule, number):
     steps = 0
     for begin in range(start, start + gen_length, block_length):
         while True:
-            left = [i for i in range(begin, begin + block_length) if x[0, i] == mask_id]
+            left = [i for i in range(begin, min(begin + block_length, x.shape[1])) if x[0, i] == mask_id]
             if not left:
                 break
             steps += 1

@@ -71,12 +71,23 @@ def test_streamer_gets_each_step_in_the_layout_of_the_result(model):
     assert statistics.tokens_per_second == statistics.tokens / statistics.seconds > 0
 
 
-@pytest.mark.parametrize("rule", ["count", "threshold"])
+SCORED = dict(score_distribution="sampling", top_p=0.9, alg_temp=0.5, unmasking_schedule="dream")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        dict(unmasking_rule="count"),
+        dict(unmasking_rule="threshold"),
+        dict(unmasking_rule="ancestral"),
+        dict(begin_suppress_tokens=[5, 6, 7, 8], **SCORED),
+    ],
+)
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_the_path_of_a_gpu_gives_the_same(model, monkeypatch, rule, scale):
+def test_the_path_of_a_gpu_gives_the_same(model, monkeypatch, chosen, scale):
     """There rows are not packed and errors come at the end, so that the device is not waited for."""
     rows = [torch.tensor([[9, MASK, 8, MASK, MASK, 7]]), *prompts(1, 3, 1)]
-    options = config(block_length=2, unmasking_rule=rule, guidance_scale=scale, temperature=0.7, seed=4)
+    options = config(block_length=2, guidance_scale=scale, temperature=0.7, seed=4, **chosen)
     expected = generate(model, *padded(rows), options)
     for module in (decoding, passes):
         monkeypatch.setattr(module, "on_cpu", lambda device: False)
