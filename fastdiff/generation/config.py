@@ -62,7 +62,8 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
         alg_temp: Dream's option of this name, for the rule "count": the tokens of a step are drawn without replacement
             from softmax(score / alg_temp), the score being a probability, a margin or minus an entropy. None or 0: the
             best ones.
-        threshold, factor, entropy_budget: The number of that rule; None: 0.9, 1.0 and 0.15.
+        threshold, factor, entropy_budget: The number of that rule; None: 0.9, 1.0 and 0.15. "factor" is the rule of
+            Fast-dLLM's paper; its public loop also takes the position at which it stops.
         seed: Seed of all random draws; None draws one from torch's generator.
         prefix_cache: Approximate, off by default (Fast-dLLM): a step within a block computes the tokens from the block
             to the row's end; keys and values of those before it are as they were when the row began the block.

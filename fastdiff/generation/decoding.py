@@ -112,7 +112,7 @@ def generate(
         `sequences[:, P:]` the new tokens. A row that length="auto" gave less has end tokens behind them.
 
     A model with a timestep embedding gets, for each row, the time at which its `mask_schedule` would mask that row's
-    current share of tokens.
+    current share of tokens (MDLM's sampler tells it the time of the step).
 
     Raises:
         TypeError, ValueError: an argument does not fit, a prompt is empty or too long, nothing is to be generated, or

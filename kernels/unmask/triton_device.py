@@ -3,7 +3,8 @@
 Four kernels, so that no thread reads what another of the same launch wrote: `index_kernel` (compact samples),
 `order_kernel` (the order of the candidates, an int64), `rank_kernel` (rules that count from the best: how many
 candidates of the row are better), `commit_kernel`. A position is committed where its `turn` is below the row's limit,
-and the best one where there is none such (not under ANCESTRAL). Candidates are looked for, and ranked, within [block_start, block_end) alone.
+and the best one where there is none such (not under ANCESTRAL).
+Candidates are looked for, and ranked, within [block_start, block_end) alone.
 """
 
 import triton
