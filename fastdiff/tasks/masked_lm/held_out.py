@@ -75,12 +75,12 @@ def likelihood_arguments(
         sequences = document_windows(part.targets, length, starts)
         # an adapted model's mask token may be an ordinary one: where text has it, it cannot be measured
         maskable = sequences != config.mask_token_id
-        if not recipe.objective.loss_on_first_token:
+        if recipe.objective.loss_on_first_token is False:
             maskable = without_first_token(maskable)
         return arguments | {"sequences": sequences, "maskable": maskable}
     windows = windows_of_pairs(recipe, config, part, evenly_spaced(len(part.targets), count), length)
     maskable = windows.maskable & (windows.input_ids != config.mask_token_id)
-    if not recipe.objective.loss_on_first_token:
+    if recipe.objective.loss_on_first_token is False:
         maskable = without_first_token(maskable)
     arguments |= {"sequences": windows.input_ids, "maskable": maskable, "attention_mask": windows.attention_mask}
     if windows.condition_ids is not None:

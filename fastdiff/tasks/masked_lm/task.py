@@ -90,7 +90,7 @@ class MaskedLMTask:
         if recipe.objective.end_masking == "always":
             mask = mask | (is_end & maskable)
         counted = mask
-        if not recipe.objective.loss_on_first_token:
+        if recipe.objective.loss_on_first_token is False:
             counted, maskable = (without_first_token(each) for each in (mask, maskable))
         weight = masked.weight
         if recipe.objective.normalizer == "answer":
