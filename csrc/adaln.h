@@ -59,14 +59,17 @@ inline void check_double(std::initializer_list<const Modulation*> modulations, s
                   "float64 goes with float64 only: cast the operands");
 }
 
-// An output that the caller gave, apart from everything that is read; `in_place` may be the output itself.
-inline void check_output(const Tensor& out, const char* name, std::initializer_list<const Tensor*> read,
-                         std::initializer_list<const OptionalTensor*> modulations, const Tensor* in_place = nullptr) {
-  for (const Tensor* t : read) {
-    const bool same = t == in_place && t->const_data_ptr() == out.const_data_ptr();
-    if (!same) check_apart(out, name, *t, "an operand");
+// An output that the caller gave: it may be an operand as a whole, which is read before it is written; a part of one
+// would be written while others read it.
+inline void check_output(const Tensor& out, const char* name, std::initializer_list<OptionalTensor> read) {
+  const Span span = span_of(out);
+  for (const OptionalTensor& t : read) {
+    if (!t) continue;
+    check_device(*t, out, "an operand");
+    const Span other = span_of(*t);
+    const bool whole = other.begin == span.begin && other.end == span.end && t->scalar_type() == out.scalar_type();
+    if (!whole) check_apart(out, name, *t, "an operand");
   }
-  for (const OptionalTensor* m : modulations) check_apart(out, name, *m, "an operand");
 }
 
 // ------------------------------------------------------------------------------------------------ forward
@@ -140,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_forward_stats(Tensor x, FASTDIFF_ADALN_
 template <class Backend>
 void adaln_forward_out(Tensor x, FASTDIFF_ADALN_FORWARD, Tensor out) {
   check_device(out, x, "out");
-  check_output(out, "out", {&x}, {&shift, &scale, &weight, &bias});
+  check_output(out, "out", {x, shift, scale, weight, bias});
   run_forward<Backend>({x, nullptr, {}, shift, scale, weight, bias, rms, eps, out_dtype}, nullptr, out, nullptr, nullptr);
 }
 
@@ -170,8 +173,9 @@ void gated_forward_out(Tensor residual, Tensor branch, Tensor gate, FASTDIFF_ADA
                        Tensor out) {
   check_device(out, residual, "out");
   check_device(residual_out, residual, "residual_out");
-  check_output(out, "out", {&residual, &branch, &gate, &residual_out}, {&shift, &scale, &weight, &bias});
-  check_output(residual_out, "residual_out", {&residual, &branch, &gate}, {&shift, &scale, &weight, &bias}, &residual);
+  check_apart(out, "out", residual_out, "residual_out");
+  check_output(out, "out", {residual, branch, gate, shift, scale, weight, bias});
+  check_output(residual_out, "residual_out", {residual, branch, gate, shift, scale, weight, bias});
   run_forward<Backend>({residual, &branch, gate, shift, scale, weight, bias, rms, eps, out_dtype}, &residual_out, out,
                        nullptr, nullptr);
 }

@@ -1,4 +1,4 @@
-"""torch.ops.fastdiff.* and the NumPy entries, called without the package's own checks: one line, never a wrong number."""
+"""torch.ops.fastdiff.* and the NumPy entries, without the package's own checks: a line, never a wrong number."""
 
 import subprocess
 import sys
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.ops import _native
-from fastdiff.ops import QGFDOptions, qgfd_attention
+from fastdiff.ops import QGFDOptions, _native, qgfd_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = torch.ops.fastdiff
@@ -50,8 +49,8 @@ def test_outputs_lie_apart_from_inputs():
     gated = (branch, m, m, m, None, None, False, 1e-6, None)
     RAW.gated_residual_adaln_forward_out(x, *gated, x, zeros(2, 4, 8))  # the stream may be its own output
     with pytest.raises(RuntimeError, match="residual_out overlaps an operand"):
-        RAW.gated_residual_adaln_forward_out(x, *gated, branch, zeros(2, 4, 8))
-    with pytest.raises(RuntimeError, match="out overlaps an operand"):
+        RAW.gated_residual_adaln_forward_out(memory[:2], *gated, memory[1:], zeros(2, 4, 8))
+    with pytest.raises(RuntimeError, match="out overlaps residual_out"):
         RAW.gated_residual_adaln_forward_out(x, *gated, x, x)
 
 
