@@ -2,9 +2,9 @@
 
     python tests/ops/fuzz_schemas.py LIBRARY --calls 50000 --seed 0
 
-LIBRARY is the built module (fastdiff/_C.*.so, or the one that `make fuzz` builds with AddressSanitizer and UBSan). It
-is loaded without the package, so that nothing but the checks in csrc stands between a call and a kernel. Half of the calls
-are right, and must succeed; in the others one to three operands are wrong, and the call must end in a value or in one
+LIBRARY is the built module: fastdiff/_C.*.so, or the one that `make fuzz` builds with AddressSanitizer and UBSan. It is
+loaded without the package, so that nothing but the checks in csrc stands between a call and a kernel. Half of the calls
+are right and must succeed. In the others one to three operands are wrong, and the call must end in a value or in one
 line. A call is drawn from (seed, index) alone: --only INDEX makes it again. The last line is a JSON object of counts.
 """
 
