@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _CARD, _PICTURE = "README.md", "samples.png"
 _LIBRARY = "library_name: fastdiff"
 # Of the run's own machine, or of one call: they say nothing about the model.
-_LEFT_OUT = ("output_dir", "resume", "overwrite", "device", "trackers", "project")
+_LEFT_OUT = ("output_dir", "resume", "accept_changed_data", "overwrite", "device", "trackers", "project")
 # Of evaluation.json: how it was measured, and what is no measure.
 _SETTINGS = ("sampler", "num_inference_steps", "guidance_scale", "seed")
 _NOT_MEASURED = ("step", "sampling", "generation", *_SETTINGS)

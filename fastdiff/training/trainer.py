@@ -14,9 +14,10 @@ from fastdiff.errors import TrainingError
 from fastdiff.training import checkpoint as checkpoints
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.ema import Ema
+from fastdiff.training.provenance import check_data, records_of
 from fastdiff.training.randomness import derive_seed
 from fastdiff.training.run_folder import MetricsLog, RunFolder
-from fastdiff.training.schedule import learning_rate
+from fastdiff.training.schedule import learning_rate, rate_jump
 from fastdiff.training.setup import (
     check_trackers,
     keep_freed_memory,
@@ -79,7 +80,7 @@ class Trainer:
         )
         self.ema = Ema(task.model, config.ema_decay)
         # The last thing that a bad argument can stop: with `overwrite` it deletes the run that is there.
-        self._on_main(lambda: self.folder.prepare(config, task.recipe()))
+        self._on_main(self._prepare)
         self.steps_done = self._restore(optimizer) if config.resume else 0
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
         self._log = MetricsLog(self.folder.metrics, self.steps_done) if self.accelerator.is_main_process else None
@@ -100,14 +101,30 @@ class Trainer:
         if failed:
             raise TrainingError("the first process could not go on; its message says why")
 
+    def _prepare(self) -> None:
+        self._data = records_of(self.task.data_sets())
+        self.folder.prepare(self.config, self.task.recipe(), self._check_resumed)
+
+    def _check_resumed(self, newest: Path, planned: int) -> None:
+        """Raises ValueError where the files or the data of the run to go on with changed; says what else does."""
+        state = checkpoints.read_state(newest)
+        checkpoints.check_files(newest, state)
+        check_data(
+            state, self._data, repr(str(self.folder.path)), self.config.accept_changed_data,
+            "--training.accept_changed_data true",
+        )  # fmt: skip
+        said = rate_jump(self.config, planned, state["step"])
+        if said is not None:
+            print(said, file=sys.stderr)
+
     def _restore(self, optimizer: torch.optim.Optimizer) -> int:
         newest = self.folder.latest()
         if newest is None:
             return 0
         state = checkpoints.read_state(newest)
-        checkpoints.load_weights(self.task.model, newest / "model.safetensors")
-        checkpoints.load_weights(self.ema.module, newest / "ema.safetensors")
-        checkpoints.load_optimizer(optimizer, self.names, newest / "optimizer.safetensors")
+        checkpoints.load_weights(self.task.model, newest / checkpoints.WEIGHTS)
+        checkpoints.load_weights(self.ema.module, newest / checkpoints.AVERAGED)
+        checkpoints.load_optimizer(optimizer, self.names, newest / checkpoints.OPTIMIZER)
         return state["step"]
 
     def train(self, stop_at: int | None = None, seconds: float | None = None) -> Outcome:
@@ -272,14 +289,15 @@ class Trainer:
 
         def write(folder: Path) -> None:
             self.task.save(model, folder)
-            checkpoints.save_weights(self.ema.module, folder / "ema.safetensors")
-            checkpoints.save_optimizer(self.optimizer, self.names, folder / "optimizer.safetensors")
+            checkpoints.save_weights(self.ema.module, folder / checkpoints.AVERAGED)
+            checkpoints.save_optimizer(self.optimizer, self.names, folder / checkpoints.OPTIMIZER)
 
         state = {
             "seed": self.config.seed,
             "processes": self.accelerator.num_processes,
             "torch": torch.__version__,
             "task": self.task.facts(),
+            "data": self._data,
         }
         with self._writing(f"the checkpoint of step {self.steps_done}"):
             self._log.flush_to_disk()
@@ -289,8 +307,8 @@ class Trainer:
     def _writing(self, what: str):
         try:
             yield
-        except checkpoints.WRITE_ERRORS as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())
             raise TrainingError(
                 f"{what} could not be written to {self.folder.path} ({reason}); {self._last_whole()}"
             ) from None

@@ -115,6 +115,10 @@ class DiTTask:
         title = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
         save_sample_grid(images.cpu(), labels, names, path, title=title)
 
+    def data_sets(self) -> dict[str, ImageData]:
+        """The images."""
+        return {"data": self.data}
+
     def facts(self) -> dict[str, Any]:
         """The classes' names, by label."""
         return {"class_names": list(self.data.class_names)}

@@ -180,6 +180,10 @@ class LengthHeadTask:
         title = f"{self.config.head}: {len(lengths)} held-out answers, RMSE {_rmse(predicted, lengths):.2f} tokens"
         save_length_scatter(predicted.tolist(), lengths.tolist(), path, title=title)
 
+    def data_sets(self) -> dict[str, TextData]:
+        """The pairs, which may be those of the language model's run."""
+        return {"data": self.data}
+
     def facts(self) -> dict[str, Any]:
         """What was trained, on which model and pairs."""
         return {

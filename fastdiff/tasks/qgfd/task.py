@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.data import EpochStream
+from fastdiff.data import EpochStream, LabelledData
 from fastdiff.data.images import flip_some
 from fastdiff.data.stream import share
 from fastdiff.data.text_batches import window_length
@@ -164,6 +164,10 @@ class QGFDTask:
 
         shown = {name: Shown.of_source(source) for name, source in self.sources.items()}
         preview_samples(model, shown, self.config, path)
+
+    def data_sets(self) -> dict[str, LabelledData]:
+        """The data of each modality."""
+        return {f"{name}_data": source.data for name, source in self.sources.items()}
 
     def facts(self) -> dict[str, Any]:
         """For each modality, the data set, its fingerprint and its classes' names."""
