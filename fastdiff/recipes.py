@@ -99,7 +99,20 @@ def parse_recipe(recipe: type[Recipe], arguments: RecipeArguments | Sequence[str
             with contextlib.suppress(KeyError):  # fields of a section that may be null have no option of their own
                 parser.set_defaults({name: value})
     # first, whatever its place was: options replace what it says
-    return build(recipe, parser.parse_args([f"--recipe={arguments.recipe}", *arguments.options]))
+    made = build(recipe, parser.parse_args([f"--recipe={arguments.recipe}", *arguments.options]))
+    _check_overwrite(made, arguments)
+    return made
+
+
+def _check_overwrite(recipe: Any, arguments: RecipeArguments) -> None:
+    """Raises ValueError where a file alone asks for a run to be deleted: whoever types the command must say so."""
+    training = getattr(recipe, "training", None)
+    typed = any(word.startswith("--training") for word in arguments.options if "overwrite" in word or "{" in word)
+    if getattr(training, "overwrite", False) and not typed:
+        raise ValueError(
+            f"{arguments.recipe}: training.overwrite: got true; expected it on the command line alone, as it deletes "
+            "the run in training.output_dir: take it out of the file, and type --training.overwrite true"
+        )
 
 
 def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:

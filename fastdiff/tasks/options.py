@@ -34,6 +34,17 @@ class RunOptions:
 
 
 @dataclass
+class DataOptions:
+    """Options of commands that compare a run with the data that it was trained on.
+
+    Attributes:
+        accept_changed_data: go on although the data is not what the run was trained on; a line says what changed
+    """
+
+    accept_changed_data: bool = False
+
+
+@dataclass
 class SamplingOptions(RunOptions):
     """Options of commands that denoise samples.
 

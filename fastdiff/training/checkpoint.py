@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def check_files(checkpoint: Path, state: dict[str, Any], names: Sequence[str] | None = None) -> bool:
+def check_files(checkpoint: Path, state: dict[str, Any], names: Collection[str] | None = None) -> bool:
     """Checks that files of a checkpoint have the content that they were written with.
 
     Args:

@@ -73,32 +73,41 @@ def changes_of(before: Record, now: Record) -> list[str]:
         found.append(f"it is {now['name']}, not {before['name']}")
     if "class_names" in both:
         found.append(_named("class", before["class_names"], now["class_names"]))
+    statistics: list[str] = []
     if "columns" in both:
-        found += _columns(before["columns"], now["columns"])
+        names, statistics = _columns(before["columns"], now["columns"])
+        found += names
     if "tokenizer" in both:
         found.append("another tokenizer")
     if "examples" in both:
-        counts = ["{train} examples and {held_out} held-out ones".format(**each["examples"]) for each in (now, before)]
-        found.append(f"{counts[0]}, not {counts[1]}")
-    if "fingerprint" in both and not found:
+        counts, known = now["examples"], before["examples"]
+        found.append(
+            f"{counts['train']} examples and {counts['held_out']} held-out ones, not {known['train']} and "
+            f"{known['held_out']}"
+        )
+    if "fingerprint" in both and not found and not statistics:
         found.append("the same number of examples with other content")
-    return found
+    return found or statistics[:_LISTED]  # which change with the examples
 
 
-def _columns(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the columns of two tables: {name: a list of categories, or mean and deviation as text}."""
+def _columns(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between the columns of two tables, in names and kinds, and in means and deviations.
+
+    A column is a list of its categories, or mean and deviation as a text.
+    """
     if list(before) != list(now):
-        return [_named("column", list(before), list(now))]
-    found = []
+        return [_named("column", list(before), list(now))], []
+    names, statistics = [], []
     for name, kept in now.items():
         if kept == before[name]:
             continue
         if isinstance(kept, list) and isinstance(before[name], list):
-            found.append(f"column {name!r}: {_named('category', before[name], kept)}")
+            names.append(f"column {name!r}: {_named('category', before[name], kept)}")
+        elif isinstance(kept, list) or isinstance(before[name], list):
+            names.append(f"column {name!r} has {'categories' if isinstance(kept, list) else 'numbers'} now")
         else:
-            both = ["categories" if isinstance(each, list) else each for each in (kept, before[name])]
-            found.append(f"column {name!r} has {both[0]}, not {both[1]}")
-    return found[:_LISTED]
+            statistics.append(f"column {name!r} has {kept}, not {before[name]}")
+    return names[:_LISTED], statistics
 
 
 def _named(what: str, before: Sequence[str], now: Sequence[str]) -> str:

@@ -63,9 +63,7 @@ class RunFolder:
         found = list_checkpoints(self.checkpoints)
         return found[-1] if found else None
 
-    def prepare(
-        self, training: TrainingConfig, recipe: dict[str, Any], check: Callable[[Path, int], object]
-    ) -> None:
+    def prepare(self, training: TrainingConfig, recipe: dict[str, Any], check: Callable[[Path, int], object]) -> None:
         """Makes the folder ready for a run and writes config.yaml.
 
         Args:

@@ -34,6 +34,6 @@ def rate_jump(config: TrainingConfig, planned: int, step: int) -> str | None:
         return None
     return (
         f"training.max_steps: got {config.max_steps}, and the run was planned for {planned}: by the schedule "
-        f"{config.schedule!r} the learning rate goes from {would_be:.3g} to {rate:.3g} at step {step + 1}; the schedule "
-        "'constant' alone is the same for any number of steps"
+        f"{config.schedule!r} the learning rate goes from {would_be:.3g} to {rate:.3g} at step {step + 1}; the "
+        "schedule 'constant' alone is the same for any number of steps"
     )

@@ -19,14 +19,13 @@ from fastdiff.training.randomness import derive_seed
 from fastdiff.training.run_folder import MetricsLog, RunFolder
 from fastdiff.training.schedule import learning_rate, rate_jump
 from fastdiff.training.setup import (
-    check_trackers,
     keep_freed_memory,
     make_accelerator,
     parameter_groups,
-    run_config_for_trackers,
     stop_on_signals,
 )
 from fastdiff.training.task import Task, to_device
+from fastdiff.training.trackers import Trackers, check_trackers
 
 _GLOBAL_RNG = 1  # purpose of the seed given to torch's own generator at each step
 
@@ -61,7 +60,7 @@ class Trainer:
     """
 
     def __init__(self, task: Task, config: TrainingConfig):
-        check_trackers(config.trackers)
+        check_trackers(config)
         self.task, self.config = task, config
         self.folder = RunFolder(config.output_dir)
         self.accelerator = make_accelerator(config, task.partial_gradients)
@@ -84,6 +83,7 @@ class Trainer:
         self.steps_done = self._restore(optimizer) if config.resume else 0
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
         self._log = MetricsLog(self.folder.metrics, self.steps_done) if self.accelerator.is_main_process else None
+        self._trackers: Trackers | None = None
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, gradient norm: not yet read
 
     def _on_main(self, action) -> None:
@@ -146,7 +146,7 @@ class Trainer:
             return self._end(0.0)
         end = config.max_steps if stop_at is None else min(stop_at, config.max_steps)
         if config.trackers:
-            self.accelerator.init_trackers(config.project, run_config_for_trackers(self.task.recipe()))
+            self._trackers = Trackers(self.accelerator, config.project, self.task.recipe())
         self._progress = tqdm(
             total=config.max_steps,
             initial=start,
@@ -185,6 +185,8 @@ class Trainer:
         if self._log is not None:
             self._log.close()
             self.folder.unlock()
+        if self._trackers is not None:
+            self._trackers.finish()
         # A barrier sends no tensors. Without it gloo's thread may still hold the last one when its process group is
         # freed, and then each waits for the other: the thread for Python's lock, the main thread for the thread.
         self.accelerator.wait_for_everyone()
@@ -273,9 +275,9 @@ class Trainer:
             self._smoothed += 1
         self._progress.update(len(lines))
         self._progress.set_postfix_str(f"loss {self._smooth_loss:.4f}, {rate:.0f} {self.task.unit}/s")
-        if self.config.trackers:
+        if self._trackers is not None:
             for line in lines:
-                self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+                self._trackers.log({k: v for k, v in line.items() if k != "step"}, line["step"])
         if self._log is not None:
             with self._writing(f"the metrics of step {lines[-1]['step']}"):
                 self._log.append(lines)
@@ -323,7 +325,9 @@ class Trainer:
             log = MetricsLog(self.folder.validation, self.steps_done - 1)
             log.append([{"step": self.steps_done, **measures}])
             log.close()
-            self.accelerator.log({f"validation_{name}": value for name, value in measures.items()}, self.steps_done)
+            if self._trackers is not None:
+                values = {f"validation_{name}": value for name, value in measures.items()}
+                self._trackers.log(values, self.steps_done)
             text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items())
             tqdm.write(f"step {self.steps_done}: {text}", file=sys.stderr)
 

@@ -61,7 +61,10 @@ class LengthHeadTask:
         source = loaded.recipe.data if recipe.data is None else recipe.data
         if data is None:
             with section("data"):
-                data = text_of_run(loaded) if recipe.data is None else load_text_data(source, loaded.tokenizer)
+                if recipe.data is None:
+                    data = text_of_run(loaded, recipe.training.accept_changed_data)
+                else:
+                    data = load_text_data(source, loaded.tokenizer)
         self.data, self.pad_token_id = data, loaded.tokenizer.pad_token_id or 0
         self.window = source.max_length if recipe.window is None else recipe.window
         self.windows = dataclasses.replace(

@@ -119,7 +119,7 @@ def _held_out(
     loaded: LanguageModel, options: EvaluateOptions, config: Any, decoding: dict[str, Any], results: dict[str, Any]
 ) -> str:
     """Measures the held-out text, notes it in `results` and gives the table."""
-    recipe, data, rows = loaded.recipe, text_of_run(loaded), options.batch_size or _ROWS
+    recipe, data, rows = loaded.recipe, text_of_run(loaded, options.accept_changed_data), options.batch_size or _ROWS
     bound = likelihood_bound(
         loaded.model,
         **likelihood_arguments(recipe, loaded.model.config, data, options.likelihood_samples),

@@ -9,7 +9,7 @@ from fastdiff.device import autocast_dtype
 from fastdiff.files import output_path
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.labels import parse_labels
-from fastdiff.tasks.options import SamplingOptions, at_least
+from fastdiff.tasks.options import DataOptions, SamplingOptions, at_least
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe
 from fastdiff.tasks.qgfd.run import QGFDRun, load_run
 from fastdiff.tasks.qgfd.samples import (
@@ -26,7 +26,7 @@ from fastdiff.training.run_folder import locate
 
 
 @dataclass
-class SampleOptions(SamplingOptions):
+class SampleOptions(DataOptions, SamplingOptions):
     """Draws samples as the modality wants: a picture (PNG), and beside it, under the same name, TXT, WAV, GIF or CSV.
 
     Attributes:
@@ -116,7 +116,9 @@ def _wanted(run: QGFDRun, modality: str, options: SampleOptions) -> tuple[Shown,
     if options.labels is not None and not label_count(run.model, modality):
         raise ValueError(f"--labels: the run's {modality} is not conditioned on classes; leave it out")
     if modality == "tabular" or (conditional and options.prompt is None):
-        shown = Shown.of_source(run.source_of(modality))  # real rows to draw beside the samples', held-out prompts
+        shown = Shown.of_source(
+            run.source_of(modality, options.accept_changed_data)
+        )  # real rows to draw beside the samples', held-out prompts
     else:
         prompts = encode_prompts(run.tokenizer, [options.prompt]) if conditional else None
         shown = Shown(names, run.tokenizer, conditional, run.schema, prompts=prompts)
