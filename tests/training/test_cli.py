@@ -359,3 +359,40 @@ def test_the_folder_of_a_run_may_begin_with_a_dash(tiny_yaml, tmp_path, monkeypa
     (tmp_path / "-run").mkdir()
     (tmp_path / "-run" / "config.yaml").write_text(tiny_yaml.read_text())
     assert load_recipe(DiTRecipe, Path("-run") / "config.yaml").model.depth == 2
+
+
+def test_finished_samples_are_kept_when_drawing_is_stopped(run, monkeypatch, capsys):
+    from fastdiff.tasks.dit import run as module
+    from fastdiff.visualization import grids
+
+    calls, titles, draw = [], [], module.sample_classes
+
+    def stopped(*arguments, **options):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(module, "sample_classes", stopped)
+    monkeypatch.setattr(grids, "_draw", lambda sheet, rows, size, path, title: titles.append((title, path)))
+    with pytest.raises(SystemExit) as exit_:
+        sample.main([str(run), "--images-per-label", "25"])  # 250: three batches
+    assert exit_.value.code == 130 and len(calls) == 2
+    assert titles[0][0].endswith(", 100 of 250 samples") and titles[0][1] == run / "samples-seed-0.png"
+
+
+def test_writing_what_is_finished_takes_a_tenth_of_the_time_at_most(monkeypatch):
+    from fastdiff.tasks import results
+
+    clock, written = [0.0], []
+    monkeypatch.setattr(results.time, "monotonic", lambda: clock[0])
+
+    def write(drawn):
+        written.append(drawn)
+        clock[0] += 1  # as long as a batch
+
+    keep = results.AsTheyCome(write)
+    for drawn in range(30):
+        clock[0] += 1
+        keep(drawn)
+    assert written == [0, 9, 18, 27]

@@ -8,11 +8,12 @@ import torch
 from fastdiff.files import output_path
 from fastdiff.tasks.dit.run import load_run
 from fastdiff.tasks.options import SamplingOptions, at_least
+from fastdiff.tasks.results import AsTheyCome
 
 
 @dataclass
 class SampleOptions(SamplingOptions):
-    """Draws a labelled grid of samples (PNG).
+    """Draws a labelled grid of samples (PNG); finished ones are in it while others are drawn.
 
     Attributes:
         labels: labels or class names, with commas; default: every class
@@ -37,7 +38,11 @@ def sample_images(path: str, options: SampleOptions) -> None:
     labels = torch.tensor(run.labels(options.labels)).repeat_interleave(options.images_per_label)
     folder = Path() if run.folder is None else run.folder.path
     output = output_path(options.output, folder / f"samples-seed-{sampling.seed}.png")
-    images = run.draw(labels, sampling, progress=True)
     step = "" if run.step is None else f"step {run.step}, "
     title = f"{step}guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
-    print(save_sample_grid(images, labels, run.class_names, output, title=title))
+
+    def write(images: torch.Tensor) -> Path:
+        drawn = "" if len(images) == len(labels) else f", {len(images)} of {len(labels)} samples"
+        return save_sample_grid(images, labels[: len(images)], run.class_names, output, title=title + drawn)
+
+    print(write(run.draw(labels, sampling, progress=True, keep=AsTheyCome(write))))
