@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastdiff.arguments import ArgumentParser
 from fastdiff.cli import command, quiet_libraries
 from fastdiff.errors import TrainingError
 from fastdiff.files import write_atomically
-from fastdiff.recipes import ArgumentParser, parse_recipe
+from fastdiff.recipes import parse_recipe
 from fastdiff.version import __version__
 
 _RECIPE = "dit_mnist"

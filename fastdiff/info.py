@@ -7,9 +7,9 @@ import torch
 
 import fastdiff
 from fastdiff import backends
+from fastdiff.arguments import ArgumentParser
 from fastdiff.cli import command
 from fastdiff.ops import _native
-from fastdiff.recipes import ArgumentParser
 
 
 def report() -> str:
