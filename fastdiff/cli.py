@@ -8,7 +8,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
@@ -102,7 +102,8 @@ def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
         exit_on_error=False, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("run", type=str, help="a run's folder, one of its checkpoints, a saved model, or a hub id")
-    add_options(parser, options, without=unfit(path) if (unfit := getattr(options, "unfit", None)) else ())
+    unfit, told = (getattr(options, name, None) for name in ("unfit", "told"))
+    add_options(parser, options, unfit(path) if unfit else (), told(path) if told else {})
     arguments.remove(path)
     given = vars(parser.parse_args([path, *arguments]))  # first: an option with several values would take it
     made = options_from(options, given)
@@ -138,11 +139,13 @@ def _switches(action: str) -> set[str]:
     }
 
 
-def add_options(parser: ArgumentParser, options: type, without: Collection[str] = ()) -> None:
+def add_options(
+    parser: ArgumentParser, options: type, without: Collection[str] = (), told: Mapping[str, str] | None = None
+) -> None:
     """Adds an option for each field of a dataclass; what is not given is not in the parser's result.
 
     Fields in `without` get none: a dataclass whose options depend on the run has a static method `unfit(path)`, which
-    names them.
+    names them. `told` is what the help says of fields beside their meaning; a static method `told(path)` gives it.
 
     The docstring's Attributes are the help. A field of type `GenerationOptions` stands for all options of decoding that
     the class does not have itself. `metadata` of a field are further arguments of `add_argument`.
@@ -156,8 +159,11 @@ def add_options(parser: ArgumentParser, options: type, without: Collection[str] 
             decoding = field
             continue
         kind, default = _without_none(hints[field.name]), field.default
-        told = default is not None and default is not False and default is not dataclasses.MISSING
-        text = meanings.get(field.name, "") + (f" (default: {default})" if told else "")
+        if default is None or default is False or default is dataclasses.MISSING:
+            said = (told or {}).get(field.name, "").replace("%", "%%")
+        else:
+            said = f"default: {default}"
+        text = meanings.get(field.name, "") + (f" ({said})" if said else "")
         common: dict[str, Any] = {"default": SUPPRESS, "help": text, **field.metadata}
         option = "--" + field.name.replace("_", "-")
         if kind is bool:

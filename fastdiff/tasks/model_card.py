@@ -37,7 +37,7 @@ def write_model_card(directory: Path, run: "Run", title: str, address: str) -> N
 
     Raises OSError where a file cannot be written.
     """
-    if _has_card(run.source):
+    if has_card(run.source):
         for name in (_CARD, _PICTURE):
             _copy(run.source / name, directory / name)
         return
@@ -71,7 +71,8 @@ def _example(usage: str, address: str) -> str:
     return "\n".join(["```python", *parts, *(line for line in lines if line not in imports), "```"])
 
 
-def _has_card(source: Path) -> bool:
+def has_card(source: Path) -> bool:
+    """Whether a folder has a model card that fastdiff wrote."""
     card = source / _CARD
     return card.is_file() and _LIBRARY in card.read_text(errors="replace").partition("\n---")[0]
 

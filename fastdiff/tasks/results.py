@@ -6,6 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastdiff.training.run_folder import RunFolder
+
+
+def results_folder(path: str | Path, folder: RunFolder | None) -> Path:
+    """Where a command puts its files when nobody says: with the run or saved model that `path` names.
+
+    For a model on the hub, which is nobody's to write in, the current folder.
+    """
+    if folder is not None:
+        return folder.path
+    local = Path(path)
+    return local if local.is_dir() else local.parent if local.is_file() else Path()
+
 
 class AsTheyCome:
     """Writes finished samples while others are drawn, so that a command that is stopped leaves them.

@@ -14,7 +14,7 @@ from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, naming_config,
 from fastdiff.recipes import plain
 from fastdiff.tasks.hub import local_folder, upload
 from fastdiff.tasks.kinds import kind_named, kind_of
-from fastdiff.tasks.model_card import write_model_card
+from fastdiff.tasks.model_card import has_card, write_model_card
 from fastdiff.training.checkpoint import AVERAGED, OPTIMIZER, STATE_FILE, WEIGHTS, check_files, read_state
 from fastdiff.training.provenance import DataSet, check_data, records_of
 from fastdiff.training.run_folder import RunFolder, locate, locate_checkpoint
@@ -169,10 +169,27 @@ class Run:
         measured of this checkpoint and these weights, and the run's picture of samples, where there are any. A card
         that the model was loaded with is kept.
 
-        Raises OSError where the folder cannot be written.
+        Raises:
+            FileExistsError: the folder holds something else than a saved model of this kind.
+            OSError: it cannot be written.
         """
         directory = Path(directory)
+        self._check_target(directory)
         self._write(directory, directory.resolve().name if self.folder is None else self.folder.path.resolve().name)
+
+    def _check_target(self, directory: Path) -> None:
+        """Raises FileExistsError where files would be mixed with others."""
+        there = sorted(path.name for path in directory.iterdir() if path.name[0] != ".") if directory.is_dir() else []
+        of_run = bool({STATE_FILE, "config.yaml"} & set(there))  # whose files stay as training wrote them
+        itself = bool(self.source) and directory.resolve() == Path(self.source).resolve()
+        if not there or (itself and not of_run):
+            return
+        if of_run or not has_card(directory) or kind_of(directory) != self.kind:
+            names = ", ".join(there[:3]) + (", …" if len(there) > 3 else "")
+            raise FileExistsError(
+                f"directory: got {str(directory)!r}, which holds {names}; expected a new or empty folder, or one with "
+                f"a saved {self.kind}; pass another"
+            )
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, commit_message: str | None = None) -> str:
         """Uploads what `save_pretrained` writes to the Hugging Face Hub, in one commit; makes the repository first.

@@ -39,12 +39,14 @@ class Outcome:
         finished: whether max_steps were reached; False after a signal or `stop_at`.
         checkpoint: the newest checkpoint.
         samples_per_second: over the steps of this process's life, checkpoints and pictures left out.
+        interrupted: whether a signal ended it.
     """
 
     steps: int
     finished: bool
     checkpoint: Path
     samples_per_second: float
+    interrupted: bool = False
 
 
 class Trainer:
@@ -84,6 +86,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
         self._log = MetricsLog(self.folder.metrics, self.steps_done) if self.accelerator.is_main_process else None
         self._trackers: Trackers | None = None
+        self._interrupted = False
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, gradient norm: not yet read
 
     def _on_main(self, action) -> None:
@@ -169,6 +172,8 @@ class Trainer:
                 if stopped or self._due(config.checkpoint_every):
                     self._save()
                 if stopped:
+                    # of another process's signal there is no knowing, but without a time limit nothing else stops one
+                    self._interrupted = signals.received or seconds is None
                     break
                 if config.preview_every and step + 1 < config.max_steps and self._due(config.preview_every):
                     self._pictures()
@@ -194,7 +199,9 @@ class Trainer:
         self.model = self.accelerator.unwrap_model(self.model)
         self.accelerator.free_memory()
         self.accelerator.end_training()
-        return Outcome(self.steps_done, self.steps_done >= self.config.max_steps, self.folder.latest(), rate)
+        return Outcome(
+            self.steps_done, self.steps_done >= self.config.max_steps, self.folder.latest(), rate, self._interrupted
+        )
 
     def _due(self, every: int) -> bool:
         return self.steps_done == self.config.max_steps or (every > 0 and self.steps_done % every == 0)

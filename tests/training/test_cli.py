@@ -431,3 +431,11 @@ def test_writing_what_is_finished_takes_a_tenth_of_the_time_at_most(monkeypatch)
         clock[0] += 1
         keep(drawn)
     assert written == [0, 9, 18, 27]
+
+
+def test_help_of_a_run_has_its_values_and_samplers(run, capsys):
+    with pytest.raises(SystemExit):
+        sample.main([str(run), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 means none (default: 1.5)" in text and "denoising steps (default: 2)" in text
+    assert "(of this run euler, dpm-solver++, renoise; default: euler)" in text and "ddim" not in text

@@ -8,7 +8,7 @@ import torch
 from fastdiff.files import output_path
 from fastdiff.tasks.dit.run import load_run
 from fastdiff.tasks.options import SamplingOptions, at_least
-from fastdiff.tasks.results import AsTheyCome
+from fastdiff.tasks.results import AsTheyCome, results_folder
 
 
 @dataclass
@@ -18,7 +18,8 @@ class SampleOptions(SamplingOptions):
     Attributes:
         labels: labels or class names, with commas; default: every class
         images_per_label: number of images for each label
-        output: path of the PNG; default: samples-seed-N.png in the run's folder
+        output: path of the PNG; default: samples-seed-N.png in the folder of the run or saved model
+            (of a model on the hub: in the current folder)
     """
 
     labels: str | None = None
@@ -36,8 +37,7 @@ def sample_images(path: str, options: SampleOptions) -> None:
     run = load_run(path, weights=options.weights, device=options.device)
     sampling = options.applied_to(run.sampling)
     labels = torch.tensor(run.labels(options.labels)).repeat_interleave(options.images_per_label)
-    folder = Path() if run.folder is None else run.folder.path
-    output = output_path(options.output, folder / f"samples-seed-{sampling.seed}.png")
+    output = output_path(options.output, results_folder(path, run.folder) / f"samples-seed-{sampling.seed}.png")
     step = "" if run.step is None else f"step {run.step}, "
     title = f"{step}guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
 

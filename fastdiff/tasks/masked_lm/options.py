@@ -13,7 +13,7 @@ class EvaluateOptions(DataOptions, RunOptions):
     held-out answers. Decoding options that are not given are those of the run's recipe (sampling.generation).
 
     Attributes:
-        output: path of the JSON; default: evaluation.json in the run's folder
+        output: path of the JSON; default: evaluation.json in the folder of the run or saved model
         held_out: the held-out text of the run
         likelihood_samples: draws of the bound; default: the recipe's
         num_pairs: held-out prompts answered; 0 for none (default: 500; with --length 2000, half to calibrate)

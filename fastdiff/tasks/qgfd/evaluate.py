@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastdiff.device import autocast_dtype
+from fastdiff.evaluation.classifier import check_classifier_cache
 from fastdiff.evaluation.features import batches_of, compare_with_real, encode_batches
 from fastdiff.files import output_path, write_atomically
 from fastdiff.recipes import load_recipe
@@ -62,6 +63,8 @@ def evaluate_qgfd(path: str, options: EvaluateOptions) -> None:
     name = "evaluation.json" if modalities == run.recipe.modalities else f"evaluation_{options.modality}.json"
     output = output_path(options.output, run.folder.path / name)
     sources = {name: run.source_of(name, options.accept_changed_data) for name in modalities}
+    if "image" in sources:
+        check_classifier_cache(sources["image"].data)
     report = measure_run(run, sources, sampling)
     details = {"run": str(run.folder.path), "step": run.step, "weights": options.weights}
     write_atomically(output, json.dumps({**details, **report}, indent=1) + "\n")

@@ -24,7 +24,7 @@ from fastdiff.tasks.qgfd.samples import (
     sampling_title,
     save_samples,
 )
-from fastdiff.tasks.results import AsTheyCome
+from fastdiff.tasks.results import AsTheyCome, results_folder
 from fastdiff.training.run_folder import locate
 
 
@@ -41,7 +41,7 @@ class SampleOptions(DataOptions, SamplingOptions):
         length: length of each sample, in tokens, audio samples or frames
         prompt: prompt for text models that take one; default: held-out prompts
         output: path of the PNG; other files get the same name with their own suffix; default: samples-seed-N.png in the
-            run's folder
+            folder of the run or saved model (of a model on the hub: in the current folder)
     """
 
     modality: str | None = None
@@ -93,8 +93,7 @@ def sample_qgfd(path: str, options: SampleOptions) -> None:
             )
     if options.length is not None and len(modalities) > 1:
         raise ValueError(f"--length: got {options.length}, whose unit differs by modality; say which with --modality")
-    folder = Path() if run.folder is None else run.folder.path
-    output = output_path(options.output, folder / f"samples-seed-{sampling.seed}.png")
+    output = output_path(options.output, results_folder(path, run.folder) / f"samples-seed-{sampling.seed}.png")
     wanted = [(name, *_wanted(run, name, options)) for name in modalities]
     for name, shown, count, labels in wanted:
         stem: Path = output.with_suffix("") if output.suffix in SUFFIXES else output

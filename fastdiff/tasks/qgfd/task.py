@@ -46,6 +46,10 @@ class QGFDTask:
             adapters = load_adapters(recipe.objective.adapters_from, recipe)
         tokenizer = None if adapters is None else adapters.tokenizer
         self.sources = {name: load_source(recipe, name, tokenizer) for name in recipe.modalities}
+        if recipe.evaluated_after_training and "image" in self.sources:
+            from fastdiff.evaluation.classifier import check_classifier_cache
+
+            check_classifier_cache(self.sources["image"].data)  # that training ends with
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             self.model = build_model(recipe, self.sources)
