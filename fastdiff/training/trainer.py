@@ -87,6 +87,7 @@ class Trainer:
         self._log = MetricsLog(self.folder.metrics, self.steps_done) if self.accelerator.is_main_process else None
         self._trackers: Trackers | None = None
         self._interrupted = False
+        self._started: int | None = None  # the step that `train` began with
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, gradient norm: not yet read
 
     def _on_main(self, action) -> None:
@@ -157,6 +158,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self.accelerator.is_main_process,
         )
+        self._started = start
         self._seconds, self._timed_steps, self._clock = 0.0, 0, time.perf_counter()
         deadline = float("inf") if seconds is None else self._clock + seconds
         self._smooth_loss, self._smoothed = 0.0, 0
@@ -212,7 +214,8 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, step, _GLOBAL_RNG, accelerator.process_index))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        batches = [self.task.batch(step, slots) for slots in self._slots()]
+        with self._kept_when_data_fails():
+            batches = [self.task.batch(step, slots) for slots in self._slots()]
         total = torch.tensor(sum(self.task.weight(batch) for batch in batches), dtype=torch.float64)
         total = accelerator.reduce(total.to(accelerator.device), "sum") if accelerator.num_processes > 1 else total
         # DistributedDataParallel averages gradients over processes; the loss is a sum over them, divided by `total`
@@ -229,6 +232,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)
         return loss, norm
+
+    @contextlib.contextmanager
+    def _kept_when_data_fails(self):
+        """Makes a checkpoint of the steps done before an error of the data ends the run: a file that has gone, say.
+
+        Not with several processes: the others wait in a step that will not be.
+        """
+        try:
+            yield
+        except Exception:
+            if self._started is not None and self.accelerator.num_processes == 1 and self.steps_done > self._started:
+                if self._pending:
+                    self._flush(False)
+                self._save()
+                tqdm.write(f"stopped after step {self.steps_done}; {self._last_whole()}", file=sys.stderr)
+            raise
 
     def _slots(self) -> list[range]:
         """This process's slots of the global batch, one range an accumulation step."""

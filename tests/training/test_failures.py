@@ -362,3 +362,23 @@ def test_a_trackers_project_stays_in_its_folder(make_trainer, tmp_path, project)
     with pytest.raises(ValueError, match="training.project: got .*; expected a name without /"):
         make_trainer(tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_are_kept_when_the_data_fails(make_trainer, tmp_path, curve, same_files, capsys):
+    trainer = make_trainer(tmp_path / "run")
+    batch = trainer.task.batch
+
+    def gone(step, slots):
+        if step == 7:
+            raise ValueError("a.png cannot be decoded")
+        return batch(step, slots)
+
+    trainer.task.batch = gone
+    with pytest.raises(ValueError, match="a.png cannot be decoded"):
+        trainer.train()
+    assert steps_in(tmp_path / "run") == [5, 7] and "stopped after step 7; last whole" in capsys.readouterr().err
+    trainer.folder.unlock()
+    resumed = make_trainer(tmp_path / "run", "--training.resume", "true").train()
+    whole = make_trainer(tmp_path / "whole").train()
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    same_files(resumed.checkpoint, whole.checkpoint)

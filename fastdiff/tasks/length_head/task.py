@@ -195,8 +195,6 @@ class LengthHeadTask:
             "run": self.config.run,
             "model_hash": self.model_hash,
             "window": self.window,
-            "data": self.data.name,
-            "data_fingerprint": self.data.fingerprint,
         }
 
     def recipe(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class QGFDRun(Run):
     """A QGFD model and what its samples are shown with.
 
     Attributes:
-        facts: of each modality: "class_names"; of a run also "data", its name.
+        facts: of each modality: "class_names".
         tokenizer: of text, else None.
         schema: of a table, else None.
         sampling: how samples are denoised where nobody says otherwise.

@@ -174,16 +174,9 @@ class QGFDTask:
         return {f"{name}_data": source.data for name, source in self.sources.items()}
 
     def facts(self) -> dict[str, Any]:
-        """For each modality, the data set, its fingerprint and its classes' names."""
-        modalities = {
-            name: {
-                "data": source.data.name,
-                "fingerprint": source.data.fingerprint,
-                "class_names": list(source.data.class_names),
-            }
-            for name, source in self.sources.items()
-        }
-        return {"kind": "qgfd", "modalities": modalities}
+        """For each modality, its classes' names."""
+        names = {name: {"class_names": list(source.data.class_names)} for name, source in self.sources.items()}
+        return {"kind": "qgfd", "modalities": names}
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values, tuples as lists."""
