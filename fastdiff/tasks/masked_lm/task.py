@@ -190,9 +190,13 @@ class MaskedLMTask:
             dtype=autocast_dtype(training.mixed_precision, model.head_weight.device.type),
         )
 
+    def data_sets(self) -> dict[str, TextData]:
+        """The text."""
+        return {"data": self.data}
+
     def facts(self) -> dict[str, Any]:
-        """What was trained on."""
-        return {"kind": "masked_lm", "data": self.data.name, "data_fingerprint": self.data.fingerprint}
+        """Nothing but the kind: tokenizer and data have places of their own."""
+        return {"kind": "masked_lm"}
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values, tuples as lists."""

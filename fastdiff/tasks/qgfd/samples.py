@@ -1,7 +1,7 @@
 """Samples of QGFD models as files that people look at or listen to."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,6 +110,7 @@ def draw_samples(
     length: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    keep: Callable[[Samples], object] | None = None,
 ) -> Samples:
     """Draws `count` samples and decodes them; sample i depends on its condition and on seed + i alone.
 
@@ -118,6 +119,7 @@ def draw_samples(
         prompts: prompts of conditional text, cycled through.
         length: length of a sample, in the modality's unit; None is the model's.
         dtype: dtype of autocast; None is float32.
+        keep: gets the samples drawn so far after each batch but the last (`fastdiff.tasks.results.AsTheyCome`).
 
     Raises ValueError for conditions, length or sampler that do not fit the model.
     """
@@ -145,7 +147,14 @@ def draw_samples(
             parts.append({name: value.float().cpu() if value.is_floating_point() else value.cpu()
                           for name, value in batch.items()})  # fmt: skip
             bar.update(size)
-    return Samples({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, labels, bool(conditions))
+            if keep is not None and start + size < count:
+                keep(_joined(parts, labels, bool(conditions)))
+    return _joined(parts, labels, bool(conditions))
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], labels: Tensor | None, guided: bool) -> Samples:
+    batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Samples(batch, None if labels is None else labels[: len(next(iter(batch.values())))], guided)
 
 
 def save_samples(
