@@ -67,8 +67,8 @@ def _load_native(
 ) -> Any:
     wants_report = kwargs.pop("output_loading_info", False)
     exactly = not kwargs.get("ignore_mismatched_sizes")
-    if exactly and os.path.isdir(path):
-        _check_native(cls, Path(path), config, kwargs)
+    if exactly and not kwargs.get("subfolder"):
+        _check_native(cls, _folder(path, kwargs), config, kwargs)
     try:
         model, report = native(path, *args, output_loading_info=True, **kwargs)
     except (SafetensorError, OSError) as error:
@@ -87,10 +87,10 @@ def _check_native(cls: type, folder: Path, config: dict[str, Any], kwargs: dict[
     Raises FileNotFoundError and ValueError, one line.
     """
     state = header_of(weight_files(folder, _WEIGHTS, kwargs.get("variant")))
-    if state is None:  # of torch, whole in memory at once; transformers reads it
-        return
-    expected = _outline(cls, own_config(config | kwargs, state, folder))[1]
-    check_state(state, expected, folder, "its configuration")
+    made = own_config(config | kwargs, state, folder)
+    if made.tie_word_embeddings:
+        state.pop(HEAD, None)
+    check_state(state, _outline(cls, made)[1], folder, "its configuration")
 
 
 def own_config(values: dict[str, Any], state: dict[str, Tensor], folder: Path) -> MaskedDiffusionLMConfig:

@@ -27,6 +27,7 @@ class Pretrained(nn.Module):
     """A model that is made from a configuration, and that a folder with model.safetensors and config.json holds.
 
     A subclass takes its configuration, a dataclass, as the argument of its constructor and keeps it in `self.config`.
+    The constructor also runs on the meta device: sizes are compared with a file's before memory is taken for them.
 
     Attributes:
         config_class: The dataclass.

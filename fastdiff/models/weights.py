@@ -38,7 +38,7 @@ _SAFE = (
 )
 # What a configuration calls the numbers of its parts; "labels" are names that transformers makes.
 _COUNTS = re.compile(
-    r"depth|n_layers?|(num_)?((hidden|encoder|decoder)_)?layers|num_hidden_groups|inner_group_num|num_labels"
+    r"depth|n_layers?|(num_)?((hidden|encoder|decoder)_)?layers|layers_per_block|num_hidden_groups|inner_group_num|num_labels"
 )
 _COUNTERS = ("initted", "step")  # ema_pytorch's, beside the averaged model
 _SHARD = re.compile(r"-\d+-of-\d+")
@@ -94,19 +94,27 @@ def weight_files(folder: Path, names: tuple[str, ...], variant: str | None = Non
         FileNotFoundError: the folder has none of them, or lacks a shard.
         ValueError: several variants to choose from, or an index that is none; one line.
     """
-    variants = {variant}
-    if variant is None and not any(_of_variant(folder, name, None) for name in names):
-        variants = {found for name in names for found in _variants(folder, name)}
-        if len(variants) > 1:
-            raise ValueError(f"{folder}: has weights of the variants {', '.join(sorted(variants))}; pass variant=")
+    variant = variant_of(folder, names) if variant is None else variant
     for name in names:
-        for chosen in variants:
-            files = _of_variant(folder, name, chosen)
-            if files:
-                _log.info("%s: weights in %s", folder, ", ".join(file.name for file in files))
-                return files
+        files = _of_variant(folder, name, variant)
+        if files:
+            _log.info("%s: weights in %s", folder, ", ".join(file.name for file in files))
+            return files
     wanted = f" of the variant {variant!r}" if variant else ""
     raise FileNotFoundError(f"{folder}: no weights{wanted} in it; expected {' or '.join(names)}, or their shards")
+
+
+def variant_of(folder: Path, names: tuple[str, ...]) -> str | None:
+    """The only variant of a folder's weights; None where there are some without a variant, or none at all.
+
+    Raises ValueError where there are several to choose from.
+    """
+    if any(_of_variant(folder, name, None) for name in names):
+        return None
+    found = {variant for name in names for variant in _variants(folder, name)}
+    if len(found) > 1:
+        raise ValueError(f"{folder}: has weights of the variants {', '.join(sorted(found))}; pass variant=")
+    return next(iter(found), None)
 
 
 def read_weights(folder: Path, names: tuple[str, ...], owner: str, variant: str | None = None) -> dict[str, Tensor]:
@@ -124,15 +132,16 @@ def read_weights(folder: Path, names: tuple[str, ...], owner: str, variant: str 
     return state
 
 
-def header_of(files: Iterable[Path]) -> dict[str, Tensor] | None:
-    """Names, shapes and dtypes of the tensors in safetensors files, on the meta device; None where one is of torch.
+def header_of(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of the tensors in files, on the meta device: of safetensors the headers are read alone.
 
     Raises ValueError for a damaged file.
     """
     state: dict[str, Tensor] = {}
     for path in files:
         if path.suffix != ".safetensors":
-            return None
+            state |= {name: tensor.to("meta") for name, tensor in state_of(read_tensors(path), path).items()}
+            continue
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
@@ -261,6 +270,13 @@ def check_state(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], 
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path}: the weights are not those of {owner}: {'; '.join(problems[:3])}{more}")
+
+
+def check_dtypes(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError where a tensor's dtype is that of no weights, for models that another library builds."""
+    for name, tensor in state.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, expected float32, bfloat16 or float16")
 
 
 def check_counts(values: Any, state: Mapping[str, Tensor], path: Path) -> None:

@@ -24,6 +24,7 @@ from fastdiff.ops import (
 from fastdiff.ops.masked_linear_cross_entropy import cross_entropy_from_logits
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_ROWS = ("sequence_ids", "positions", "temperature")
 _LOGITS_AT_ONCE = 64 << 20  # bytes of a module's logits that are made at a time where only numbers of them are wanted
 
 
@@ -134,12 +135,12 @@ class LanguageModelHead:
         return loss, torch.zeros(mask.shape, dtype=losses.dtype, device=mask.device).masked_scatter(mask, losses)
 
     def sample(self, states: Tensor, **options: Any) -> TokenSample:  # [R, D]
-        """`fastdiff.ops.lm_head_sample`; tensors among its options are of shape `[R]`."""
+        """`fastdiff.ops.lm_head_sample`; sequence_ids, positions and a temperature by row are of shape `[R]`."""
         if self.plain is not None:
             return lm_head_sample(states, *self.plain, **options)
         count = len(states)
         options = {"sequence_ids": torch.arange(count, device=states.device), **options}
-        by_row = {name: t for name, t in options.items() if isinstance(t, Tensor) and t.shape == (count,)}
+        by_row = {name: t for name in _OF_ROWS if isinstance(t := options.get(name), Tensor) and t.ndim}
 
         def draw(logits: Tensor, rows: slice) -> TokenSample:
             return sample_tokens(logits, **(options | {name: t[rows] for name, t in by_row.items()}))

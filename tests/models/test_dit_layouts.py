@@ -370,7 +370,7 @@ def test_flipped_bytes_are_one_line_or_a_model(plain, tmp_path):
     torch.save(plain.state_dict(), tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
     generator, path, refused = torch.Generator().manual_seed(0), tmp_path / "a.pt", 0
-    for _ in range(60):
+    for _ in range(30):
         content = bytearray(whole)
         for place in torch.randint(len(whole), (20,), generator=generator).tolist():
             content[place] ^= 1 << place % 8
@@ -380,7 +380,7 @@ def test_flipped_bytes_are_one_line_or_a_model(plain, tmp_path):
         except ValueError as error:
             refused += 1
             assert "a.pt" in str(error) and "\n" not in str(error)
-    assert refused > 10
+    assert refused > 5
 
 
 def test_an_archive_that_is_larger_inside_is_refused(tmp_path):

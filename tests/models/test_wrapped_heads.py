@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from fastdiff.diffusion import MaskedDiffusion, MaskedDiffusionConfig
+from fastdiff.diffusion import Diffusion, DiffusionConfig, MaskedDiffusion, MaskedDiffusionConfig, sample_classes
 from fastdiff.evaluation.likelihood import likelihood_bound
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.length import LengthPredictor
-from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig, QGFDConfig
+from fastdiff.models import DiT, MaskedDiffusionLM, MaskedDiffusionLMConfig, QGFDConfig
 from fastdiff.models.qgfd.adapters.text import TextAdapter, TextAdapterConfig
 from fastdiff.nn import LanguageModelHead, TimestepEmbedding
 from fastdiff.nn import head as head_module
@@ -315,3 +315,22 @@ def test_a_time_embedding_that_is_trained_beside_an_adapter():
     expected = embedding["time"](torch.ones(2))
     peft.get_peft_model(embedding, peft.LoraConfig(target_modules=["x"], modules_to_save=["mlp"]))
     assert torch.equal(embedding["time"](torch.ones(2)), expected)
+
+
+def test_a_dit_samples_through_its_adapters():
+    """Final layer, projections and labels are called as modules."""
+    peft = pytest.importorskip("peft", reason="NOT TESTED: peft is not installed (the extra 'lora')")
+    torch.manual_seed(0)
+    sizes = dict(input_size=8, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    dit = DiT.from_preset("DiT-tiny", **sizes)
+    for parameter in dit.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    diffusion, options = Diffusion(DiffusionConfig("flow")), dict(num_inference_steps=3, guidance_scale=2.0)
+    before = sample_classes(dit, diffusion, [0, 1, 2], **options)
+    targets = ["qkv", "linear", "embedding_table", "mlp.0", "adaLN_modulation.1"]
+    config = peft.LoraConfig(target_modules=targets, modules_to_save=["t_embedder"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(dit, config)
+    found = sample_classes(wrapped, diffusion, [0, 1, 2], **options)
+    merged = sample_classes(wrapped.merge_and_unload(), diffusion, [0, 1, 2], **options)
+    torch.testing.assert_close(found, merged, rtol=1e-4, atol=1e-4)  # seen: 1e-5, of numbers up to 30
+    assert (found - before).abs().max() > 0.1
