@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,39 @@ def make_folder_once(folder: Path, is_complete: Callable[[Path], bool], fill: Ca
         if not is_complete(folder):  # no other process made it while this one waited
             shutil.rmtree(folder, ignore_errors=True)
             write_folder_atomically(folder, fill)
+
+
+class RecordFile:
+    """A JSONL file to which records are added as they come: whatever ends the process, it has each of them whole.
+
+    The first record replaces the file that was there; until then that one stays. `count` is the number of records.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path, self.count = Path(os.path.realpath(path)), 0
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Adds records, all of them or none. Raises OSError, naming the file, where it cannot be written."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        content = lines.encode("utf-8", "backslashreplace")  # \ud800 is JSON's own way to write half of a pair
+        if not self.count:
+            write_atomically(self.path, content)
+        else:
+            self._append(content)
+        self.count += len(records)
+
+    def _append(self, content: bytes) -> None:
+        size, done = self.path.stat().st_size, False
+        try:
+            with open(self.path, "ab") as file:
+                file.write(content)
+            flush_to_disk(self.path)
+            done = True
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        finally:
+            if not done:  # the disk is full, or Ctrl-C
+                os.truncate(self.path, size)
 
 
 def output_path(given: str | None, default: Path) -> Path:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastdiff.data.tokenization import vocabulary_size
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.models.qgfd.adapters import MODALITIES, AudioProcessor, ImageProcessor, VideoProcessor
 from fastdiff.models.qgfd.adapters.base import AdapterConfig
@@ -139,7 +140,7 @@ def _prepare_text(config: Any, tokenizer: Any) -> Any:
                 "config.text.tokenizer"
             )
         return None
-    config.vocab_size = len(tokenizer)
+    config.vocab_size = vocabulary_size(tokenizer)
     if tokenizer.pad_token_id is not None:
         config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
