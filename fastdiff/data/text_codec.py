@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.data.chat_template import render_chat
@@ -88,14 +88,6 @@ class TextCodec:
     def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
         """Text of ids, special tokens left out or written; half characters become U+FFFD."""
         return decode_ids(self.tokenizer, self.as_seen(ids), special_tokens=special_tokens)
-
-    def without_text(self, vocab_size: int, kept: Collection[int] = ()) -> list[int]:
-        """Ids of a model that its tokenizer does not have, but for `kept`: they would decode to nothing.
-
-        Vocabularies are padded beyond the tokenizer's largest id, and tokenizers have holes in their ids.
-        """
-        known = {*self.tokenizer.get_vocab().values(), *kept}
-        return [token for token in range(vocab_size) if token not in known]
 
     def _prefix(self) -> list[int]:
         """What the tokenizer itself puts before a text."""

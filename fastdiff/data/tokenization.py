@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,10 @@ from fastdiff.errors import named, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")  # how the names of a tokenizer's files begin
 TRAINED_TOKENIZERS = ("bpe", "characters")
+_LONGEST_WORD = 64
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
 SPECIAL_TOKENS = {
     "pad_token": "<pad>",
     "bos_token": "<bos>",
@@ -54,10 +58,11 @@ def load_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> "PreTra
             f"{named('name')}: got {config.name!r}, which cannot be loaded ({reason}); {expected}"
         ) from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, name) is None]
-    taken = set(tokenizer.get_vocab().values())
+    before = tokenizer.get_vocab()
     tokenizer.add_special_tokens({name: SPECIAL_TOKENS[name] for name in missing})
     for name in missing:
-        if getattr(tokenizer, f"{name}_id") in taken:  # new ids are counted from the number of tokens
+        new = SPECIAL_TOKENS[name] not in before
+        if new and getattr(tokenizer, f"{name}_id") in before.values():  # ids are counted from the number of tokens
             raise ValueError(
                 f"{named('name')}: got {config.name!r}, whose ids have holes, so that {SPECIAL_TOKENS[name]} would get "
                 f"the id {getattr(tokenizer, f'{name}_id')} of another token; name a {name} in its files"
@@ -73,6 +78,8 @@ def load_saved_tokenizer(folder: str | Path, model_type: str) -> "PreTrainedToke
     """
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
+    if not has_tokenizer(folder):  # transformers would make one that knows no words
+        raise FileNotFoundError(f"{folder}: no tokenizer in it; expected tokenizer.json and tokenizer_config.json")
     # Dream's own class is code in its repository; what it does is Qwen2's tokenizer.
     is_dream = model_type.lower() == "dream"
     kind = Qwen2Tokenizer if is_dream else AutoTokenizer
@@ -85,9 +92,23 @@ def load_saved_tokenizer(folder: str | Path, model_type: str) -> "PreTrainedToke
         ) from error
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has files of a tokenizer."""
+    return any(file.name.startswith(_FILES) for file in Path(folder).iterdir())
+
+
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     """1 + the largest id: `len(tokenizer)` counts tokens, which are fewer where ids have holes."""
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def ids_without_text(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, kept: Collection[int] = ()) -> list[int]:
+    """Ids below `vocab_size` that a tokenizer does not have, but for `kept`: they would decode to nothing.
+
+    Vocabularies of models are padded beyond the tokenizer's largest id, and tokenizers have holes in their ids.
+    """
+    known = {*tokenizer.get_vocab().values(), *kept}
+    return [token for token in range(vocab_size) if token not in known]
 
 
 def check_text(text: str) -> None:
@@ -139,8 +160,22 @@ def _train_bpe(documents: Iterable[str], vocab_size: int):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every byte, seen or not
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(_in_words(documents), trainer)
     return tokenizer
+
+
+def _in_words(documents: Iterable[str]) -> Iterator[str]:
+    """Documents, cut within words of more than 64 characters: each merge of training walks through them.
+
+    Chinese and DNA have no spaces: a line of theirs is a word.
+    """
+    for document in documents:
+        start = 0
+        for word in _LONG_WORD.finditer(document):
+            for cut in range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD):
+                yield document[start:cut]
+                start = cut
+        yield document[start:]
 
 
 def _character_tokenizer(documents: Iterable[str]):

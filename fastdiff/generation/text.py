@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data.text_codec import TextCodec
+from fastdiff.data.tokenization import ids_without_text
 from fastdiff.generation.canvas import padded
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.decoding import GenerationStatistics, Streamer, generate
@@ -103,7 +104,7 @@ class TextGenerator:
         own, self._decoding = model.config, copy.deepcopy(config)
         fill = (own.pad_token_id,) if own.length_format == "pad_fill" else ()
         # those that end a text or fill it up need none
-        self.silent_token_ids = self.codec.without_text(own.vocab_size, {*self.end_token_ids, *fill})
+        self.silent_token_ids = ids_without_text(tokenizer, own.vocab_size, {*self.end_token_ids, *fill})
         if self.silent_token_ids:
             self._decoding.suppress_tokens = [*(config.suppress_tokens or ()), *self.silent_token_ids]
 

@@ -20,6 +20,7 @@ from fastdiff.training.run_folder import locate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastdiff.data.text_codec import TextCodec
     from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig, Streamer
     from fastdiff.generation.length import LengthPredictor
     from fastdiff.models.masked_lm import MaskedDiffusionLM
@@ -91,6 +92,13 @@ class LanguageModel(Run):
             prompts, rows, num_samples=num_samples, batch_size=batch_size, streamer=make_streamer
         )
         return [sample for batch in batches for sample in batch]
+
+    @property
+    def codec(self) -> "TextCodec":
+        """Text to ids and back, as training had them: `run.codec.encode_prompt("…")`, `run.codec.decode(ids)`."""
+        from fastdiff.data.text_codec import TextCodec
+
+        return TextCodec(self.tokenizer, self.model.config)
 
     def usage(self) -> str:
         return 'print(run.generate("", seed=0)[0].text)'
