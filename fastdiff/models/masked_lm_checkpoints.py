@@ -157,8 +157,8 @@ def _end_tokens(folder: Path | None, own: int | list[int] | None) -> int | list[
     """EoS of config.json, or all end tokens of generation_config.json, that of config.json first."""
     file = None if folder is None else folder / "generation_config.json"
     ends = read_json(file).get("eos_token_id") if file is not None and file.is_file() else None
-    if not isinstance(ends, list):
-        return own if ends is None else ends
+    if not isinstance(ends, list) or not ends:
+        return own if ends is None or ends == [] else ends
     return sorted(ends, key=lambda token: token != own)
 
 
