@@ -17,6 +17,7 @@ from fastdiff.data.token_files import TokenFile, TokenFileWriter
 from fastdiff.data.tokenization import (
     TRAINED_TOKENIZERS,
     encode_texts,
+    load_saved_tokenizer,
     load_tokenizer,
     tokenizer_fingerprint,
     vocabulary_size,
@@ -60,9 +61,7 @@ def load_text_data(data: TextDataConfig, tokenizer: "TokenizerConfig | PreTraine
     if not _is_complete(folder):
         make_folder_once(folder, _is_complete, lambda new: _fill(new, data, corpus, tokenizer, ready))
     if ready is None:
-        from transformers import AutoTokenizer
-
-        ready = AutoTokenizer.from_pretrained(str(folder / _TOKENIZER))
+        ready = load_saved_tokenizer(folder / _TOKENIZER)
     return _open(folder, data, ready)
 
 

@@ -71,15 +71,15 @@ def load_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> "PreTra
     return tokenizer
 
 
-def load_saved_tokenizer(folder: str | Path, model_type: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer beside a model of a type (config.json's `model_type`), as it is. No code of the folder is run.
+def load_saved_tokenizer(folder: str | Path, model_type: str = "") -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder, beside a model of a type (config.json's `model_type`), as it is. No code is run.
 
     Raises FileNotFoundError where there is none that can be loaded; one line.
     """
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
     if not has_tokenizer(folder):  # transformers would make one that knows no words
-        raise FileNotFoundError(f"{folder}: no tokenizer in it; expected tokenizer.json and tokenizer_config.json")
+        raise FileNotFoundError(f"{folder}: no tokenizer that can be loaded: expected tokenizer.json in it")
     # Dream's own class is code in its repository; what it does is Qwen2's tokenizer.
     is_dream = model_type.lower() == "dream"
     kind = Qwen2Tokenizer if is_dream else AutoTokenizer

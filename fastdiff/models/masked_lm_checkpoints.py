@@ -1,6 +1,5 @@
 """Reading masked diffusion language models: finding the files, telling the format, checking names and shapes."""
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -135,10 +134,12 @@ def _special_tokens(folder: Path | None, kind: str, config: dict, overrides: dic
     given["eos_token_id"] = _end_tokens(folder, given["eos_token_id"])
     tokens = {name: _possible(name, value, vocab_size) for name, value in given.items()}
     missing = [name for name, value in tokens.items() if value is None and name not in overrides]
-    tokenizer = None
+    tokenizer, without = None, ""
     if missing and folder is not None:
-        with contextlib.suppress(FileNotFoundError):  # a model may come without one
+        try:
             tokenizer = load_saved_tokenizer(folder, str(config.get("model_type")))
+        except FileNotFoundError as error:  # a model may come without one
+            without = f" ({error})"
     for name in missing if tokenizer is not None else ():
         tokens[name] = _possible(name, getattr(tokenizer, name), vocab_size)
     if kind == "gpt2" and tokens["mask_token_id"] is None and vocab_size > GPT2_MASK_TOKEN_ID:
@@ -148,7 +149,7 @@ def _special_tokens(folder: Path | None, kind: str, config: dict, overrides: dic
     if tokens["mask_token_id"] is None and "mask_token_id" not in overrides:
         raise ValueError(
             f"{folder or 'model'}: neither configuration nor tokenizer has a mask token: pass "
-            "mask_token_id= (in training --model.mask_token_id)"
+            f"mask_token_id= (in training --model.mask_token_id){without}"
         )
     return tokens
 

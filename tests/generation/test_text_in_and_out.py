@@ -73,9 +73,8 @@ def test_a_saved_folder_knows_what_training_added(adds, tmp_path):
     save_model(tmp_path / "one", model_of(tokenizer, add_special_tokens=adds), tokenizer, {"max_new_tokens": 2})
     fastdiff.load(tmp_path / "one").save_pretrained(tmp_path / "two")
     run = fastdiff.load(tmp_path / "two")
-    assert (
-        run.codec.encode_prompt("red cat") == [2] * adds + tokenizer("red cat", add_special_tokens=False)["input_ids"]
-    )
+    bare = tokenizer("red cat", add_special_tokens=False)["input_ids"]
+    assert run.codec.encode_prompt("red cat") == [2] * adds + bare
     generator = TextGenerator(run.model, run.tokenizer, MaskedDiffusionGenerationConfig(max_new_tokens=2))
     assert generator.encode(["red cat", ""], unconditional=True) == [run.codec.encode("red cat"), run.codec.start]
     assert run.codec.start == ([2] if adds else [3])

@@ -39,9 +39,17 @@ def test_a_mask_token_of_special_tokens_map_alone(tmp_path):
 def test_a_mask_token_of_the_vocabulary_alone(tmp_path):
     """tokenizer_config.json names it; no file says its id but the vocabulary."""
     folder = with_tokenizer(tmp_path, llama(), words("<m>"))
-    edit(folder / "tokenizer_config.json", mask_token="<m>", pad_token={"content": "w7", "special": True})
+    edit(folder / "tokenizer_config.json", mask_token="<m>", pad_token={"content": "w7", "__type": "AddedToken"})
     config = MaskedDiffusionLM.from_pretrained(folder).config
     assert (config.mask_token_id, config.pad_token_id) == (50, 7)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path):
+    folder = with_tokenizer(tmp_path, llama(), words("<m>"))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="pass mask_token_id=.*no tokenizer that can be loaded"):
+        MaskedDiffusionLM.from_pretrained(folder)
+    assert MaskedDiffusionLM.from_pretrained(folder, mask_token_id=3).config.mask_token_id == 3
 
 
 def test_end_tokens_beyond_the_vocabulary_are_none(tmp_path):
