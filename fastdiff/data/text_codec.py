@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.data.chat_template import render_chat
@@ -50,7 +51,10 @@ class TextCodec:
         self.start = self.prefix or (begin[0] or begin[1] if self.adds_special_tokens else begin[1] or begin[0])
         self.markers = self._mask_texts()
         self.mask_text = self.markers[0]
-        self._filling = _with_masks(tokenizer, self.markers)
+
+    @cached_property
+    def _filling(self) -> Any:
+        return _with_masks(self.tokenizer, self.markers)  # of a large vocabulary this takes a second
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as training had them, without end; [] for an empty one. Nothing in it is to be filled.
