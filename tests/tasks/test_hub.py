@@ -40,15 +40,19 @@ def test_there_and_back(runs, hub, kind, capfd):
 
 def test_other_projects_repositories(hub, tmp_path):
     from models.test_dit_checkpoints import diffusers_model
+    from tasks.test_pipelines import autoencoder
 
     diffusers_model().save_pretrained(tmp_path)
     files = hub.repositories[f"{OWNER}/pipeline"] = {
         f"transformer/{path.name}": path.read_bytes() for path in tmp_path.iterdir()
     }
-    files |= {"model_index.json": b'{"_class_name": "DiTPipeline"}', "vae/diffusion_pytorch_model.bin": b"large"}
+    autoencoder().save_pretrained(tmp_path / "vae")
+    files |= {f"vae/{path.name}": path.read_bytes() for path in (tmp_path / "vae").iterdir()}
+    files |= {"model_index.json": b'{"_class_name": "DiTPipeline"}', "vae/x.py": b"raise"}
     with pytest.warns(UserWarning, match="assuming the process of the published"):
         run = fastdiff.load(f"{OWNER}/pipeline", device="cpu")
-    assert run.model.config.num_classes == 7 and not any("vae" in request for request in hub.requests)
+    assert run.model.config.num_classes == 7 and run.decoder is not None
+    assert not any(request.endswith("x.py") for request in hub.requests)
 
 
 def test_language_models_with_older_weights(runs, hub, tmp_path):
@@ -109,3 +113,16 @@ def test_what_cannot_be_uploaded(runs, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     fails("push_to_hub: x: http://127.0.0.1:9 cannot be reached", run.push_to_hub, "x", kind=ConnectionError)
     assert not hub.repositories
+
+
+def test_links_that_lead_nowhere_and_names_no_file_has_are_no_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    for path in ("loop", "gone", "loop/model", str(tmp_path / "gone")):
+        with pytest.raises(FileNotFoundError, match="(loop|gone): got a link to '(loop|nowhere)', which leads nowhere"):
+            fastdiff.load(path)
+    with pytest.raises(FileNotFoundError, match="path: got 'x{40}' and more, 300 characters"):
+        fastdiff.load("x" * 300)
+    with pytest.raises(FileNotFoundError, match="x: no such folder in"):  # longer than any name on the hub
+        fastdiff.load("x" * 100)

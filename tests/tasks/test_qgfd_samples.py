@@ -116,8 +116,21 @@ def test_what_does_not_fit():
     fails("num_samples: got 0; expected at least 1", table.sample, num_samples=0)
     fails("length: got -3; expected at least 1", text.sample, prompts="a", length=-3)
     fails("length: got 3; samples of modality 'image'", image.sample, length=3)
-    fails("guidance: got an option that there is not; expected num_inference_steps", image.sample, guidance=2)
+    expected = "guidance: got an option that there is not; expected num_inference_steps"
+    fails(expected, image.sample, guidance=2, kind=TypeError)
     fails("num_inference_steps: got 0", image.sample, num_inference_steps=0)
     fails("sampler: got 'euler'", image.sample, sampler="euler")
     several = run_of("video", "tabular")
     fails("modality: got None; this model has video, tabular", several.sample)
+
+
+def test_what_is_finished_is_handed_over_batch_by_batch():
+    from fastdiff.tasks.qgfd.samples import draw_samples
+
+    run, kept = run_of("audio"), []
+    labels = torch.arange(230) % 2
+    options = QGFDSamplingConfig(num_inference_steps=1)
+    drawn = draw_samples(run.model, "audio", 230, options, labels=labels, keep=kept.append)
+    assert [len(samples) for samples in kept] == [100, 200] and len(drawn) == 230
+    assert torch.equal(kept[1].labels, labels[:200])
+    assert torch.equal(kept[0].batch["input_values"], drawn.batch["input_values"][:100])

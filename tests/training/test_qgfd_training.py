@@ -285,7 +285,7 @@ BAD = {
     "unknown modality": (("image",), {"smell": {"hidden_size": 8}}, "there is no section 'smell'; expected"),
     "no modality": ((), {}, "expected a section of one or more of text, image, audio, video, tabular"),
     "size of other data": (("image",), {"image": {"image_size": 64}}, "image.image_size: got 64; the data set digits"),
-    "sampler": (("image",), {"sampling": {"sampler": "ddim"}}, "needs one of euler, dpm-solver++, renoise"),
+    "sampler": (("image",), {"sampling": {"sampler": "ddim"}}, "expected one of euler, dpm-solver++, renoise"),
     "small mixed batch": (
         ("image", "tabular"),
         {"objective": {"order": "mixed"}, "training": {"batch_size": 1}},
@@ -356,7 +356,7 @@ def test_data_that_changed_since_training_is_not_measured_by(train_run, tmp_path
     table.write_text("\n".join(["x,y,kind", *lines]) + "\n")
     run = train_run("tabular", tabular_data={"name": "csv", "path": str(table)})
     table.write_text("\n".join(["x,y,kind", *lines, "77,1,a"]) + "\n")
-    assert "its content has changed" in failure(evaluate, [run], capsys)
+    assert "23 examples and 8 held-out ones, not 22 and 8" in failure(evaluate, [run], capsys)
 
 
 def test_commands_name_what_is_for_other_runs(train_run, capsys):

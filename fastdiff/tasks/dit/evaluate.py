@@ -8,20 +8,22 @@ import torch
 from fastdiff.errors import section
 from fastdiff.files import output_path, write_atomically
 from fastdiff.tasks.dit.run import load_run
-from fastdiff.tasks.options import SamplingOptions, at_least
+from fastdiff.tasks.options import DataOptions, SamplingOptions, at_least
 
 
 @dataclass
-class EvaluateOptions(SamplingOptions):
+class EvaluateOptions(DataOptions, SamplingOptions):
     """Scores samples: class accuracy and Fréchet distance under a small classifier, which is trained once on the real
     images and cached, and the distance to the nearest training image; beside them the same numbers of real held-out
     images.
 
     Attributes:
+        guidance_channels: guides this many of the first channels only (3 in facebookresearch/DiT)
         num_samples: number of samples, spread evenly over the classes
         output: path of the JSON; default: evaluation.json in the run's folder
     """
 
+    guidance_channels: int | None = None
     num_samples: int = 500
     output: str | None = None
 
@@ -40,6 +42,7 @@ def evaluate_images(path: str, options: EvaluateOptions) -> None:
     output = output_path(options.output, run.folder.path / "evaluation.json")
     with section("data"):
         data = load_data(run.recipe.data)
+    run.check_data({"data": data}, options.accept_changed_data)
     classifier = load_or_train_classifier(data)
     sampling = options.applied_to(run.sampling)
     labels = torch.arange(options.num_samples) % len(run.class_names)
@@ -49,9 +52,10 @@ def evaluate_images(path: str, options: EvaluateOptions) -> None:
         "step": run.step,
         "weights": options.weights,
         "guidance_scale": sampling.guidance_scale,
+        "guidance_channels": sampling.guidance_channels,
         "num_inference_steps": sampling.num_inference_steps,
-        "sampler": sampling.sampler,
         "seed": sampling.seed,
+        **sampling.options(),
     }
     write_atomically(output, json.dumps({**details, **report.to_dict()}, indent=1) + "\n")
     print(f"{report.to_markdown()}\n\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from fastdiff.tasks.masked_lm.run import (
     load_language_model,
     load_length_predictor,
 )
-from fastdiff.tasks.results import with_earlier
+from fastdiff.tasks.results import results_folder, with_earlier
 from fastdiff.training.run_folder import locate
 
 _PAIRS, _DRAWS, _ROWS = 500, 128, 32
@@ -65,8 +64,8 @@ def evaluate_language_model(path: str, options: EvaluateOptions) -> None:
         from fastdiff.integrations import lm_eval as harness
 
         manager = harness.find_tasks(tasks, options.lm_eval_include_path)
-    default = Path("evaluation.json") if recipe is None else locate(path)[0].path / "evaluation.json"
-    output = output_path(options.output, default)  # before work that would be lost
+    folder = results_folder(path, None if recipe is None else locate(path)[0])
+    output = output_path(options.output, folder / "evaluation.json")  # before work that would be lost
     loaded = load_language_model(path, weights=options.weights, device=options.device)
     results: dict[str, Any] = {"model": path, "step": loaded.step, "weights": options.weights}
     tables = []
@@ -125,7 +124,7 @@ def _held_out(
     loaded: LanguageModel, options: EvaluateOptions, config: Any, decoding: dict[str, Any], results: dict[str, Any]
 ) -> str:
     """Measures the held-out text, notes it in `results` and gives the table."""
-    recipe, data, rows = loaded.recipe, text_of_run(loaded), options.batch_size or _ROWS
+    recipe, data, rows = loaded.recipe, text_of_run(loaded, options.accept_changed_data), options.batch_size or _ROWS
     bound = likelihood_bound(
         loaded.model,
         **likelihood_arguments(recipe, loaded.model.config, data, options.likelihood_samples),

@@ -14,22 +14,24 @@ from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 from fastdiff.tasks.masked_lm.run import LanguageModel
 
 
-def text_of_run(loaded: LanguageModel) -> TextData:
+def text_of_run(loaded: LanguageModel, accept_changed: bool = False) -> TextData:
     """A run's text, in its own tokenizer; the token files of its training where they are still there.
 
-    Raises what `fastdiff.data.load_text_data` raises.
+    With `accept_changed` also a text that is not what the run was trained on, with a line on stderr.
+
+    Raises what `fastdiff.data.load_text_data` raises, and ValueError where the text is not what it was.
     """
     from fastdiff.data.text import load_text_data
     from fastdiff.data.tokenization import tokenizer_fingerprint
 
-    recipe = loaded.recipe
-    if recipe.model.init_from is None:
-        with section("data"):
-            data = load_text_data(recipe.data, recipe.tokenizer)
-        if tokenizer_fingerprint(data.tokenizer) == tokenizer_fingerprint(loaded.tokenizer):
-            return data
+    recipe, data = loaded.recipe, None
     with section("data"):
-        return load_text_data(recipe.data, loaded.tokenizer)
+        if recipe.model.init_from is None:
+            data = load_text_data(recipe.data, recipe.tokenizer)
+        if data is None or tokenizer_fingerprint(data.tokenizer) != tokenizer_fingerprint(loaded.tokenizer):
+            data = load_text_data(recipe.data, loaded.tokenizer)
+    loaded.check_data({"data": data}, accept_changed)
+    return data
 
 
 def windows_of_pairs(
@@ -48,6 +50,11 @@ def windows_of_pairs(
         bos_token_id=config.bos_token_id,
         mask_token_id=config.mask_token_id,
     )
+
+
+def without_first_token(maskable: Tensor) -> Tensor:  # bool [B, W]
+    """A mask without position 0, for a recipe whose loss leaves it out."""
+    return maskable & (torch.arange(maskable.shape[1], device=maskable.device) > 0)
 
 
 def likelihood_arguments(
@@ -69,9 +76,14 @@ def likelihood_arguments(
         starts = torch.linspace(0, last, min(count, last + 1), dtype=torch.float64).long()
         sequences = document_windows(part.targets, length, starts)
         # an adapted model's mask token may be an ordinary one: where text has it, it cannot be measured
-        return arguments | {"sequences": sequences, "maskable": sequences != config.mask_token_id}
+        maskable = sequences != config.mask_token_id
+        if recipe.objective.loss_on_first_token is False:
+            maskable = without_first_token(maskable)
+        return arguments | {"sequences": sequences, "maskable": maskable}
     windows = windows_of_pairs(recipe, config, part, evenly_spaced(len(part.targets), count), length)
     maskable = windows.maskable & (windows.input_ids != config.mask_token_id)
+    if recipe.objective.loss_on_first_token is False:
+        maskable = without_first_token(maskable)
     arguments |= {"sequences": windows.input_ids, "maskable": maskable, "attention_mask": windows.attention_mask}
     if windows.condition_ids is not None:
         arguments |= {"encoder_input_ids": windows.condition_ids, "encoder_attention_mask": windows.condition_mask}

@@ -1,7 +1,7 @@
 """Runs of QGFD diffusion models, loaded to sample from or to take their adapters."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,11 +15,10 @@ from fastdiff.models.pretrained import read_config
 from fastdiff.models.qgfd.backbone import QGFDSelfAttention
 from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.recipes import load_recipe
-from fastdiff.tasks.labels import label_of
+from fastdiff.tasks.labels import labels_of
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.sources import Source, load_source
-from fastdiff.tasks.run import Run, find, sampling_keys, stored_sampling
-from fastdiff.training.checkpoint import load_weights
+from fastdiff.tasks.run import Run, check_count, find, sampling_keys, stored_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +34,7 @@ class QGFDRun(Run):
     """A QGFD model and what its samples are shown with.
 
     Attributes:
-        facts: of each modality: "class_names"; of a run also "data" and "fingerprint".
+        facts: of each modality: "class_names".
         tokenizer: of text, else None.
         schema: of a table, else None.
         sampling: how samples are denoised where nobody says otherwise.
@@ -50,19 +49,15 @@ class QGFDRun(Run):
     sampling: QGFDSamplingConfig = field(default_factory=QGFDSamplingConfig)
     mixed_precision: str = "auto"
 
-    def source_of(self, modality: str) -> Source:
-        """The data that a modality was trained on.
+    def source_of(self, modality: str, accept_changed: bool = False) -> Source:
+        """The data that a modality was trained on; with `accept_changed` also other data, with a line on stderr.
 
         Raises what `load_source` raises, and ValueError where it is not what it was, or this is not a run.
         """
         if self.recipe is None:
             raise ValueError("modality: got a model without a recipe; expected a run, which names its data")
         source = load_source(self.recipe, modality, self.tokenizer)
-        if source.data.fingerprint != self.facts[modality]["fingerprint"]:
-            raise ValueError(
-                f"{modality}_data: the data set {source.data.name} is not what the run {str(self.folder.path)!r} was "
-                "trained on: its content has changed; bring the old data back, or train anew"
-            )
+        self.check_data({f"{modality}_data": source.data}, accept_changed)
         return source
 
     def sample(
@@ -86,8 +81,9 @@ class QGFDRun(Run):
             prompts: of text that is conditioned on a text, which needs them: one or several.
             length: of each sample, in tokens, audio samples or frames; None is that of training.
             progress: shows a bar.
-            options: fields of `QGFDSamplingConfig`: num_inference_steps, guidance_scale, guidance_interval, sampler,
-                seed. What is not given is what the run's recipe says. Sample i of the call has the seed `seed` + i.
+            options: fields of `QGFDSamplingConfig`: num_inference_steps, guidance_scale, guidance_interval, seed, and
+                those of the sampler (`fastdiff.diffusion.SamplerOptions`). What is not given is what the run's recipe
+                says. Sample i of the call has the seed `seed` + i.
 
         Returns:
             `QGFDSamples`: `.samples` are PIL images, texts, waveforms, lists of frames or a table; `.batch` the same as
@@ -95,21 +91,16 @@ class QGFDRun(Run):
 
         Raises:
             ValueError: a modality, class, prompt, length or option that does not fit; before any work.
+            TypeError: an option that there is not, or a value of another type; before any work, too.
         """
         from fastdiff.tasks.qgfd.decoded import decoded
         from fastdiff.tasks.qgfd.samples import Shown, default_labels, draw_samples, encode_prompts, label_count
 
         name = self.model.adapter(modality).modality
         for option, value in (("num_samples", num_samples), ("length", length)):
-            if value is not None and value < 1:
-                raise ValueError(f"{option}: got {value}; expected at least 1")
-        unknown = [option for option in options if option not in vars(self.sampling)]
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]}: got an option that there is not; expected {', '.join(vars(self.sampling))}"
-            )
-        sampling = replace(self.sampling, **options)
-        check_sampler(sampling, self.model.config.diffusion)
+            check_count(option, value)
+        sampling = self.sampling.replaced(options)
+        check_sampler(sampling, self.model.diffusion)
         conditional, names = self._takes_prompts(name), tuple(self.facts.get(name, {}).get("class_names", ()))
         self._check_conditions(name, labels, prompts)
         given = encode_prompts(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts) if prompts else None
@@ -120,8 +111,7 @@ class QGFDRun(Run):
             count = len(given["condition_ids"]) * (num_samples or 1)
             given = {field: value.repeat_interleave(num_samples or 1, 0) for field, value in given.items()}
         elif labels is not None:
-            wanted = [label_of(label, names) for label in ([labels] if isinstance(labels, int | str) else labels)]
-            drawn = torch.tensor(wanted).repeat_interleave(count // label_count(self.model, name))
+            drawn = torch.tensor(labels_of(labels, names)).repeat_interleave(count // label_count(self.model, name))
             count = len(drawn)
         dtype = autocast_dtype(self.mixed_precision, next(self.model.parameters()).device.type)
         samples = draw_samples(
@@ -175,9 +165,7 @@ def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | s
     """Loads a run of `task: qgfd`, or a saved model; arguments and errors are those of `fastdiff.load`."""
     device = check_device(device)
     found = find(path, "qgfd", weights)
-    model = QGFDModel.from_pretrained(found.source)
-    if found.weights == "ema":
-        load_weights(model, found.source / found.weights_file)
+    model = QGFDModel.from_pretrained(found.source, weights=found.weights_file)
     if found.folder is not None:
         recipe = load_recipe(QGFDRecipe, found.folder.config)
         facts, sampling, precision = found.state["task"]["modalities"], recipe.sampling, recipe.training.mixed_precision

@@ -1,7 +1,7 @@
 """Samples of QGFD models as files that people look at or listen to."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fastdiff.data import TableSchema, TabularData
 from fastdiff.data.tokenization import check_text, decode_ids, encode_texts
 from fastdiff.device import autocast_dtype
+from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.files import write_atomically
 from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
@@ -109,6 +110,7 @@ def draw_samples(
     length: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    keep: Callable[[Samples], object] | None = None,
 ) -> Samples:
     """Draws `count` samples and decodes them; sample i depends on its condition and on seed + i alone.
 
@@ -117,9 +119,11 @@ def draw_samples(
         prompts: prompts of conditional text, cycled through.
         length: length of a sample, in the modality's unit; None is the model's.
         dtype: dtype of autocast; None is float32.
+        keep: gets the samples drawn so far after each batch but the last (`fastdiff.tasks.results.AsTheyCome`).
 
     Raises ValueError for conditions, length or sampler that do not fit the model.
     """
+    check_sampler(sampling, model.diffusion, count)
     conditions: dict[str, Tensor] = {} if labels is None else {"labels": labels}
     if prompts is not None:
         chosen = torch.arange(count) % len(prompts["condition_ids"])
@@ -136,14 +140,21 @@ def draw_samples(
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale if conditions else 1.0,
                 guidance_interval=sampling.guidance_interval,
-                sampler=sampling.sampler,
                 seed=sampling.seed + start,
                 autocast_dtype=dtype,
+                **sampling.options(),
             )
             parts.append({name: value.float().cpu() if value.is_floating_point() else value.cpu()
                           for name, value in batch.items()})  # fmt: skip
             bar.update(size)
-    return Samples({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, labels, bool(conditions))
+            if keep is not None and start + size < count:
+                keep(_joined(parts, labels, bool(conditions)))
+    return _joined(parts, labels, bool(conditions))
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], labels: Tensor | None, guided: bool) -> Samples:
+    batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Samples(batch, None if labels is None else labels[: len(next(iter(batch.values())))], guided)
 
 
 def save_samples(
@@ -203,12 +214,8 @@ def sampling_title(
     samples: Samples, sampling: QGFDSamplingConfig, step: int | None = None, modality: str | None = None
 ) -> str:
     """What stands above a picture of samples."""
-    parts = [modality, None if step is None else f"step {step}"]
-    parts += [
-        f"guidance {sampling.guidance_scale:g}" if samples.guided else None,
-        f"{sampling.num_inference_steps} steps",
-    ]
-    return ", ".join(part for part in parts if part is not None)
+    described = sampling.described(step, guided=samples.guided)
+    return described if modality is None else f"{modality}, {described}"
 
 
 def _text_files(samples: Samples, model: QGFDModel, shown: Shown, stem: Path, title: str | None) -> list[Path]:
