@@ -57,6 +57,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     def wrapper(argv: Sequence[str] | None = None) -> None:
         from fastdiff.backends import BackendError
 
+        if getattr(sys.stdout, "errors", None) == "strict":  # a terminal of few characters ends no command
+            sys.stdout.reconfigure(errors="backslashreplace")
         if os.environ.get("FASTDIFF_TRACEBACK") == "1":
             return main(argv)
         try:

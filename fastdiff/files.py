@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,39 @@ def make_folder_once(folder: Path, is_complete: Callable[[Path], bool], fill: Ca
                 raise
             advice = "free some space, or set FASTDIFF_CACHE to a folder of another disk"
             raise OSError(error.errno, f"{error.strerror}; {advice}", str(folder.parent)) from None
+
+
+class RecordFile:
+    """A JSONL file to which records are added as they come: whatever ends the process, it has each of them whole.
+
+    The first record replaces the file that was there; until then that one stays. `count` is the number of records.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path, self.count = Path(os.path.realpath(path)), 0
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Adds records, all of them or none. Raises OSError, naming the file, where it cannot be written."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        content = lines.encode("utf-8", "backslashreplace")  # \ud800 is JSON's own way to write half of a pair
+        if not self.count:
+            write_atomically(self.path, content)
+        else:
+            self._append(content)
+        self.count += len(records)
+
+    def _append(self, content: bytes) -> None:
+        size, done = self.path.stat().st_size, False
+        try:
+            with open(self.path, "ab") as file:
+                file.write(content)
+            flush_to_disk(self.path)
+            done = True
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        finally:
+            if not done:  # the disk is full, or Ctrl-C
+                os.truncate(self.path, size)
 
 
 def output_path(given: str | None, default: Path) -> Path:

@@ -17,8 +17,8 @@ from fastdiff import generate as command
 from fastdiff import sample
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.generation.text import StepRecorder, TextGenerator, until_end
-from fastdiff.tasks.masked_lm.generate import printable
 from fastdiff.tasks.masked_lm.run import load_language_model
+from fastdiff.visualization.terminal import printable
 
 MASK, EOS = 3, 2
 
@@ -323,7 +323,6 @@ def test_bad_options(language_run, capsys, arguments, message):
     [
         ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 at byte 3"),
         ("a.txt", b"", "prompt: got none"),
-        ("a.txt", b"to be\n\nor", "prompt 2: got no text"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', r"a.jsonl, line 2: expected an object with the text field"),
         ("a.jsonl", b'{"prompt": "x"', r"a.jsonl, line 1: not JSON"),
     ],

@@ -202,6 +202,16 @@ def test_our_own_configuration_names_no_code(tmp_path, key, monkeypatch):
         torch.testing.assert_close(ours(again, tokens()), ours(model, tokens()), **TOLERANCE)
 
 
+def test_a_variant_of_our_own(tmp_path):
+    own = dict(vocab_size=60, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
+    model = MaskedDiffusionLM(MaskedDiffusionLMConfig(**own)).eval()
+    model.save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / "model.safetensors").exists()
+    for options in ({}, {"variant": "fp16"}):
+        again = MaskedDiffusionLM.from_pretrained(tmp_path, **options)
+        torch.testing.assert_close(ours(again, tokens()), ours(model, tokens()), rtol=0, atol=0)
+
+
 def test_an_index_of_a_stranger(tmp_path):
     llama().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

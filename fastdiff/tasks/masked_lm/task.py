@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdiff.data.stream import EpochStream
 from fastdiff.data.text import TextData, load_text_data
 from fastdiff.data.text_batches import document_windows, window_length
+from fastdiff.data.text_codec import TextCodec
 from fastdiff.device import autocast, autocast_dtype
 from fastdiff.diffusion.masked import MaskedDiffusion
 from fastdiff.errors import section
@@ -183,7 +184,7 @@ class MaskedLMTask:
         return draw_samples(
             model,
             self.tokenizer,
-            sample_prompts(self.tokenizer, sampling.prompts, self.data.held_out),
+            sample_prompts(TextCodec(self.tokenizer, self.model.config), sampling.prompts, self.data.held_out),
             {"seed": training.seed, **sampling.generation},
             max_length=self.config.data.max_length,
             pairs=self.pairs,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fastdiff.data import TableSchema
+from fastdiff.data.tokenization import load_saved_tokenizer
 from fastdiff.device import autocast_dtype, check_device
 from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.models.pretrained import read_config
@@ -187,9 +188,7 @@ def _processors(folder: Path, model: QGFDModel) -> dict[str, Any]:
     """The tokenizer of text and the columns of a table, where the model has these modalities."""
     tokenizer = None
     if "text" in model.adapters:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = load_saved_tokenizer(folder)
     schema = TableSchema.from_pretrained(folder) if "tabular" in model.adapters else None
     return {"tokenizer": tokenizer, "schema": schema}
 

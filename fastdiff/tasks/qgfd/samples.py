@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.data import TableSchema, TabularData
-from fastdiff.data.tokenization import encode_texts
+from fastdiff.data.tokenization import check_text, decode_ids, encode_texts
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.files import write_atomically
@@ -170,6 +170,8 @@ def save_samples(
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> dict[str, Tensor]:
     """Texts to condition on, as `Shown.prompts` has them. Raises ValueError for one without tokens."""
+    for text in texts:
+        check_text(text)
     rows = encode_texts(tokenizer, list(texts))
     for text, ids in zip(texts, rows, strict=True):
         if not ids:
@@ -187,7 +189,7 @@ def texts_of(samples: Samples, shown: Shown) -> list[str]:
         ids = [token for token, seen in zip(ids, mask, strict=True) if seen]
         if shown.ends and shown.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(shown.tokenizer.eos_token_id)]
-        texts.append(shown.tokenizer.decode(ids, skip_special_tokens=True))
+        texts.append(decode_ids(shown.tokenizer, ids))
     return texts
 
 
@@ -222,7 +224,7 @@ def _text_files(samples: Samples, model: QGFDModel, shown: Shown, stem: Path, ti
     texts, prompts = texts_of(samples, shown), [""] * len(samples)
     if shown.prompts is not None:
         rows = zip(shown.prompts["condition_ids"], shown.prompts["condition_mask"], strict=True)
-        given = [shown.tokenizer.decode(ids[mask].tolist()) + " → " for ids, mask in rows]
+        given = [decode_ids(shown.tokenizer, ids[mask].tolist(), special_tokens=True) + " → " for ids, mask in rows]
         prompts = [given[index % len(given)] for index in range(len(samples))]
     pieces = [TextSample(prompt, [text], [0]) for prompt, text in zip(prompts, texts, strict=True)]
     png = save_text_samples(pieces[: _UNLABELLED["text"]], _suffixed(stem, ".png"), title=title)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdiff.data.tokenization import has_tokenizer
 from fastdiff.errors import reason_of
 
 MODALITIES = ("text", "image", "audio", "video", "tabular")
@@ -16,7 +17,6 @@ _IMAGE = (
 )  # fmt: skip
 # Encoders of a waveform through strided convolutions.
 _AUDIO = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")  # how their names begin
 # Parameters that the states of the last layer do not depend on, and that would never get a gradient.
 _UNUSED = ("pooler", "mask_token", "masked_spec_embed", "head.")
 # Keys of a configuration by which transformers would run or download code, and those of labels, of which it makes as
@@ -122,11 +122,7 @@ def load_processor(name: str, modality: str) -> Any:
     auto = {"text": AutoTokenizer, "audio": AutoFeatureExtractor}.get(modality, AutoImageProcessor)
     what = {"text": "a tokenizer", "audio": "a feature extractor"}.get(modality, "an image processor")
     folder = Path(name).expanduser()
-    if (
-        modality == "text"
-        and folder.is_dir()
-        and not any(f.name.startswith(_TOKENIZER_FILES) for f in folder.iterdir())
-    ):
+    if modality == "text" and folder.is_dir() and not has_tokenizer(folder):
         # transformers would make a tokenizer that knows no words
         raise FileNotFoundError(
             f"backbone_name: got {name!r}, which has no tokenizer; expected a folder with one beside the model"
