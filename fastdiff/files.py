@@ -1,14 +1,13 @@
 """Files that are whole or not there, and where what can be made again is kept."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastdiff.errors import reason_of
+from fastdiff.reading import parse_json, read_text
 
 
 def cache_folder() -> Path:
@@ -65,10 +64,7 @@ def _fill(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError; ValueError for anything else in it, the message names the file."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {reason_of(error)}") from error
+    content = parse_json(read_text(path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a JSON {type(content).__name__}; expected an object")
     return content

@@ -13,9 +13,11 @@ from jsonargparse import ActionConfigFile, ArgumentError
 from jsonargparse import ArgumentParser as _ArgumentParser
 
 from fastdiff.errors import one_line, section
+from fastdiff.reading import read_text, reading
 from fastdiff.shipped import find_recipe
 
 Recipe = TypeVar("Recipe")
+_MOST_BYTES, _MOST_VALUES = 2**18, 20_000  # of a YAML file: recipes have some hundred values
 _FLAGS = ("-h", "--list", "--print_config")  # options without a value
 
 
@@ -158,14 +160,37 @@ def check_recipe_file(recipe: type, path: Path) -> None:
 
 
 def read_recipe_file(path: Path) -> Any:
+    """The content of a YAML file. Raises OSError; ValueError where it is none, or too large; one line that names it."""
+    text = read_text(path, _MOST_BYTES)
     try:
-        return yaml.safe_load(path.read_text())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        with reading(path, ": not a YAML text"):
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            return None if node is None else _checked_value(loader, node)
+    except ValueError as error:
+        if not isinstance(error.__cause__, yaml.MarkedYAMLError):
+            raise
+        cause = error.__cause__
+        mark = cause.problem_mark or cause.context_mark
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        raise ValueError(f"{place}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML text ({one_line(error)})") from None
+        raise ValueError(f"{place}: not valid YAML ({cause.problem})") from None
+
+
+def _checked_value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """The value of a document, once it is known how large it is with its aliases written out."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_VALUES + 1  # of a node that holds itself
+            children = node.value if isinstance(node, yaml.CollectionNode) else ()
+            flat = [each for child in children for each in (child if isinstance(child, tuple) else (child,))]
+            sizes[id(node)] = 1 + sum(map(size, flat))
+        return sizes[id(node)]
+
+    if size(node) > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
+    return loader.construct_document(node)
 
 
 def build(recipe: type[Recipe], values: Any) -> Recipe:

@@ -4,10 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastdiff.data.text_config import TokenizerConfig
-from fastdiff.errors import named
+from fastdiff.errors import named, one_line
+from fastdiff.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -47,16 +48,24 @@ def load_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> "PreTra
     if not path.is_dir() and config.name.startswith(("/", "./", "../", "~")):
         raise FileNotFoundError(f"{named('name')}: got {config.name!r}, which is not a folder; {expected}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else config.name)
-    except Exception as error:  # of many kinds: no such id, no network, no tokenizer in the folder
-        reason = " ".join(str(error).split())[:300]
+        tokenizer = read_tokenizer(path if path.is_dir() else config.name, AutoTokenizer)
+    except (ValueError, OSError) as error:  # no such id, no network, no tokenizer in the folder
         raise FileNotFoundError(
-            f"{named('name')}: got {config.name!r}, which cannot be loaded ({reason}); {expected}"
+            f"{named('name')}: got {config.name!r}, which cannot be loaded ({one_line(error)[:300]}); {expected}"
         ) from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, name) is None]
     tokenizer.add_special_tokens({name: SPECIAL_TOKENS[name] for name in missing})
     tokenizer.clean_up_tokenization_spaces = False  # it would make decoded text differ from the tokens' own
     return tokenizer
+
+
+def read_tokenizer(place: str | Path, kind: Any) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder or hub id, by a class of transformers such as `AutoTokenizer`.
+
+    Raises ValueError where its files are damaged, OSError where there are none; one line that names the place.
+    """
+    with reading(place, ": no tokenizer that can be loaded (tokenizer.json, tokenizer_config.json)"):
+        return kind.from_pretrained(str(place))
 
 
 def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

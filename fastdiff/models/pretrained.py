@@ -5,18 +5,18 @@ import contextlib
 import dataclasses
 import json
 import os
-import pickle
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdiff.errors import reason_of
 from fastdiff.files import read_json, write_atomically
+from fastdiff.reading import reading
 from fastdiff.version import __version__
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
@@ -225,21 +225,24 @@ def read_tensors(path: Path, owner: str = "a model") -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the weights of {owner}")
     if path.suffix == ".safetensors":
-        try:
+        with reading(path, ": cut short, damaged or not a safetensors file"):
             return load_file(path)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: cut short, damaged or not a safetensors file: {reason_of(error)}") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a command line; nothing else is let in
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: cut short, damaged, or more than tensors in it; expected a PyTorch checkpoint of {owner}: "
-            f"{reason_of(error)}"
-        ) from error
+    problem = f": cut short, damaged, or more than tensors in it; expected a PyTorch checkpoint of {owner}"
+    with reading(path, problem), torch.serialization.safe_globals([argparse.Namespace]):  # a command line, no more
+        _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a state dict of {owner}")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError where a zip file stands for more bytes than it has: PyTorch's are not compressed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            inside = sum(entry.file_size for entry in archive.infolist())
+        if inside > path.stat().st_size:
+            raise ValueError(f"it is compressed, {inside} bytes in {path.stat().st_size}")
 
 
 def read_weights(folder: Path, names: tuple[str, ...], owner: str) -> dict[str, Any]:

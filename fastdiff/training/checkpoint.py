@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from fastdiff.files import write_folder_atomically
-from fastdiff.models.pretrained import check_state, untied_state
+from fastdiff.files import read_json, write_folder_atomically
+from fastdiff.models.pretrained import check_state, read_tensors, untied_state
 
 STATE_FILE = "trainer_state.json"
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
@@ -91,7 +91,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a checkpoint of fastdiff.train; {advice}")
     try:
-        state = json.loads(path.read_text())
+        state = read_json(path)
         step, files, _ = state["step"], dict(state["files"]), dict(state["task"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a whole trainer state; {advice}") from None
@@ -124,12 +124,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, s
         ValueError: the file has state of a parameter that the model has not, or of another shape than the parameter's.
     """
     by_name: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        content = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    content = read_tensors(path)
     for key, tensor in content.items():
-        entry, name = key.split("|", 1)
+        entry, _, name = key.partition("|")
         by_name.setdefault(name, {})[entry] = tensor
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shapes = {names[parameter]: parameter.shape for parameter in parameters}
@@ -159,9 +156,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: not a whole safetensors file, or of another model.
     """
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    state = read_tensors(path)
     check_state(state, untied_state(model), path, "the model of this recipe")
     model.load_state_dict(state, strict=False)  # what is missing is tied to what is there

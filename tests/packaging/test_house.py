@@ -22,7 +22,7 @@ FLOORS = (
     ("ops",),
     ("kernels",),
     ("recipes", "device"),
-    ("files", "errors", "backends", "shipped", "lazy", "version"),
+    ("files", "reading", "errors", "backends", "shipped", "lazy", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -13,6 +13,7 @@ from fastdiff.data.text_config import LengthFormat
 from fastdiff.files import output_path, write_atomically
 from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
 from fastdiff.generation.config import merged_options
+from fastdiff.reading import parse_json
 from fastdiff.tasks.masked_lm.run import (
     DEFAULT_NEW_TOKENS,
     decoding_defaults,
@@ -191,10 +192,7 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
 def _json_prompts(file: str, lines: Sequence[str]) -> list[str]:
     prompts = []
     for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+        entry = parse_json(line, f"{file}, line {number}")
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ValueError(f'{file}, line {number}: expected an object with the text field "prompt"')
         prompts.append(entry["prompt"])

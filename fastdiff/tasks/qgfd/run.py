@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fastdiff.data import TableSchema
+from fastdiff.data.tokenization import read_tokenizer
 from fastdiff.device import autocast_dtype, check_device
 from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.models.pretrained import read_config
@@ -196,7 +197,7 @@ def _processors(folder: Path, model: QGFDModel) -> dict[str, Any]:
     if "text" in model.adapters:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = read_tokenizer(folder, AutoTokenizer)
     schema = TableSchema.from_pretrained(folder) if "tabular" in model.adapters else None
     return {"tokenizer": tokenizer, "schema": schema}
 
