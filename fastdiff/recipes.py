@@ -6,13 +6,13 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError
 from jsonargparse import ArgumentParser as _ArgumentParser
 
-from fastdiff.errors import one_line, section
+from fastdiff.errors import one_line, reason_of, section
 from fastdiff.reading import read_text, reading
 from fastdiff.shipped import find_recipe
 
@@ -101,7 +101,7 @@ def parse_recipe(recipe: type[Recipe], arguments: RecipeArguments | Sequence[str
             with contextlib.suppress(KeyError):  # fields of a section that may be null have no option of their own
                 parser.set_defaults({name: value})
     # first, whatever its place was: options replace what it says
-    return build(recipe, parser.parse_args([f"--recipe={arguments.recipe}", *arguments.options]))
+    return build(recipe, _values(parser, [f"--recipe={arguments.recipe}", *arguments.options]))
 
 
 def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
@@ -115,9 +115,17 @@ def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
         raise FileNotFoundError(f"{path} is missing; expected the folder of a run of fastdiff.train")
     check_recipe_file(recipe, path)
     try:
-        return build(recipe, recipe_parser(recipe, "").parse_args([f"--recipe={path}"]))
-    except ArgumentError as error:
+        return build(recipe, _values(recipe_parser(recipe, ""), [f"--recipe={path}"]))
+    except (ArgumentError, ValueError) as error:
         raise ValueError(f"{path} is not a recipe of this version: {one_line(error)}") from None
+
+
+def _values(parser: ArgumentParser, words: Sequence[str]) -> Any:
+    """What jsonargparse finds in a command line. Raises ArgumentError and ValueError."""
+    try:
+        return parser.parse_args(words)
+    except OverflowError as error:
+        raise ValueError(f"recipe: got a number that is too large ({reason_of(error)})") from None
 
 
 def check_recipe_file(recipe: type, path: Path) -> None:
@@ -201,9 +209,20 @@ def build(recipe: type[Recipe], values: Any) -> Recipe:
         if config is None or value is None:
             parts[field.name] = value
             continue
+        _check_nulls(field.name, config, vars(value))
         with section(field.name):  # for the names in their errors
-            parts[field.name] = config(**vars(value))
+            try:
+                parts[field.name] = config(**vars(value))
+            except (TypeError, OverflowError) as error:
+                raise ValueError(f"{field.name}: got values that do not fit: {reason_of(error)}") from error
     return recipe(**parts)
+
+
+def _check_nulls(part: str, config: type, values: dict[str, Any]) -> None:
+    """Raises ValueError where a field is null that may not be."""
+    for name, kind in get_type_hints(config).items():
+        if name in values and values[name] is None and kind is not Any and type(None) not in get_args(kind):
+            raise ValueError(f"{part}.{name}: got null; expected a value: leave it out for the default")
 
 
 def _section(kind: Any) -> type | None:

@@ -1,6 +1,8 @@
 """The one reader of picture files, and what becomes of pictures of every mode."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,15 +80,21 @@ def flattened(image: "Image.Image", channels: int) -> "Image.Image":
     return image.convert(mode)
 
 
-def _opened(path: Path) -> "Image.Image":
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator["Image.Image"]:
     """A picture whose header was read, and whose number of pixels is within bounds."""
     from PIL import Image
 
-    image = Image.open(path, formats=_FORMATS)
-    if math.prod(image.size) > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS} in all")
-    return image
+    # a file, not its name: of a name Pillow maps some TIFFs into memory, and forgets to turn them
+    with path.open("rb") as file:
+        try:
+            image = Image.open(file, formats=_FORMATS)
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"it is none of {', '.join(_FORMATS)}, or damaged") from None
+        with image:
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS} in all")
+            yield image
 
 
 def _scaled_grey(image: "Image.Image") -> "Image.Image":

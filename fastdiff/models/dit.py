@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASSES, model_folder, read_foreign
 from fastdiff.models.dit_config import DiTConfig, preset_config
-from fastdiff.models.pretrained import Pretrained, check_state
+from fastdiff.models.pretrained import Pretrained, check_state, naming_config
 from fastdiff.nn import (
     GatedResidualAdaLayerNorm,
     LabelEmbedding,
@@ -191,7 +191,10 @@ class DiT(Pretrained):
 
     @classmethod
     def _filled(cls, config: DiTConfig, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> "DiT":
-        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        with (
+            naming_config(path, cls.title),
+            torch.device("meta"),
+        ):  # no memory and no time for weights that are replaced at once
             model = cls(config)
         check_state(state, model.state_dict(), path, "its configuration")
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)

@@ -96,7 +96,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a whole trainer state; {advice}") from None
     named = _NAME.fullmatch(checkpoint.name)
-    if not files or not isinstance(step, int) or (named and step != int(named[1])):
+    told = all(isinstance(file, int | dict) for file in files.values())
+    if not files or not told or not isinstance(step, int) or (named and step != int(named[1])):
         raise ValueError(f"{path} is not the trainer state of {checkpoint.name}; {advice}")
     for name, size in files.items():
         file = checkpoint / name
