@@ -1,13 +1,14 @@
 """Files that are whole or not there, and where what can be made again is kept."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastdiff.reading import parse_json, read_text
+from fastdiff.reading import read_text, reading
 
 
 def cache_folder() -> Path:
@@ -64,7 +65,9 @@ def _fill(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError; ValueError for anything else in it, the message names the file."""
-    content = parse_json(read_text(path), path)
+    text = read_text(path)
+    with reading(path, ": not a JSON file"):
+        content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a JSON {type(content).__name__}; expected an object")
     return content

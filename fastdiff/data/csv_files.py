@@ -51,11 +51,15 @@ def read_csv(path: Path) -> dict[str, list[str]]:
 def _check_names(names: list[str]) -> None:
     if not names:
         raise ValueError("it is empty; expected a line of names")
+    known: set[str] = set()
     for number, name in enumerate(names, 1):
         if not name:
             raise ValueError(f"column {number} has no name; expected a line of names first")
-        if names.count(name) > 1:
+        if not name.isprintable():
+            raise ValueError(f"column {number} has the name {name!r}; expected characters that can be printed")
+        if name in known:
             raise ValueError(f"its first line has {name!r} twice; expected a line of names")
+        known.add(name)
         if _NUMBER.fullmatch(name) or _ALMOST.fullmatch(name):
             raise ValueError(
                 f"its first line has the number {name!r}; expected a line of names: add one, with letters in each"

@@ -5,6 +5,7 @@ memory bound.
 """
 
 import argparse
+import copy
 import dataclasses
 import gzip
 import io
@@ -246,7 +247,7 @@ def _change(tree: Any, rng: random.Random) -> None:
     elif how == 1 and isinstance(node, dict):
         node[rng.choice(("", "unknown", "a.b", "__class__"))] = node[key]
     else:
-        node[key] = rng.choice(_VALUES)
+        node[key] = copy.deepcopy(rng.choice(_VALUES))
 
 
 # ------------------------------------------------------------------------------------------------ readers
