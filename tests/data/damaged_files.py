@@ -263,14 +263,13 @@ class Kind:
 
 def kinds(folder: Path) -> dict[str, Kind]:
     """Every kind of file and its reader. `folder` is for what lies beside the files."""
-    from transformers import AutoTokenizer
 
     from fastdiff.data import TabularDataConfig, TextDataConfig, TokenFile, load_tabular_data
     from fastdiff.data.corpora import open_corpus
     from fastdiff.data.datasets import read_idx
     from fastdiff.data.pictures import check_picture, picture_size, read_picture
     from fastdiff.data.table_schema import TableSchema
-    from fastdiff.data.tokenization import read_tokenizer
+    from fastdiff.data.tokenization import load_saved_tokenizer
     from fastdiff.data.waveforms import read_wav, resample, trimmed
     from fastdiff.files import read_json
     from fastdiff.models.pretrained import read_tensors
@@ -311,7 +310,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     def tokenizer(path: Path) -> None:
         kept = {"tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}'}
-        read_tokenizer(_only(folder / "tokenizer", path, "tokenizer.json", kept), AutoTokenizer)
+        load_saved_tokenizer(_only(folder / "tokenizer", path, "tokenizer.json", kept))
 
     def tokens(path: Path) -> None:
         file = TokenFile.open(path)
