@@ -26,7 +26,7 @@ BUILT_VENV := $(abspath $(VENV))
 BUILT_FOLDER := $(CURDIR)
 endef
 
-.PHONY: demo test test-all lint docs bench kernels race fuzz gpu abi dist venv clean FORCE
+.PHONY: demo test test-all lint docs bench kernels race fuzz fuzz-files gpu abi dist venv clean FORCE
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -61,6 +61,9 @@ test: venv lint                  ## the test suite
 
 test-all: venv lint              ## the test suite, with the whole grids of which `test` takes a covering array
 	$(TEST) -m ""
+
+fuzz-files: venv                 ## 10 000 damaged files to every reader: ten minutes (FUZZ_FILES=… for another number)
+	$(RUN) tests/data/damaged_files.py --count $(or $(FUZZ_FILES),10000) --keep build/damaged_files
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -41,8 +41,8 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """What another library's error says, short enough for our own line: its first line, 200 characters at most."""
     text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0][:200]
+    line = "".join(char if char.isprintable() else "\ufffd" for char in text.splitlines()[0][:200])
     return f"{line} is missing" if isinstance(error, KeyError) else line

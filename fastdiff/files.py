@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdiff.errors import reason_of
+from fastdiff.reading import read_text, reading
 
 _JSON_LEVELS = 64  # of objects and lists in one another: what walks them does so by calling itself
 _CONTENT_READ = 2**28  # bytes: files that are larger together are told by their sizes alone
@@ -156,10 +156,9 @@ def _fill(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError; ValueError for anything else in it, the message names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {reason_of(error)}") from error
+    text = read_text(path)
+    with reading(path, ": not a JSON file"):
+        content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a JSON {type(content).__name__}; expected an object")
     level = [content]

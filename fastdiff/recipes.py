@@ -5,16 +5,18 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError
 
 from fastdiff.arguments import ArgumentParser, short_help
-from fastdiff.errors import one_line, section
+from fastdiff.errors import one_line, reason_of, section
+from fastdiff.reading import read_text, reading
 from fastdiff.shipped import find_recipe
 
 Recipe = TypeVar("Recipe")
+_MOST_BYTES, _MOST_VALUES = 2**18, 20_000  # of a YAML file: recipes have some hundred values
 _FLAGS = ("-h", "--list", "--print_config")  # options without a value
 
 
@@ -87,7 +89,7 @@ def parse_recipe(recipe: type[Recipe], arguments: RecipeArguments | Sequence[str
     if "--help-all" in arguments.options:
         _print_all_help(parser, of_file)
     # first, whatever its place was: options replace what it says
-    made = build(recipe, parser.parse_args([*of_file, *arguments.options]))
+    made = build(recipe, _values(parser, [*of_file, *arguments.options]))
     _check_overwrite(made, arguments)
     return made
 
@@ -134,9 +136,17 @@ def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:
         raise FileNotFoundError(f"{path} is missing; expected the folder of a run of fastdiff.train")
     check_recipe_file(recipe, path)
     try:
-        return build(recipe, recipe_parser(recipe, "").parse_args([f"--recipe={path}"]))
-    except ArgumentError as error:
+        return build(recipe, _values(recipe_parser(recipe, ""), [f"--recipe={path}"]))
+    except (ArgumentError, ValueError) as error:
         raise ValueError(f"{path} is not a recipe of this version: {one_line(error)}") from None
+
+
+def _values(parser: ArgumentParser, words: Sequence[str]) -> Any:
+    """What jsonargparse finds in a command line. Raises ArgumentError and ValueError."""
+    try:
+        return parser.parse_args(words)
+    except OverflowError as error:
+        raise ValueError(f"recipe: got a number that is too large ({reason_of(error)})") from None
 
 
 def check_recipe_file(recipe: type, path: Path) -> None:
@@ -179,14 +189,37 @@ def check_recipe_file(recipe: type, path: Path) -> None:
 
 
 def read_recipe_file(path: Path) -> Any:
+    """The content of a YAML file. Raises OSError; ValueError where it is none, or too large; one line that names it."""
+    text = read_text(path, _MOST_BYTES)
     try:
-        return yaml.safe_load(path.read_text())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        with reading(path, ": not a YAML text"):
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            return None if node is None else _checked_value(loader, node)
+    except ValueError as error:
+        if not isinstance(error.__cause__, yaml.MarkedYAMLError):
+            raise
+        cause = error.__cause__
+        mark = cause.problem_mark or cause.context_mark
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        raise ValueError(f"{place}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML text ({one_line(error)})") from None
+        raise ValueError(f"{place}: not valid YAML ({cause.problem})") from None
+
+
+def _checked_value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """The value of a document, once it is known how large it is with its aliases written out."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_VALUES + 1  # of a node that holds itself
+            children = node.value if isinstance(node, yaml.CollectionNode) else ()
+            flat = [each for child in children for each in (child if isinstance(child, tuple) else (child,))]
+            sizes[id(node)] = 1 + sum(map(size, flat))
+        return sizes[id(node)]
+
+    if size(node) > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
+    return loader.construct_document(node)
 
 
 def build(recipe: type[Recipe], values: Any) -> Recipe:
@@ -197,9 +230,20 @@ def build(recipe: type[Recipe], values: Any) -> Recipe:
         if config is None or value is None:
             parts[field.name] = value
             continue
+        _check_nulls(field.name, config, vars(value))
         with section(field.name):  # for the names in their errors
-            parts[field.name] = config(**vars(value))
+            try:
+                parts[field.name] = config(**vars(value))
+            except (TypeError, OverflowError) as error:
+                raise ValueError(f"{field.name}: got values that do not fit: {reason_of(error)}") from error
     return recipe(**parts)
+
+
+def _check_nulls(part: str, config: type, values: dict[str, Any]) -> None:
+    """Raises ValueError where a field is null that may not be."""
+    for name, kind in get_type_hints(config).items():
+        if name in values and values[name] is None and kind is not Any and type(None) not in get_args(kind):
+            raise ValueError(f"{part}.{name}: got null; expected a value: leave it out for the default")
 
 
 def _section(kind: Any) -> type | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.datasets import stratified_split
+from fastdiff.data.file_checks import class_folders, natural_order
 from fastdiff.data.labelled import LabelledData
 from fastdiff.data.spoken_digits import HELD_OUT_SPEAKERS, VOICES, WORDS, Utterances, load_utterances
 from fastdiff.data.waveforms import read_wav, resample, trimmed, window
@@ -22,7 +23,8 @@ ALSA_FOLDER = Path("/usr/share/sounds/alsa")
 
 @dataclass
 class AudioDataConfig:
-    """Which sounds to train on. Recordings are mono (channels averaged), trimmed, and scaled to a peak of 0.9.
+    """Which sounds to train on. Recordings are mono (channels averaged), trimmed (see
+    `fastdiff.data.waveforms.trimmed`), and scaled to a peak of 0.9.
 
     Attributes:
         name: "spoken_digits" (0 … 9 by espeak-ng, 13 speakers, 4 accents, 2 pitches, 3 speeds: 3 120 sounds; two
@@ -115,7 +117,8 @@ def _spoken_digits(config: AudioDataConfig) -> AudioData:
     spoken = load_utterances(VOICES)
     _say_resampled(config, [spoken.rate] * (len(spoken.limits) - 1))
     windows, cut = [], 0
-    for waveform in map(trimmed, _at_rate(spoken, config.sampling_rate)):
+    for waveform in _at_rate(spoken, config.sampling_rate):
+        waveform = trimmed(waveform, config.sampling_rate)
         cut += len(waveform) > config.num_samples
         windows.append(window(waveform, 0, config.num_samples))
     if cut:
@@ -143,7 +146,7 @@ def _at_rate(spoken: Utterances, sampling_rate: int) -> Iterator[np.ndarray]:
 
 def _alsa(config: AudioDataConfig) -> AudioData:
     folder = Path(config.folder).expanduser() if config.folder else ALSA_FOLDER
-    files = sorted(folder.glob("*.wav"))
+    files = natural_order(folder.glob("*.wav"))
     if not files:
         raise FileNotFoundError(
             f"{folder} has no .wav files; run `apt-get install alsa-utils`, or set {named('folder')}"
@@ -170,7 +173,7 @@ def _audio_folder(config: AudioDataConfig) -> AudioData:
             f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder of WAV "
             "files per class"
         )
-    classes = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    classes = class_folders(root)
     files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() == ".wav") for folder in classes]
     if not classes:
         raise ValueError(
@@ -197,7 +200,10 @@ def _read(config: AudioDataConfig, paths: Sequence[Path]) -> list[np.ndarray]:
     waveforms, rates = [], []
     for path in paths:
         rate, waveform = read_wav(path)
-        waveform = trimmed(resample(waveform, rate, config.sampling_rate))
+        try:
+            waveform = trimmed(resample(waveform, rate, config.sampling_rate), config.sampling_rate)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if not len(waveform):
             raise ValueError(f"{path} is silent; remove it")
         waveforms.append(waveform)

@@ -21,6 +21,9 @@ class DataConfig:
         channels: 3 for colour or 1 for grey; image_folder alone.
         held_out_fraction: share of each class kept out of training; image_folder alone (the others have fixed splits).
         horizontal_flip: mirror each training image with probability 1/2.
+        check: how image_folder's files are looked at before training: "decode" decodes each once (what was decoded is
+            remembered in the cache until it changes), so that no run ends midway for a broken one; "headers" opens
+            them.
     """
 
     name: DataName = "mnist5k"
@@ -29,6 +32,7 @@ class DataConfig:
     channels: Literal[1, 3] = 3
     held_out_fraction: float = 0.1
     horizontal_flip: bool = False
+    check: Literal["headers", "decode"] = "decode"
 
     def __post_init__(self):
         if not 0 < self.held_out_fraction < 1:

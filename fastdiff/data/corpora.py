@@ -12,6 +12,7 @@ from fastdiff.data.number_words import check_languages, number_pairs, number_wor
 from fastdiff.data.shakespeare import find_shakespeare
 from fastdiff.data.text_config import TextDataConfig
 from fastdiff.errors import named
+from fastdiff.reading import reading
 
 FORTUNES_FOLDER = Path("/usr/share/games/fortunes")
 
@@ -191,10 +192,8 @@ def _fields(config: TextDataConfig) -> tuple[str, ...]:
 
 
 def _parse_object(line: str, where: str) -> dict[str, Any]:
-    try:
+    with reading(where, " is not JSON", "; expected one object per line"):
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}); expected one object per line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where} is a JSON {type(record).__name__}; expected an object per line")
     return record

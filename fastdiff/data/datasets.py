@@ -1,6 +1,7 @@
 """Loaders of the named data sets. Nothing is downloaded: a missing source is an error that says what to install."""
 
 import gzip
+import math
 import struct
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.config import DataConfig
+from fastdiff.data.file_checks import check_pictures, class_folders
 from fastdiff.data.images import ArrayImages, FileImages, ImageData
+from fastdiff.data.pictures import IMAGE_SUFFIXES
 from fastdiff.errors import named
+from fastdiff.reading import reading
 
 SPLIT_SEED = 20260601  # fixed, so that every run and every evaluation holds out the same images
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset-fashion-mnist"))
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_MOST_IDX_BYTES = 2**28  # Fashion-MNIST has 47 million
 _DIGITS = tuple(str(digit) for digit in range(10))
 
 
@@ -92,15 +96,18 @@ def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     path = _idx_path(folder, name)
     if path is None:
         raise FileNotFoundError(f"{folder / name} is missing (.gz too); expected the four IDX files of Fashion-MNIST")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}); copy it again") from None
+    with (
+        reading(path, " is not a whole gzip file", "; copy it again"),
+        gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file,
+    ):
+        content = file.read(_MOST_IDX_BYTES + 1)  # a small file may stand for any number of bytes
+    if len(content) > _MOST_IDX_BYTES:
+        raise ValueError(f"{path} holds more than {_MOST_IDX_BYTES} bytes; expected those of Fashion-MNIST")
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
         raise ValueError(f"{path} is not an IDX file of bytes with {dimensions} dimensions; copy it again")
     shape = struct.unpack(f">{dimensions}I", content[4:header])
-    if len(content) - header != int(np.prod(shape)):
+    if len(content) - header != math.prod(shape):
         raise ValueError(f"{path} holds {len(content) - header} bytes of data; its header says {shape}; copy it again")
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 
@@ -110,7 +117,7 @@ def _idx_path(folder: Path, name: str) -> Path | None:
 
 
 def load_image_folder(config: DataConfig) -> ImageData:
-    """Images in one subfolder per class; classes are numbered in the sorted order of their folders' names."""
+    """Images in one subfolder per class; classes are numbered in the natural order of their folders' names (2, 10)."""
     if config.folder is None:
         raise ValueError(
             f"{named('folder')}: got none; image_folder needs a folder with one subfolder of images per class"
@@ -121,7 +128,7 @@ def load_image_folder(config: DataConfig) -> ImageData:
             f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder of "
             "images per class"
         )
-    classes = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    classes = class_folders(root)
     files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for folder in classes]
     if not classes:
         raise ValueError(
@@ -134,7 +141,7 @@ def load_image_folder(config: DataConfig) -> ImageData:
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}"
             )
     paths = [path for found in files for path in found]
-    _check_headers(paths)
+    check_pictures(paths, config.check)
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(found) for found in files]))
     train, held_out = stratified_split(labels, config.held_out_fraction)
 
@@ -143,18 +150,6 @@ def load_image_folder(config: DataConfig) -> ImageData:
 
     shape = (config.channels, config.image_size, config.image_size)
     return ImageData("image_folder", part(train), part(held_out), tuple(folder.name for folder in classes), shape)
-
-
-def _check_headers(paths: list[Path]) -> None:
-    """Opens every file far enough to know that it is an image, before any training."""
-    from PIL import Image
-
-    for path in paths:
-        try:
-            with Image.open(path):
-                pass
-        except OSError as error:
-            raise ValueError(f"{path} is not an image that PIL can read ({error}); remove it or replace it") from None
 
 
 def stratified_split(labels: Tensor, held_out_fraction: float) -> tuple[Tensor, Tensor]:

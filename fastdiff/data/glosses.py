@@ -2,11 +2,13 @@
 
 import gzip
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastdiff.reading import reading
+
 GLOSSES_FILE = Path("/usr/share/dictd/wn.dict.dz")
+_MOST_BYTES = 2**28  # dict-wn has 35 million
 # "    n 1: the gloss; "an example" [syn: {word}]", indented, going on in lines indented further
 _SENSE = re.compile(r"^ {2,8}(?P<kind>n|v|adj|adv)(?: \d+)?: |^ {2,8}\d+: ")
 _BEHIND = re.compile(r'; "|\s\[(?:syn|ant|also): ')  # examples and cross references
@@ -17,11 +19,11 @@ def read_glosses(path: Path) -> Iterator[tuple[str, str]]:
 
     Raises ValueError where the file is not dict-wn's.
     """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected wn.dict.dz of Debian's dict-wn") from None
+    with reading(path, " cannot be read", "; expected wn.dict.dz of Debian's dict-wn"), gzip.open(path) as file:
+        content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it stands for more than {_MOST_BYTES} bytes")
+        lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
     seen: set[str] = set()
     for word, kind, text in _senses(lines):
         gloss = _BEHIND.split(text, maxsplit=1)[0].strip().rstrip(";")

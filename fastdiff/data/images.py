@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.labelled import ExampleSet, LabelledData
+from fastdiff.data.pictures import read_picture
 from fastdiff.files import fingerprint_of_files
 
 
@@ -58,7 +59,8 @@ class ArrayImages(_Batches):
 
 
 class FileImages(_Batches):
-    """Images decoded from files when they are asked for, cropped to the centre square and resized.
+    """Images decoded from files when they are asked for (`fastdiff.data.pictures`), cropped to the centre square and
+    resized.
 
     Args:
         paths: N image files.
@@ -80,14 +82,11 @@ class FileImages(_Batches):
     def _decode(self, path: Path) -> Tensor:  # uint8 [C, image_size, image_size]
         from PIL import Image, ImageOps
 
-        try:
-            with Image.open(path) as image:
-                image = image.convert("L" if self.channels == 1 else "RGB")
-                image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
-                pixels = np.array(image)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be decoded as an image ({error}); remove it or replace it") from None
-        return torch.from_numpy(pixels).reshape(self.image_size, self.image_size, self.channels).permute(2, 0, 1)
+        image = read_picture(path, self.channels)
+        image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return (
+            torch.from_numpy(np.array(image)).reshape(self.image_size, self.image_size, self.channels).permute(2, 0, 1)
+        )
 
     def fingerprint(self) -> str:
         """See `fastdiff.files.fingerprint_of_files`; names and labels are in it, times and the folder's place not."""

@@ -18,7 +18,8 @@ import numpy as np
 
 from fastdiff.data.waveforms import read_wav
 from fastdiff.errors import named
-from fastdiff.files import cache_folder, make_folder_once
+from fastdiff.files import cache_folder, make_folder_once, read_json
+from fastdiff.reading import reading
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FORMAT = 1  # of the cached folder
@@ -65,8 +66,10 @@ def load_utterances(voices: tuple[Voice, ...] = VOICES) -> Utterances:
     folder = cache_folder() / "sounds" / f"spoken_digits-{digest[:16]}"
     if not _is_complete(folder):
         make_folder_once(folder, _is_complete, lambda new: _synthesise(new, voices, version))
-    meta = json.loads((folder / _META).read_text())
-    samples, limits = np.load(folder / _SAMPLES, mmap_mode="r"), np.load(folder / _LIMITS)
+    with reading(folder, " is damaged", "; delete it, and it is made again"):
+        meta = read_json(folder / _META)
+        samples, limits = np.load(folder / _SAMPLES, mmap_mode="r"), np.load(folder / _LIMITS)
+        meta["rate"], meta["sha256"]
     if hashlib.sha256(samples.tobytes() + limits.tobytes()).hexdigest() != meta["sha256"]:
         raise ValueError(f"{folder} is damaged (its checksum differs); delete it, and it is made again")
     return Utterances(meta["rate"], samples, limits)

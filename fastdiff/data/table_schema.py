@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.files import write_atomically
+from fastdiff.errors import reason_of
+from fastdiff.files import read_json, write_atomically
 
 FILE_NAME = "table_schema.json"
 MAX_CATEGORIES = 256  # of a column: with more it is a text or an identifier
+_LARGEST = float(np.finfo(np.float32).max)
 _DIGITS = 6  # after the point, or of a deviation below 1: float32 carries no more
 
 
@@ -164,7 +166,8 @@ class TableSchema:
         for index, column in enumerate(self.numbers):
             if not np.isfinite(values[:, index]).all():
                 raise ValueError(f"numbers of column {column.name!r} are not all finite; the model has diverged")
-            columns[column.name] = np.round(values[:, index] * column.deviation + column.mean, column.decimals)
+            in_units = values[:, index] * column.deviation + column.mean
+            columns[column.name] = np.round(in_units, column.decimals) + 0.0  # -0.0 becomes 0.0
         for index, column in enumerate(self.categories):
             of_column = ids[:, index]
             if len(of_column) and not 0 <= of_column.min() <= of_column.max() < len(column.values):
@@ -205,10 +208,11 @@ class TableSchema:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; expected what TableSchema.save_pretrained wrote")
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise ValueError(f"{path}: no TableSchema's file, or damaged ({reason}); write it again") from None
+            return cls.from_dict(read_json(path))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{path}: no TableSchema's file, or damaged ({reason_of(error)}); write it again"
+            ) from None
 
 
 def checked_columns(table: Mapping[str, Sequence[Any]], categories: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -263,12 +267,20 @@ def _column(name: str, values: Sequence[Any], category: bool) -> np.ndarray:
     if category or (not plain and any(isinstance(value, (str, bool, np.bool_)) for value in values)):
         return np.array([_category(value) for value in values.tolist()], dtype=object)
     try:
-        return values.astype(np.float64)
+        numbers = values.astype(np.float64)
     except (TypeError, ValueError, OverflowError):
         kinds = ", ".join(sorted({type(value).__name__ for value in values}))
         raise ValueError(
             f"column {name!r} has values of type {kinds}; expected numbers or texts: convert them, or leave it out"
         ) from None
+    large = np.abs(numbers) > _LARGEST
+    if large.any():
+        row = int(large.argmax())
+        raise ValueError(
+            f"column {name!r} has {numbers[row]:g} in row {row + 1} of {len(numbers)}; expected at most "
+            f"{_LARGEST:.1e}, as float32 has: remove the row, change the unit, or leave it out"
+        )
+    return numbers
 
 
 def _is_missing(value: Any) -> bool:

@@ -1,7 +1,6 @@
 """Tables: scikit-learn's bundled sets and CSV files, as standardised numbers and ids of categories."""
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.data.csv_files import column_values, read_csv
 from fastdiff.data.datasets import stratified_split
 from fastdiff.data.labelled import LabelledData
 from fastdiff.data.table_schema import TableSchema, checked_columns
@@ -25,7 +25,8 @@ class TabularDataConfig:
     """Which table to train on. Every column but those of `drop` is modelled, the target too.
 
     Columns of text (and of true and false) are categories, columns of numbers are numbers, unless `categories` names
-    them. Missing values and columns that are constant are errors that name the column.
+    them: their texts are kept as they are ("01067"), without the spaces around them. Missing values, columns that are
+    constant, numbers and texts in one column, and texts such as "1,234" are errors that name the column.
 
     Attributes:
         name: "iris" (150 flowers, 4 numbers, species), "wine" (178, 13 numbers, cultivar), "breast_cancer" (569, 30
@@ -33,7 +34,7 @@ class TabularDataConfig:
             bundled with scikit-learn, or "csv" (a file with a line of names, values separated by commas).
         path: the CSV file of csv.
         target: for csv, the column that a classifier predicts when samples are judged; None for the last one.
-        categories: for csv, columns of numbers that are categories, such as a target of 0 and 1.
+        categories: for csv, columns that are categories though they have numbers, such as a target of 0 and 1.
         drop: columns left out, such as identifiers.
         held_out_fraction: share of the rows (of each class's, where the target is a category); the split is fixed.
     """
@@ -190,34 +191,18 @@ def _bundled(name: str, target: str, target_names: bool = True) -> Callable[[Tab
 
 
 def _csv(config: TabularDataConfig) -> tuple[Table, str]:
-    try:
-        import pandas as pd
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{named('name')}: got 'csv', whose package pandas is not installed; run: pip install pandas"
-        ) from None
     path = Path(config.path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{named('path')}: got {config.path!r}, which is not a file; expected a CSV file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than there are names
-            frame = pd.read_csv(path, skipinitialspace=True, index_col=False)
-    except (ValueError, OSError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"{path} cannot be read as CSV ({' '.join(str(error).split())}); repair it") from None
-    if len(frame) < 2 or not len(frame.columns):
-        raise ValueError(f"{path} has {len(frame)} rows; expected a line of names and at least 2 of values")
-    columns = {str(name): _values(frame[name]) for name in frame.columns}
-    return columns, config.target or list(columns)[-1]
-
-
-def _values(column: Any) -> np.ndarray:
-    """A pandas column as numbers with NaN, or as text with None, where values are missing."""
-    import pandas as pd
-
-    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-        return column.to_numpy()
-    return np.array([None if pd.isna(value) else str(value) for value in column], dtype=object)
+    texts = read_csv(path)
+    rows = len(next(iter(texts.values())))
+    if rows < 2:
+        raise ValueError(f"{path} has {rows} rows; expected a line of names and at least 2 of values")
+    kept = {*config.drop, *config.categories}  # of those that are dropped nothing is expected
+    with _naming(_where(config)):
+        return {name: column_values(name, each, name in kept) for name, each in texts.items()}, (
+            config.target or list(texts)[-1]
+        )
 
 
 _SOURCES = {

@@ -23,7 +23,7 @@ from fastdiff.data.tokenization import (
     vocabulary_size,
 )
 from fastdiff.errors import named, section
-from fastdiff.files import cache_folder, make_folder_once
+from fastdiff.files import cache_folder, make_folder_once, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,12 +84,13 @@ def _cached_folder(data: TextDataConfig, corpus: Corpus, tokenizer_key: str) -> 
 def _is_complete(folder: Path) -> bool:
     """Whether all files of a cached folder are there; what is in them is looked at when they are opened."""
     try:
-        meta = json.loads((folder / _META).read_text())
+        files = read_json(folder / _META)["files"]
+        names = [folder / name for name in files]
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / _META} is damaged; delete {folder}, and it is made again") from None
-    return (folder / _TOKENIZER).is_dir() and all((folder / name).is_file() for name in meta["files"])
+    return (folder / _TOKENIZER).is_dir() and all(name.is_file() for name in names)
 
 
 def _fill(
@@ -190,7 +191,7 @@ def _batches(split: Split) -> Iterator[list[Piece]]:
 
 
 def _open(folder: Path, data: TextDataConfig, tokenizer: "PreTrainedTokenizerBase") -> TextData:
-    meta = json.loads((folder / _META).read_text())
+    meta = read_json(folder / _META)
     files = {name: TokenFile.open(folder / name) for name in meta["files"]}
     for name, file in files.items():
         if file.fingerprint != meta["files"][name]:

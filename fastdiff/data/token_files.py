@@ -158,6 +158,8 @@ class TokenFile:
             raise ValueError(f"{path} is a token file of version {version}; expected version {VERSION}; {advice}")
         if struct.unpack("<I", header[-4:])[0] != zlib.crc32(header[:-4]):
             raise ValueError(f"{path}: its header is damaged (the checksum differs); {advice}")
+        if item_size not in (2, 4) or tokens < 0 or documents < 0:
+            raise ValueError(f"{path}: its header has impossible sizes; {advice}")
         end = _HEADER_SIZE + tokens * item_size
         limits_start = end + -end % 8
         expected = limits_start + 8 * (documents + 1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastdiff.data.text_config import TokenizerConfig
 from fastdiff.errors import named, one_line
+from fastdiff.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -51,11 +52,12 @@ def load_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> "PreTra
     if not path.is_dir() and config.name.startswith(("/", "./", "../", "~")):
         raise FileNotFoundError(f"{named('name')}: got {config.name!r}, which is not a folder; {expected}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else config.name, trust_remote_code=False)
-    except Exception as error:  # of many kinds: no such id, no network, no tokenizer in the folder
-        reason = " ".join(str(error).split())[:300]
+        with reading(config.name, ""):
+            place = str(path) if path.is_dir() else config.name
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (ValueError, OSError) as error:  # no such id, no network, no tokenizer in the folder
         raise FileNotFoundError(
-            f"{named('name')}: got {config.name!r}, which cannot be loaded ({reason}); {expected}"
+            f"{named('name')}: got {config.name!r}, which cannot be loaded ({one_line(error)[:300]}); {expected}"
         ) from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, name) is None]
     before = tokenizer.get_vocab()
@@ -83,13 +85,12 @@ def load_saved_tokenizer(folder: str | Path, model_type: str = "") -> "PreTraine
     # Dream's own class is code in its repository; what it does is Qwen2's tokenizer.
     is_dream = model_type.lower() == "dream"
     kind = Qwen2Tokenizer if is_dream else AutoTokenizer
+    options = {} if is_dream else {"trust_remote_code": False}
     try:
-        options = {} if is_dream else {"trust_remote_code": False}
-        return kind.from_pretrained(str(folder), **options)
-    except Exception as error:  # transformers and tokenizers raise what they like on missing and damaged files
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer that can be loaded (tokenizer.json, tokenizer_config.json): {one_line(error)}"
-        ) from error
+        with reading(folder, ": no tokenizer that can be loaded (tokenizer.json, tokenizer_config.json)"):
+            return kind.from_pretrained(str(folder), **options)
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 def has_tokenizer(folder: str | Path) -> bool:

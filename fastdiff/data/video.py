@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.data.config import DataConfig
-from fastdiff.data.datasets import IMAGE_SUFFIXES, load_mnist5k, stratified_split
+from fastdiff.data.datasets import load_mnist5k, stratified_split
+from fastdiff.data.file_checks import check_pictures, class_folders, natural_order
 from fastdiff.data.images import ArrayImages, FileImages
 from fastdiff.data.labelled import ExampleSet, LabelledData
+from fastdiff.data.pictures import IMAGE_SUFFIXES
 from fastdiff.errors import named
 
 
@@ -24,8 +26,8 @@ class VideoDataConfig:
 
     Attributes:
         name: "moving_digits" (digits of MNIST-5k that move with constant velocity and bounce off the edges) or
-            "video_folder" (a subfolder per class, in it one per video, in it the frames as images in the order of
-            their names).
+            "video_folder" (a subfolder per class, in it one per video, in it the frames as images in the natural order
+            of their names: 2 before 10).
         folder: the folder of video_folder.
         num_frames: frames of a video. A longer one of video_folder gives several, one after the other; the rest is left
             out.
@@ -38,6 +40,9 @@ class VideoDataConfig:
         seed: seed of the motions.
         channels: 3 for colour or 1 for grey, of video_folder.
         held_out_fraction: share of each class's videos that video_folder holds out.
+        check: how video_folder's frames are looked at before training: "decode" decodes each once (what was decoded is
+            remembered in the cache until it changes), so that no run ends midway for a broken one; "headers" opens
+            them.
     """
 
     name: Literal["moving_digits", "video_folder"] = "moving_digits"
@@ -50,6 +55,7 @@ class VideoDataConfig:
     seed: int = 0
     channels: Literal[1, 3] = 1
     held_out_fraction: float = 0.1
+    check: Literal["headers", "decode"] = "decode"
 
     def __post_init__(self):
         for name in ("num_frames", "frame_size", "digit_size", "videos_per_digit"):
@@ -197,17 +203,18 @@ def _video_folder(config: VideoDataConfig) -> VideoData:
             f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder per "
             "class, in it one per video"
         )
-    classes = _subfolders(root)
+    classes = class_folders(root)
     if not classes:
         raise ValueError(f"{named('folder')}: got {config.folder!r}, which has no subfolders; expected one per class")
-    videos: list[list[list[Path]]] = []  # of each folder of frames, its clips
+    folders: list[Path] = []  # of frames
     labels = []
     for label, folder in enumerate(classes):
-        found = _subfolders(folder)
+        found = sorted(class_folders(folder))  # their order decides the split, nothing else
         if len(found) < 2:
             raise ValueError(f"{folder} has {len(found)} folders of frames; expected at least 2 (one is held out)")
-        videos += [_clips(video, config.num_frames) for video in found]
+        folders += found
         labels += [label] * len(found)
+    videos = _clips([_frames(folder, config.num_frames) for folder in folders], config)
     parts = []
     for indices in stratified_split(torch.tensor(labels), config.held_out_fraction):  # a video is in one part alone
         chosen = [(clip, labels[i]) for i in indices.tolist() for clip in videos[i]]
@@ -217,29 +224,26 @@ def _video_folder(config: VideoDataConfig) -> VideoData:
     return VideoData(config.name, *parts, tuple(folder.name for folder in classes), shape)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-
-
-def _clips(video: Path, num_frames: int) -> list[list[Path]]:
-    """The frames of a folder, cut into clips, once they are known to be images of one size."""
-    from PIL import Image
-
-    frames = sorted(file for file in video.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+def _frames(video: Path, num_frames: int) -> list[Path]:
+    """The frames of a folder in their order."""
+    frames = natural_order(file for file in video.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if len(frames) < num_frames:
         raise ValueError(f"{video} has {len(frames)} frames; expected at least {named('num_frames')} = {num_frames}")
-    first = None
-    for frame in frames:
-        try:
-            with Image.open(frame) as image:
-                size = image.size
-        except OSError as error:
-            raise ValueError(f"{frame} is not an image that PIL can read ({error}); remove or replace it") from None
-        first = first or size
-        if size != first:
-            raise ValueError(
-                f"{frame} is {size[0]}x{size[1]}, but {frames[0].name} beside it {first[0]}x{first[1]}; expected "
-                "frames of one size in a video: resize or remove it"
-            )
-    last = len(frames) - num_frames
-    return [frames[start : start + num_frames] for start in range(0, last + 1, num_frames)]
+    return frames
+
+
+def _clips(videos: Sequence[list[Path]], config: VideoDataConfig) -> list[list[list[Path]]]:
+    """The frames of each video, cut into clips, once they are known to be images of one size."""
+    paths = [frame for frames in videos for frame in frames]
+    sizes = dict(zip(paths, check_pictures(paths, config.check), strict=True))
+    for frames in videos:
+        first = sizes[frames[0]]
+        for frame in frames:
+            size = sizes[frame]
+            if size != first:
+                raise ValueError(
+                    f"{frame} is {size[0]}x{size[1]}, but {frames[0].name} beside it {first[0]}x{first[1]}; expected "
+                    "frames of one size in a video: resize or remove it"
+                )
+    count = config.num_frames
+    return [[frames[i : i + count] for i in range(0, len(frames) - count + 1, count)] for frames in videos]

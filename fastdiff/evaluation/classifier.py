@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff.data import EpochStream, ImageData, ImageSet
 from fastdiff.device import computes_bf16
 from fastdiff.files import cache_folder, check_cache_folder, write_atomically
+from fastdiff.models.weights import read_tensors
 
 VERSION = 1  # of network and training below: another number means another cache file
 FEATURES = 128
@@ -98,8 +98,8 @@ def classifier_file(data: ImageData, schedule: Schedule | None = None) -> Path:
 
 def _load(classifier: Classifier, path: Path) -> bool:
     try:
-        classifier.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError):  # none yet, or damaged: it is trained anew
+        classifier.load_state_dict(read_tensors(path))
+    except (OSError, ValueError, RuntimeError):  # none yet, or damaged: it is trained anew
         return False
     return True
 

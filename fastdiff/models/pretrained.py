@@ -149,7 +149,7 @@ def naming_config(path: Path, title: str) -> Iterator[None]:
     """Makes errors about a configuration say which folder's it is; also those of torch for sizes that cannot be."""
     try:
         yield
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # numbers that are too large, negative sizes of tensors, and others
         message = f"{path / CONFIG_NAME}: not the configuration of {title}: {reason_of(error)}"
         raise ValueError(message) from error
 

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastdiff.errors import reason_of
 from fastdiff.files import read_json
+from fastdiff.reading import reading
 
 # Dicts that hold a state dict, the first that is there; averaged weights come before those that were trained last.
 WRAPPERS = (
@@ -42,6 +42,7 @@ _COUNTS = re.compile(
 )
 _COUNTERS = ("initted", "step")  # ema_pytorch's, beside the averaged model
 _SHARD = re.compile(r"-\d+-of-\d+")
+_BAD_SAFETENSORS = ": cut short, damaged or not a safetensors file"
 _log = logging.getLogger(__name__)
 
 
@@ -61,22 +62,16 @@ def read_tensors(path: Path, owner: str = "a model") -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the weights of {owner}")
     if path.suffix == ".safetensors":
-        try:
+        with reading(path, _BAD_SAFETENSORS):
             return load_file(path)
-        except Exception as error:  # safetensors and torch raise many kinds on damaged headers and unknown dtypes
-            raise ValueError(f"{path}: cut short, damaged or not a safetensors file: {reason_of(error)}") from error
-    try:
+    problem = f": cut short, damaged, or more than tensors in it; expected a PyTorch checkpoint of {owner}"
+    with reading(path, problem):
         if zipfile.is_zipfile(path):  # torch does not compress; what is larger inside than outside would fill memory
             with zipfile.ZipFile(path) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                     raise ValueError("a compressed archive")
         with torch.serialization.safe_globals(list(_SAFE)):  # a command line with paths; nothing else is let in
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle, struct and tarfile raise many kinds on what is not a checkpoint
-        raise ValueError(
-            f"{path}: cut short, damaged, or more than tensors in it; expected a PyTorch checkpoint of {owner}: "
-            f"{reason_of(error)}"
-        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a state dict of {owner}")
     return content
@@ -142,13 +137,10 @@ def header_of(files: Iterable[Path]) -> dict[str, Tensor]:
         if path.suffix != ".safetensors":
             state |= {name: tensor.to("meta") for name, tensor in state_of(read_tensors(path), path).items()}
             continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    empty = file.get_slice(name)[:0] if file.get_slice(name).get_shape() else file.get_tensor(name)
-                    state[name] = torch.empty(file.get_slice(name).get_shape(), dtype=empty.dtype, device="meta")
-        except Exception as error:  # as in `read_tensors`
-            raise ValueError(f"{path}: cut short, damaged or not a safetensors file: {reason_of(error)}") from error
+        with reading(path, _BAD_SAFETENSORS), safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                empty = file.get_slice(name)[:0] if file.get_slice(name).get_shape() else file.get_tensor(name)
+                state[name] = torch.empty(file.get_slice(name).get_shape(), dtype=empty.dtype, device="meta")
     return state
 
 

@@ -1,11 +1,11 @@
 """What commands write: evaluation.json, and samples while they are drawn."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastdiff.files import read_json
 from fastdiff.training.run_folder import RunFolder
 
 
@@ -44,10 +44,8 @@ class AsTheyCome:
 def with_earlier(results: dict[str, Any], output: Path) -> dict[str, Any]:
     """What an earlier call measured of the same weights stays in the file."""
     try:
-        earlier = json.loads(output.read_text())
+        earlier = read_json(output)
     except (OSError, ValueError):  # there is none, or it is not a result
         return results
-    same = isinstance(earlier, dict) and all(
-        earlier.get(name) == results.get(name) for name in ("run", "model", "step", "weights")
-    )
+    same = all(earlier.get(name) == results.get(name) for name in ("run", "model", "step", "weights"))
     return {**earlier, **results} if same else results

@@ -1,7 +1,6 @@
 """What the loaded runs of all kinds have in common."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from torch import nn
 
+from fastdiff.files import read_json
 from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, naming_config, read_config
 from fastdiff.recipes import plain
 from fastdiff.tasks.hub import local_folder, upload
@@ -242,9 +242,9 @@ class Run:
         if self.folder is None:
             return {}
         try:
-            content = json.loads((self.folder.path / "evaluation.json").read_text())
+            content = read_json(self.folder.path / "evaluation.json")
         except (OSError, ValueError):
             return {}
         mine = {"step": self.step, "weights": self.weights}
-        fits = isinstance(content, dict) and all(content.get(name, value) == value for name, value in mine.items())
+        fits = all(content.get(name, value) == value for name, value in mine.items())
         return content if fits and "step" in content else {}

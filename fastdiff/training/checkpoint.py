@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from fastdiff.files import sha256_of, uninterrupted, write_folder_atomically
-from fastdiff.models.pretrained import check_state, untied_state
+from fastdiff.files import read_json, sha256_of, uninterrupted, write_folder_atomically
+from fastdiff.models.pretrained import untied_state
+from fastdiff.models.weights import check_state, read_tensors
 
 STATE_FILE = "trainer_state.json"
 WEIGHTS, AVERAGED, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
@@ -106,10 +106,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a checkpoint of fastdiff.train; {advice}")
     try:
-        state = json.loads(path.read_text())
+        state = read_json(path)
         step, files, _ = state["step"], dict(state["files"]), dict(state["task"])
         sizes = {name: file if isinstance(file, int) else int(file["bytes"]) for name, file in files.items()}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{path} is not a whole trainer state; {advice}") from None
     named = _NAME.fullmatch(checkpoint.name)
     if not files or not isinstance(step, int) or (named and step != int(named[1])):
@@ -171,12 +171,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, s
         ValueError: the file has state of a parameter that the model has not, or of another shape than the parameter's.
     """
     by_name: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        content = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    content = read_tensors(path)
     for key, tensor in content.items():
-        entry, name = key.split("|", 1)
+        entry, _, name = key.partition("|")
         by_name.setdefault(name, {})[entry] = tensor
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shapes = {names[parameter]: parameter.shape for parameter in parameters}
@@ -206,9 +203,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: not a whole safetensors file, or of another model.
     """
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    state = read_tensors(path)
     check_state(state, untied_state(model), path, "the model of this recipe")
     model.load_state_dict(state, strict=False)  # what is missing is tied to what is there

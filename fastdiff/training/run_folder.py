@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from fastdiff.errors import TrainingError
 from fastdiff.files import flush_to_disk, write_atomically
+from fastdiff.reading import parse_json
 from fastdiff.recipes import read_recipe_file
 from fastdiff.training.checkpoint import (
     STATE_FILE,
@@ -26,6 +27,9 @@ _LOCKS: dict[Path, FileLock] = {}  # of this process, by folder
 
 # What may differ between a run and its continuation; everything else changes what the steps already done meant.
 _FREE = {
+    "data.check",
+    "image_data.check",
+    "video_data.check",
     "output_dir",
     "max_steps",
     "checkpoint_every",
@@ -269,7 +273,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text, f"{path}, line {number}")
         except ValueError:
             break
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):

@@ -1,11 +1,11 @@
 """The loss of a run over its steps."""
 
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from fastdiff.reading import parse_json, read_text
 from fastdiff.visualization.figures import any_names, save_figure
 
 
@@ -22,9 +22,9 @@ def save_loss_curve(
         validation: a run's validation.jsonl; its nats_per_token are drawn with their standard error, else its loss.
 
     Raises:
-        ValueError: the file has no steps.
+        ValueError: the file has no steps, or is damaged.
     """
-    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    lines = [parse_json(line, metrics) for line in read_text(Path(metrics)).splitlines()]
     if not lines:
         raise ValueError(f"{metrics} has no steps; expected a run of fastdiff.train")
     steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
@@ -35,7 +35,7 @@ def save_loss_curve(
     axes.plot(steps, smooth, color="#1f4e8c", linewidth=1.8, label="moving average")
     axes.set(xlabel="step", ylabel="loss", title=f"training loss, {smooth[-1]:.4f} at step {steps[-1]}")
     if validation is not None and Path(validation).exists():
-        measures = [json.loads(line) for line in Path(validation).read_text().splitlines()]
+        measures = [parse_json(line, validation) for line in read_text(Path(validation)).splitlines()]
         style = dict(color="#c1542d", marker="o", markersize=4, linewidth=1.2, capsize=2)
         names = [name for name in (measures[0] if measures else ()) if name != "step"]
         if names:

@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from damaged_files import wav
 from scipy.io import wavfile
 
 from fastdiff.data import AudioDataConfig, load_audio_data
 from fastdiff.data.audio import ALSA_FOLDER
 from fastdiff.data.spoken_digits import Voice, load_utterances
 from fastdiff.data.waveforms import read_wav, resample, trimmed
+from fastdiff.models.qgfd.adapters.processors import AudioProcessor
 
 VOICES = (Voice("en-us", "m1", 50, 250), Voice("en-gb", "f4", 50, 250), Voice("en-us", "f2", 60, 250))  # f4: held out
 
@@ -118,9 +120,71 @@ def test_resampling_keeps_the_waveform():
 
 def test_trimming():
     quiet = np.full(100, 1e-4)
-    cut = trimmed(np.concatenate([quiet, tone(400, 8000), quiet]))
+    cut = trimmed(np.concatenate([quiet, tone(400, 8000), quiet]), 8000)
     assert 780 < len(cut) <= 800 and np.abs(cut).max() == pytest.approx(0.9)
-    assert len(trimmed(np.zeros(5))) == 0
+    assert len(trimmed(np.zeros(5), 8000)) == 0
+
+
+def test_a_click_neither_hides_speech_nor_begins_it():
+    rate = 8000
+    speech = 0.01 * tone(200, rate, 1.0)
+    for place, length in ((4000, 1), (4000, 30)):  # samples
+        clicked = speech.copy()
+        clicked[place : place + length] = 1.0
+        assert len(trimmed(clicked, rate)) > 7900
+    silence = np.zeros(2000)
+    early = np.concatenate([silence, [1.0], silence, speech, silence])
+    assert abs(len(trimmed(early, rate)) - len(speech)) < 100
+    assert len(trimmed(np.concatenate([silence, [1.0], silence]), rate)) == 1  # a click is all there is
+
+
+def test_antiphase_is_said_as_it_is(tmp_path):
+    path = write(tmp_path / "a.wav", np.stack([tone(400, 8000), -tone(400, 8000)], 1), 8000)
+    with pytest.raises(ValueError, match="a.wav has 2 channels that cancel each other when they are averaged"):
+        read_wav(path)
+    waves = np.stack([tone(400, 8000), -tone(400, 8000)], 1)
+    with pytest.raises(ValueError, match="waves: got one that has 2 channels that cancel each other"):
+        AudioProcessor(8000)([waves])
+    _, read = read_wav(write(path, np.zeros((50, 2)), 8000))  # silence is no antiphase
+    assert not read.any()
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (wav(bytes(400))[:-200], r"its header says 444 bytes, and it has 244: it was cut short"),
+        (wav(bytes(400), riff=0), "is longer than its header says"),
+        (wav(bytes(400), riff=2**32 - 1, data=2**32 - 1), "it was cut short"),
+        (wav(bytes(400), data=600), "its part b'data' has 600 bytes, 400 of them in the file"),
+        (wav(bytes(400), rate=2**31 - 1), "its sampling rate is 2147483647 Hz"),
+        (wav(bytes(400), channels=0), "it has 0 channels in 0 bytes"),
+        (wav(bytes(401)), "401 bytes of samples, which are no whole number of 2"),
+        (wav(bytes(400), kind=85), "samples of format 85"),
+        (wav(np.full(50, 1e200).tobytes(), kind=3, width=8), r"floats up to 1e\+200; expected about -1 … 1"),
+        (b"", "it is empty"),
+    ],
+)
+def test_damaged_wav_files(tmp_path, content, match):
+    path = tmp_path / "a.wav"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.wav cannot be read as a WAV file .*{match}") as error:
+        read_wav(path)
+    assert "\n" not in str(error.value)
+
+
+def test_wav_files_are_read_as_scipy_reads_them(tmp_path):
+    rng = np.random.default_rng(0)
+    for width, kind in ((2, "<i2"), (4, "<i4")):
+        samples = rng.integers(-(2 ** (8 * width - 1)), 2 ** (8 * width - 1), (50, 2)).astype(kind)
+        wavfile.write(tmp_path / "a.wav", 8000, samples)
+        expected = samples.astype(np.float64).mean(1) / 2 ** (8 * width - 1)
+        assert np.abs(read_wav(tmp_path / "a.wav")[1] - expected).max() < 1e-12
+    values = np.array([0, 1, -1, 2**23 - 1, -(2**23), 12345], "<i4")
+    raw = values.view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
+    (tmp_path / "b.wav").write_bytes(wav(raw, width=3))
+    assert np.array_equal(read_wav(tmp_path / "b.wav")[1] * 2**23, values)
+    with pytest.raises(ValueError, match="at 700000 Hz has more than 268435456 samples"):
+        resample(np.zeros(1000), 1, 700_000)
 
 
 def damage(folder, kind):

@@ -157,7 +157,10 @@ def test_image_folder_refuses(photos, tmp_path_factory):
 def test_an_image_cut_short_is_named(photos):
     path = photos / "dogs" / "3.png"
     path.write_bytes(path.read_bytes()[:-60])  # the header is whole
-    data = load_data(DataConfig(name="image_folder", folder=str(photos), image_size=8))
+    fields = dict(name="image_folder", folder=str(photos), image_size=8)
+    with pytest.raises(ValueError, match="3.png cannot be decoded as an image"):
+        load_data(DataConfig(**fields))
+    data = load_data(DataConfig(**fields, check="headers"))
     with pytest.raises(ValueError, match="3.png cannot be decoded as an image"):
         for part in (data.train, data.held_out):
             part.images(range(len(part)))

@@ -171,13 +171,70 @@ def test_names_that_are_not_there(tmp_path, fields, message):
         load_csv(csv_file(tmp_path), **fields)
 
 
+def test_texts_of_categories_are_kept(tmp_path):
+    path = csv_file(
+        tmp_path, [f"{i}.5,{('01067', '1067')[i % 2]},{('a', 'a ', ' b')[i % 3]}" for i in range(12)], "x,zip,k"
+    )
+    data = load_csv(path, categories=["zip"])
+    zips, kinds = data.schema.categories
+    assert set(zips.values) == {"01067", "1067"} and kinds.values == ("a", "b")  # spaces around a value are none of it
+    with pytest.raises(ValueError, match=r"'zip' has '01067' in row 1 of 12; expected a number .* name it in drop"):
+        load_csv(path)
+    assert load_csv(path, drop=["zip"]).schema.names == ("x", "k")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "?",
+            r"column 'x' has '\?' in row 4 of 12; expected a number such as 1234.5: repair it, name the column in cat",
+        ),
+        ('"1,234"', "column 'x' has '1,234' in row 4 of 12; expected a number"),
+        ("12 %", "column 'x' has '12 %' in row 4 of 12"),
+        ("1_000", "column 'x' has '1_000' in row 4 of 12"),
+        ("1e200", r"column 'x' has 1e\+200 in row 4 of 12; expected at most 3.4e\+38"),
+        ("1e999", "column 'x' has infinite values"),
+    ],
+)
+def test_texts_among_numbers_are_named(tmp_path, value, message):
+    rows = [f"{i}.5,{'ab'[i % 2]}" for i in range(12)]
+    rows[3] = f"{value},a"
+    path = csv_file(tmp_path, rows, "x,k")
+    with pytest.raises(ValueError, match=message) as error:
+        load_csv(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_number_among_texts_is_named(tmp_path):
+    path = csv_file(tmp_path, [f"{i}.5,{'7' if i in (2, 5) else 'ab'[i % 2]}" for i in range(12)], "x,k")
+    with pytest.raises(ValueError, match="column 'k' has '7' in row 3 of 12; expected a text, as in its other rows"):
+        load_csv(path)
+    assert load_csv(path, categories=["k"]).class_names == ("7", "a", "b")
+
+
+def test_a_table_without_a_line_of_names(tmp_path):
+    for names, message in (("5.1,red", "first line has the number '5.1'; expected a line of names"),
+                           ("red,red", "first line has 'red' twice"), ("x,", "column 2 has no name")):  # fmt: skip
+        path = csv_file(tmp_path, [f"{i}.5,red" for i in range(6)], names)
+        with pytest.raises(ValueError, match=f"table.csv cannot be read as CSV .*{message}"):
+            load_csv(path)
+
+
+def test_zero_has_no_sign(tmp_path):
+    schema = load_csv(csv_file(tmp_path, [f"{i - 4},{'ab'[i % 2]}" for i in range(9)], "x,k")).schema
+    column = schema.numbers[0]
+    numbers = torch.tensor([[-column.mean / column.deviation - 1e-3]])
+    assert str(schema.decode(numbers, torch.zeros(1, 1, dtype=torch.long))["x"][0]) == "0.0"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "cannot be read as CSV"),
         (b"a,b\n", "has 0 rows"),
         (b"a,b\n1,2\n3,4,5\n", "cannot be read as CSV"),
-        (b"a,b\n1,2,9\n3,4,5\n", "cannot be read as CSV .*Length of header"),
+        (b"a,b\n1,2,9\n3,4,5\n", "cannot be read as CSV .*line 2 has 3 values; the line of names has 2"),
         (b"a,b\n\xff\xfe,2\n", "cannot be read as CSV"),
     ],
 )

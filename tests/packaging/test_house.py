@@ -23,7 +23,7 @@ FLOORS = (
     ("kernels",),
     ("recipes", "device"),
     ("arguments",),
-    ("files", "errors", "backends", "shipped", "lazy", "version"),
+    ("files", "reading", "errors", "backends", "shipped", "lazy", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

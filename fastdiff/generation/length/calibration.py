@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastdiff.data.tokenization import tokenizer_fingerprint
-from fastdiff.files import write_atomically
+from fastdiff.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,7 +149,7 @@ def load_calibration(
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; calibrate the rule {rule!r} first, and save it there")
     try:
-        entries = json.loads(file.read_text())["calibrations"]
+        entries = read_json(file)["calibrations"]
         calibrations = {name: _from_entry(entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())

@@ -1,6 +1,5 @@
 """`fastdiff.generate` on a masked diffusion language model."""
 
-import json
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from fastdiff.data.text_config import LengthFormat
 from fastdiff.files import RecordFile, output_path
 from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig, TextGenerator
 from fastdiff.generation.config import merged_options
+from fastdiff.reading import parse_json
 from fastdiff.tasks.masked_lm.run import (
     DEFAULT_NEW_TOKENS,
     decoding_defaults,
@@ -198,10 +198,7 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
 def _json_prompts(file: str, lines: Mapping[int, str]) -> list[str]:
     prompts = []
     for number, line in lines.items():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+        entry = parse_json(line, f"{file}, line {number}")
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ValueError(f'{file}, line {number}: expected an object with the text field "prompt"')
         prompts.append(entry["prompt"])

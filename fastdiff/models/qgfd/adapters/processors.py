@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.data.waveforms import resample
+from fastdiff.data.pictures import flattened
+from fastdiff.data.waveforms import mono, resample
 
 
 class ImageProcessor:
     """Images of any size and mode to {"pixel_values" [B, C, H, W] in [-1, 1]}, scaled with a bilinear filter.
 
-    Images are PIL's, or arrays [H, W] or [H, W, C] of uint8. Raises ValueError for other arrays or channels.
+    Images are PIL's, taken as `fastdiff.data.pictures.flattened` says (turned by EXIF, 16 bits scaled, alpha on white),
+    or arrays [H, W] or [H, W, C] of uint8. Raises ValueError for other arrays or channels.
     """
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
@@ -38,7 +40,7 @@ class ImageProcessor:
                     f"images: got {array.dtype} of shape {list(array.shape)}; expected uint8 [H, W] or [H, W, C]"
                 )
             image = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
-        image = image.convert(self.mode).resize(self.size[::-1], Image.Resampling.BILINEAR)
+        image = flattened(image, 1 if self.mode == "L" else 3).resize(self.size[::-1], Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1
         return pixels[None] if self.mode == "L" else pixels.permute(2, 0, 1).contiguous()
 
@@ -114,4 +116,9 @@ def _wave(wave: Any) -> Tensor:  # [S], float32
     wave = wave.float() / (32768 if wave.dtype == torch.int16 else 1)
     if not torch.isfinite(wave).all():
         raise ValueError("waves: got values that are not finite; expected numbers in [-1, 1]")
-    return wave if wave.ndim == 1 else wave.mean(1)
+    if wave.ndim == 1:
+        return wave
+    try:
+        return torch.from_numpy(mono(wave.numpy())).float()
+    except ValueError as error:
+        raise ValueError(f"waves: got one that {error}") from None
