@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from damaged_files import wav
+from file_seeds import wav
 from scipy.io import wavfile
 
 from fastdiff.data import AudioDataConfig, load_audio_data

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from damaged_files import png
+from file_seeds import png
 from PIL import Image
 
 from fastdiff.data import DataConfig, VideoDataConfig, load_data, load_video_data
