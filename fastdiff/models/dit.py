@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdiff.backends import with_this_backend
 from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASS, model_folder, read_foreign
 from fastdiff.models.dit_config import DiTConfig, preset_config
 from fastdiff.models.pretrained import Pretrained, check_state
@@ -155,8 +156,9 @@ class DiT(Pretrained):
                 conditioning = shared
             conditioning = _add_conditioning(conditioning, layer_conditioning, token_conditioning, index)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                inputs = (residual, branch, gate, conditioning)
                 residual, branch, gate = checkpoint(
-                    block, residual, branch, gate, conditioning, use_reentrant=False, preserve_rng_state=False
+                    with_this_backend(block), *inputs, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 residual, branch, gate = block(residual, branch, gate, conditioning)
