@@ -26,7 +26,7 @@ BUILT_VENV := $(abspath $(VENV))
 BUILT_FOLDER := $(CURDIR)
 endef
 
-.PHONY: demo test test-all lint docs bench kernels race gpu abi dist venv clean FORCE
+.PHONY: demo test test-all lint docs bench kernels race fuzz gpu abi dist venv clean FORCE
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -79,6 +79,9 @@ kernels: venv                    ## compile every GPU kernel for every target: r
 
 race: venv                       ## the CUDA kernels under ThreadSanitizer, on the CPU (needs clang-19)
 	$(RUN) tools/race.py
+
+fuzz: venv                       ## a million calls of the raw operators with right and wrong operands, under sanitizers
+	$(RUN) tools/fuzz.py
 
 gpu: venv                        ## on a machine with a GPU: tests, compute-sanitizer, benchmarks, one report
 	$(RUN) tools/gpu_report.py

@@ -2,6 +2,8 @@
 // Users come through fastdiff/ops/adaln.py, which checks with kinder messages; the checks here keep a direct call of
 // torch.ops.fastdiff.* from reading out of bounds.
 #pragma once
+#include <algorithm>
+#include <initializer_list>
 #include <numeric>
 #include <tuple>
 
@@ -15,6 +17,7 @@ struct Shape {
 };
 
 inline Shape stream_shape(const Tensor& x, const char* name) {
+  check_aligned(x, name);
   STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous() && x.size(2) > 0, name, " does not fit; expected contiguous [B, N, D]");
   return {x.size(0), x.size(1), x.size(2)};
 }
@@ -47,12 +50,23 @@ inline const void* affine(const OptionalTensor& t, const Tensor& x, const char* 
 }
 
 // Doubles go with doubles only.
-inline void check_double(const AdaLNForwardParams& p) {
-  const bool wide = p.x_dtype == DType::kFloat64;
-  const auto same = [&](bool used, DType t) { return !used || (t == DType::kFloat64) == wide; };
-  STD_TORCH_CHECK(same(p.branch, p.branch_dtype) && same(p.gate.data, p.gate.dtype) && same(p.shift.data, p.shift.dtype) &&
-                      same(p.scale.data, p.scale.dtype) && same(true, p.out_dtype),
+inline void check_double(std::initializer_list<const Modulation*> modulations, std::initializer_list<DType> streams) {
+  const bool wide = *streams.begin() == DType::kFloat64;
+  const auto fits = [wide](DType t) { return (t == DType::kFloat64) == wide; };
+  const auto modulates = [&](const Modulation* m) { return !m->data || fits(m->dtype); };
+  STD_TORCH_CHECK(std::all_of(streams.begin(), streams.end(), fits) &&
+                      std::all_of(modulations.begin(), modulations.end(), modulates),
                   "float64 goes with float64 only: cast the operands");
+}
+
+// An output that the caller gave, apart from everything that is read; `in_place` may be the output itself.
+inline void check_output(const Tensor& out, const char* name, std::initializer_list<const Tensor*> read,
+                         std::initializer_list<const OptionalTensor*> modulations, const Tensor* in_place = nullptr) {
+  for (const Tensor* t : read) {
+    const bool same = t == in_place && t->const_data_ptr() == out.const_data_ptr();
+    if (!same) check_apart(out, name, *t, "an operand");
+  }
+  for (const OptionalTensor* m : modulations) check_apart(out, name, *m, "an operand");
 }
 
 // ------------------------------------------------------------------------------------------------ forward
@@ -94,12 +108,12 @@ void run_forward(const ForwardArguments& a, Tensor* residual_out, Tensor& out, T
   p.dim = s.dim;
   p.eps = a.eps;
   p.rms = a.rms;
-  check_double(p);
+  check_double({&p.gate, &p.shift, &p.scale}, {p.x_dtype, p.out_dtype, a.branch ? p.branch_dtype : p.x_dtype});
   if (s.batch * s.tokens > 0) Backend::forward(p, a.x);
 }
 
 inline Tensor empty_like(const Tensor& x, ScalarType type) {
-  stream_shape(x, "x");
+  stream_shape(x, "the stream");
   return empty(x, {x.size(0), x.size(1), x.size(2)}, type);
 }
 
@@ -125,6 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> adaln_forward_stats(Tensor x, FASTDIFF_ADALN_
 
 template <class Backend>
 void adaln_forward_out(Tensor x, FASTDIFF_ADALN_FORWARD, Tensor out) {
+  check_device(out, x, "out");
+  check_output(out, "out", {&x}, {&shift, &scale, &weight, &bias});
   run_forward<Backend>({x, nullptr, {}, shift, scale, weight, bias, rms, eps, out_dtype}, nullptr, out, nullptr, nullptr);
 }
 
@@ -152,6 +168,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_forward_stats(Tensor residual, 
 template <class Backend>
 void gated_forward_out(Tensor residual, Tensor branch, Tensor gate, FASTDIFF_ADALN_FORWARD, Tensor residual_out,
                        Tensor out) {
+  check_device(out, residual, "out");
+  check_device(residual_out, residual, "residual_out");
+  check_output(out, "out", {&residual, &branch, &gate, &residual_out}, {&shift, &scale, &weight, &bias});
+  check_output(residual_out, "residual_out", {&residual, &branch, &gate}, {&shift, &scale, &weight, &bias}, &residual);
   run_forward<Backend>({residual, &branch, gate, shift, scale, weight, bias, rms, eps, out_dtype}, &residual_out, out,
                        nullptr, nullptr);
 }
@@ -190,7 +210,7 @@ Gradients run_backward(const BackwardArguments& a) {
   AdaLNBackwardParams p{};
   p.gate = modulation(a.gate, a.x, s, "gate");
   p.scale = modulation(a.scale, a.x, s, "scale");
-  modulation(a.shift, a.x, s, "shift");
+  const Modulation shift = modulation(a.shift, a.x, s, "shift");
   const int64_t frames = std::lcm(std::lcm(frames_of(a.gate), frames_of(a.shift)), frames_of(a.scale));
   const ScalarType branch_type = a.branch ? a.branch->scalar_type() : a.x.scalar_type();
   Gradients g{empty_like(a.x, a.x.scalar_type()),
@@ -213,9 +233,9 @@ Gradients run_backward(const BackwardArguments& a) {
   const int64_t rows = s.batch * s.tokens;
   check_device(a.mean, a.x, "mean");
   check_device(a.rstd, a.x, "rstd");
-  STD_TORCH_CHECK((a.rms || a.mean.numel() == rows) && a.rstd.numel() == rows &&
-                      a.rstd.scalar_type() == compute_type(a.x) && a.mean.scalar_type() == compute_type(a.x),
-                  "mean and rstd do not fit; expected [B * N] as the forward pass returned them");
+  STD_TORCH_CHECK((a.rms || a.mean.numel() == rows) && a.rstd.numel() == rows && a.mean.is_contiguous() &&
+                      a.rstd.is_contiguous() && a.rstd.scalar_type() == compute_type(a.x) && a.mean.scalar_type() == compute_type(a.x),
+                  "mean and rstd do not fit; expected contiguous [B * N] as the forward pass returned them");
   p.mean = a.mean.const_data_ptr();
   p.rstd = a.rstd.const_data_ptr();
   if (a.branch) {
@@ -224,6 +244,7 @@ Gradients run_backward(const BackwardArguments& a) {
     p.branch_dtype = dtype_of(*a.branch, "branch");
     p.grad_branch = g.branch.mutable_data_ptr();
   }
+  check_double({&p.gate, &shift, &p.scale}, {p.x_dtype, p.out_dtype, a.branch ? p.branch_dtype : p.x_dtype});
   p.weight = affine(a.weight, a.x, "weight");
   p.bias = affine(a.bias, a.x, "bias");
   p.grad_x = g.x.mutable_data_ptr();

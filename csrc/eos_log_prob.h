@@ -17,6 +17,8 @@ inline EosLogProbParams eos_params(const Tensor& like, int64_t vocab, const Tens
   p.dtype = dtype_of(like, "the input");
   STD_TORCH_CHECK(vocab > 0 && p.dtype != DType::kFloat64, "the input does not fit; expected a vocabulary and float32, "
                   "bfloat16 or float16");
+  check_device(end_token_ids, like, "end_token_ids");
+  check_device(excluded_ids, like, "excluded_ids");
   p.end_tokens = ids(end_token_ids, like, vocab, "end_token_ids");
   p.end_count = end_token_ids.numel();
   p.excluded = ids(excluded_ids, like, vocab, "excluded_ids");
@@ -32,6 +34,7 @@ inline Tensor new_result(EosLogProbParams& p, const Tensor& like) {
 
 template <class Backend>
 Tensor eos_log_prob_from_logits(Tensor logits, Tensor end_token_ids, Tensor excluded_ids) {
+  check_aligned(logits, "logits");
   STD_TORCH_CHECK(logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1),
                   "logits do not fit; expected [B, L, V] with a contiguous last dimension");
   EosLogProbParams p = eos_params(logits, logits.size(2), end_token_ids, excluded_ids);

@@ -7,6 +7,7 @@
 namespace fastdiff::torch_binding {
 
 inline void check_head(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias) {
+  check_aligned(hidden, "hidden");
   STD_TORCH_CHECK(hidden.dim() == 3 && hidden.is_contiguous(), "hidden does not fit; expected contiguous [B, L, D]");
   check_device(weight, hidden, "weight");
   const int64_t dim = hidden.size(2);

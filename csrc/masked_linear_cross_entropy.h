@@ -18,11 +18,16 @@ inline const void* vector_of(const Tensor& t, const Tensor& logits, int64_t size
 template <class Backend>
 Tensor cross_entropy_rows(Tensor logits, Tensor targets, OptionalTensor row_weight, OptionalTensor suppress_tokens,
                           double label_smoothing, bool want_grad) {
+  check_aligned(logits, "logits");
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 && (logits.stride(1) == 1 || logits.size(1) == 1) &&
                       (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)),
                   "logits does not fit; expected [R, V] with V > 0, rows apart, and a contiguous last dimension");
   STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing < 1, "label_smoothing is ", label_smoothing,
                   "; expected a number in [0, 1)");
+  check_device(targets, logits, "targets");
+  check_apart(logits, "logits", targets, "targets");
+  check_apart(logits, "logits", row_weight, "row_weight");
+  check_apart(logits, "logits", suppress_tokens, "suppress_tokens");
   CrossEntropyParams p{};
   p.logits = logits.mutable_data_ptr();
   p.row_stride = logits.stride(0);

@@ -67,9 +67,13 @@ inline QgfdMatrix qgfd_matrix(const Tensor& query, const Tensor& key, const Qgfd
   return m;
 }
 
+// Published systems take 2 to 8. A limit keeps the sizes of what is saved, and the time of a call, within numbers.
+constexpr int64_t kMostHops = 4096;
+
 inline QgfdRecurrence qgfd_recurrence(const QgfdMatrix& m, const QgfdArguments& a) {
   const QgfdRecurrence r{a.hops, a.first_mixed, a.last_mixed, static_cast<float>(a.alpha)};
   const bool square = m.queries == m.keys, mixes = a.first_mixed <= a.last_mixed;
+  STD_TORCH_CHECK(a.hops <= kMostHops, "hops is ", a.hops, "; expected at most ", kMostHops);
   STD_TORCH_CHECK(a.hops >= 1 && (square || (a.hops == 1 && !mixes)) && (!mixes || a.first_mixed >= 1) &&
                       (!mixes || a.last_mixed <= a.hops),
                   "hops does not fit; expected at least 1, one without mixture where L_q != L_k, and 1 <= first_mixed <= "

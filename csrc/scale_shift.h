@@ -8,6 +8,7 @@ namespace fastdiff::torch_binding {
 
 template <class Backend>
 Tensor scale_shift(Tensor x, Tensor scale, Tensor shift) {
+  check_aligned(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "x does not fit; expected contiguous [B, N, D]");
   for (const Tensor* t : {&scale, &shift}) {
     check_device(*t, x, "scale or shift");

@@ -76,11 +76,44 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type)
   return result;
 }
 
+// Views of bytes can begin anywhere; the kernels' elements cannot.
+inline void check_aligned(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.defined(), name, " is None; expected a tensor");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % static_cast<uintptr_t>(t.element_size()) == 0, name,
+                  " begins between two elements of its dtype; expected an aligned tensor: pass a clone");
+}
+
+// Every operand comes through here once.
 inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
   int32_t type, like;
+  // torch takes None for any tensor of a schema
+  STD_TORCH_CHECK(t.defined() && x.defined(), t.defined() ? "an operand" : name, " is None; expected a tensor");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &like));
   STD_TORCH_CHECK(type == like && t.get_device_index() == x.get_device_index(), name, " is not on x's device");
+  check_aligned(t, name);
+}
+
+// The bytes from a tensor's first element to its last; none where it has no element.
+struct Span {
+  uintptr_t begin, end;
+};
+inline Span span_of(const Tensor& t) {
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  if (t.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); i++) last += (t.size(i) - 1) * t.stride(i);
+  return {begin, begin + static_cast<uintptr_t>((last + 1) * t.element_size())};
+}
+
+// What is written lies apart from what is read: otherwise results depend on the order of the threads.
+inline void check_apart(const Tensor& written, const char* name, const Tensor& read, const char* other) {
+  check_device(read, written, other);
+  const Span a = span_of(written), b = span_of(read);
+  STD_TORCH_CHECK(a.begin >= b.end || b.begin >= a.end, name, " overlaps ", other, "; expected memory of its own");
+}
+inline void check_apart(const Tensor& written, const char* name, const OptionalTensor& read, const char* other) {
+  if (read) check_apart(written, name, *read, other);
 }
 
 inline void check_like(const Tensor& t, const Tensor& x, const char* name) {

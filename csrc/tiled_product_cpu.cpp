@@ -4,6 +4,10 @@
 // stay in a core's cache it is faster, but not if they wait at each. Here they wait once, each tile is the product of one
 // thread, and so the result does not depend on how many there are. (MKL's own product of several threads may split a sum
 // among them, which changes its last bits.)
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "csrc/tensors.h"
@@ -13,13 +17,26 @@ namespace {
 
 // out [M, N] = beta · (input, or out where it is None) + alpha · a [M, K] · b [K, N]; input: [N], added to every row.
 void tiled_addmm_(Tensor out, OptionalTensor input, Tensor a, Tensor b, double beta, double alpha, int64_t tile) {
+  for (const Tensor* t : {&out, &a, &b}) check_aligned(*t, "an operand");
   STD_TORCH_CHECK(out.dim() == 2 && a.dim() == 2 && b.dim() == 2 && out.size(0) == a.size(0) &&
                       out.size(1) == b.size(1) && a.size(1) == b.size(0) && tile > 0,
                   "the operands do not fit; expected out [M, N], a [M, K], b [K, N] and tile > 0");
+  STD_TORCH_CHECK(std::fabs(alpha) <= FLT_MAX && std::fabs(beta) <= FLT_MAX, "alpha or beta is out of float32's range");
   STD_TORCH_CHECK(!input || (input->dim() == 1 && input->size(0) == out.size(1)), "input does not fit; expected [N]");
-  for (const Tensor& t : {a, b, input ? *input : out})
+  for (const Tensor& t : {a, b, input ? *input : out}) {
+    check_device(t, out, "an operand");
     STD_TORCH_CHECK(t.scalar_type() == out.scalar_type(), "the operands do not fit; expected one dtype");
-  const int64_t columns = out.size(1), tiles = (columns + tile - 1) / tile;
+    dtype_of(t, "an operand");
+  }
+  STD_TORCH_CHECK(out.numel() < 2 || (out.stride(0) >= out.size(1) && out.stride(1) == 1) ||
+                      (out.stride(1) >= out.size(0) && out.stride(0) == 1),
+                  "out does not fit; expected rows, or columns, that lie apart");
+  check_apart(out, "out", a, "a");
+  check_apart(out, "out", b, "b");
+  check_apart(out, "out", input, "input");
+  const int64_t columns = out.size(1);
+  tile = std::min(tile, std::max<int64_t>(columns, 1));
+  const int64_t tiles = columns / tile + (columns % tile != 0);
   // Two at least: torch calls the body of a loop of one outside its threads, where the product would start threads itself.
   torch::stable::parallel_for(0, tiles < 2 ? 2 : tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end && k < tiles; k++) {

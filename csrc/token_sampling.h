@@ -36,6 +36,9 @@ inline TokenSampleParams sample_params(const Tensor& like, int64_t vocab, const 
                   "bfloat16 or float16");
   const int64_t rows = p.batch * p.length;
   p.temperatures = numbers<float>(a.temperatures, like, rows, "temperatures");
+  if (p.temperatures != nullptr && on_cpu(like))
+    for (int64_t r = 0; r < rows; r++)
+      STD_TORCH_CHECK(p.temperatures[r] >= 0, "temperatures has ", p.temperatures[r], "; expected numbers of 0 or more");
   p.temperature = a.temperature;
   STD_TORCH_CHECK(a.temperature >= 0, "temperature is ", a.temperature, "; expected 0 or more");
   p.suppress = ids(a.suppress_tokens, like, vocab, "suppress_tokens");
@@ -69,6 +72,7 @@ inline Samples new_samples(TokenSampleParams& p, const Tensor& like, bool with_e
 template <class Backend>
 Samples sample_tokens(Tensor logits, OptionalTensor temperatures, double temperature, int64_t top_k, double top_p,
                       FASTDIFF_SAMPLE_ARGUMENTS) {
+  check_aligned(logits, "logits");
   STD_TORCH_CHECK(logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1),
                   "logits do not fit; expected [B, L, V] with a contiguous last dimension");
   STD_TORCH_CHECK(top_k >= 0 && top_p > 0 && top_p <= 1, "top_k is ", top_k, " and top_p ", top_p,

@@ -31,6 +31,7 @@ Tensor unmask(Tensor token_ids, Tensor token, Tensor log_prob, Tensor entropy, T
               OptionalTensor block_start, OptionalTensor block_end, OptionalTensor active, int64_t rule, int64_t order,
               OptionalTensor values, double value, int64_t mask_token_id, OptionalTensor seeds, int64_t seed,
               OptionalTensor steps, int64_t step, OptionalTensor sequence_ids) {
+  check_aligned(token_ids, "token_ids");
   STD_TORCH_CHECK(token_ids.dim() == 2 && token_ids.scalar_type() == ScalarType::Long,
                   "token_ids does not fit; expected int64 [B, L]");
   const int64_t batch = token_ids.size(0), length = token_ids.size(1);
@@ -53,6 +54,9 @@ Tensor unmask(Tensor token_ids, Tensor token, Tensor log_prob, Tensor entropy, T
   p.seed_at = unmask_operand<int64_t>(seeds, token_ids, ScalarType::Long, 1, "seeds");
   p.step_at = unmask_operand<int64_t>(steps, token_ids, ScalarType::Long, 1, "steps");
   p.sequence_ids = unmask_operand<int64_t>(sequence_ids, token_ids, ScalarType::Long, batch, "sequence_ids");
+  for (const Tensor& t : {token, log_prob, entropy, margin}) check_apart(token_ids, "token_ids", t, "the sample");
+  for (const OptionalTensor& t : {rows, block_start, block_end, active, values, seeds, steps, sequence_ids})
+    check_apart(token_ids, "token_ids", t, "another operand");
   p.row_stride = token_ids.stride(0);
   p.batch = batch;
   p.length = length;

@@ -22,9 +22,12 @@ from fastdiff.tasks.options import GenerationOptions
 # Types of the fields whose default, None, does not tell. A field that is in neither is read as JSON, or else as text.
 _TYPES: dict[str, Any] = {
     "num_inference_steps": int, "block_length": int, "top_k": int, "top_p": float, "threshold": float,
-    "factor": float, "entropy_budget": float, "seed": int, "cache_refresh_interval": int,
+    "factor": float, "entropy_budget": float, "seed": int, "cache_refresh_interval": int, "eps": float,
+    "alg_temp": float,
 }  # fmt: skip
-_LISTS: dict[str, Any] = {"suppress_tokens": int, "stop_strings": str}
+_LISTS: dict[str, Any] = {
+    "suppress_tokens": int, "begin_suppress_tokens": int, "cfg_keep_tokens": int, "stop_strings": str,
+}  # fmt: skip
 # What a user can cause; anything else keeps its traceback, since it is a fault of ours.
 _USER_ERRORS = (
     ValueError,
@@ -180,10 +183,8 @@ def _add_generation_options(parser: ArgumentParser, defaults: dict[str, Any]) ->
 
     The help names those of `defaults` that differ from the configuration's.
     """
-    from fastdiff.generation.config import LENGTHS, MaskedDiffusionGenerationConfig
-    from fastdiff.ops.unmask import ORDERS, RULES
+    from fastdiff.generation.config import CHOICES, MaskedDiffusionGenerationConfig
 
-    choices = {"unmasking_rule": RULES, "unmasking_order": ORDERS, "length": LENGTHS}
     meanings = _meanings(MaskedDiffusionGenerationConfig)
     taken = {action.dest for action in parser._actions}
     for name, default in MaskedDiffusionGenerationConfig.option_defaults().items():
@@ -194,8 +195,8 @@ def _add_generation_options(parser: ArgumentParser, defaults: dict[str, Any]) ->
         common = dict(default=SUPPRESS, help=f"{meanings.get(name, '')} ({told})".strip())
         if isinstance(default, bool):
             parser.add_argument(option, action=ActionYesNo(no_prefix="no-"), **common)
-        elif name in choices:
-            parser.add_argument(option, choices=choices[name], **common)
+        elif name in CHOICES:
+            parser.add_argument(option, choices=CHOICES[name], **common)
         elif name in _LISTS:
             parser.add_argument(option, type=_LISTS[name], nargs="+", **common)
         else:

@@ -27,6 +27,15 @@ def named(field: str) -> str:
     return field if within is None else f"{within}.{field}"
 
 
+@contextlib.contextmanager
+def naming_section() -> Iterator[None]:
+    """Within the block, an error that begins with a field's name calls it as `named` does."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(named(str(error))) from error
+
+
 def one_line(message: object) -> str:
     """A message without line breaks."""
     return " ".join(str(message).split())

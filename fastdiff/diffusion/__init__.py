@@ -5,7 +5,8 @@ from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.diffusion.guidance import Guided
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig, MaskedTokens, maskable_tokens
-from fastdiff.diffusion.sampling import SAMPLERS, sample, samplers_for
+from fastdiff.diffusion.sampler_options import SAMPLERS, SamplerOptions, samplers_for
+from fastdiff.diffusion.sampling import sample
 
 __all__ = [
     "SAMPLERS",
@@ -15,6 +16,7 @@ __all__ = [
     "MaskedDiffusion",
     "MaskedDiffusionConfig",
     "MaskedTokens",
+    "SamplerOptions",
     "maskable_tokens",
     "sample",
     "sample_classes",

@@ -1,6 +1,7 @@
 """Samples of class-conditional networks: labels as the condition of `sample`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +18,18 @@ def sample_classes(
     diffusion: Diffusion,
     class_labels: Tensor | Sequence[int],  # [B] int64
     *,
-    num_inference_steps: int = 25,
+    num_inference_steps: int | None = None,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_channels: int | None = None,
-    sampler: str | None = None,
     seed: int | Sequence[int] = 0,
     sample_size: int | tuple[int, int] | tuple[int, int, int] | None = None,
     conditioning: Mapping[str, Tensor] | None = None,
     null_conditioning: Mapping[str, Tensor] | None = None,
-    clip_sample: float | None = None,
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
     progress: bool = False,
     autocast_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Tensor:  # [B, C, H, W], float32
     """Draws one sample per label. On one machine the same arguments give the same bits.
 
@@ -44,17 +44,17 @@ def sample_classes(
         sample_size: H = W, (H, W) or (C, H, W); None is the model's `config.image_size` and `in_channels`.
         conditioning: further keyword arguments of the model, each `[B, ...]`.
         null_conditioning: what they are for the unconditional half; zeros where not given.
-        num_inference_steps, sampler, seed, clip_sample, callback, progress: as in `sample`. A guided step is one
-            forward pass of both halves.
+        num_inference_steps, seed, callback, progress, options: as in `sample`. A guided step is one forward pass of
+            both halves.
 
     Raises:
         ValueError: a sampler that does not fit, a label out of range, too many steps, or a list of seeds of another
             length; the message names the argument and what was expected.
-        TypeError: labels that are not integers.
+        TypeError: labels that are not integers, or an option that there is not.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     labels, config = _as_labels(class_labels), getattr(model, "config", None)
-    check_guidance(guidance_scale, guidance_interval)
+    check_guidance(guidance_scale, guidance_interval, guidance_channels)
     _check_labels(labels, config, guidance_scale)
     shape = (len(labels), *_sample_shape(sample_size, config))
     conditional, null = {**(conditioning or {}), "class_labels": labels.to(device)}, None
@@ -73,13 +73,16 @@ def sample_classes(
     )  # fmt: skip
     with evaluating(model):
         return sample(
-            guided, diffusion, shape, device=device, num_inference_steps=num_inference_steps, sampler=sampler,
-            seed=seed, clip_sample=clip_sample, callback=callback, progress=progress,
+            guided, diffusion, shape, device=device, num_inference_steps=num_inference_steps, seed=seed,
+            callback=callback, progress=progress, **options,
         )  # fmt: skip
 
 
 def _as_labels(class_labels: Tensor | Sequence[int]) -> Tensor:  # [B], int64
-    labels = torch.as_tensor(class_labels).flatten()
+    try:
+        labels = torch.as_tensor(class_labels).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"class_labels: got {class_labels!r}; expected labels, [B] int64") from None
     if len(labels) and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
         raise TypeError(f"class_labels: got dtype {labels.dtype}; expected int64")
     return labels.to(torch.int64)

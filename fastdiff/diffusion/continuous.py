@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.config import DISCRETE_LEVELS, DiffusionConfig, discrete_betas
+from fastdiff.diffusion.sampler_options import SamplerOptions
 from fastdiff.diffusion.scheduler_config import read_scheduler_config, write_scheduler_config
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, C, ...], time [B] as `model_time` gives it) -> prediction
@@ -26,8 +27,11 @@ class Diffusion:
     Times `t` are `[B]`: int64 levels with discrete noise, float32 in [0, 1] with continuous noise.
     """
 
-    def __init__(self, config: DiffusionConfig) -> None:
+    def __init__(self, config: DiffusionConfig, sampler_options: SamplerOptions | None = None) -> None:
+        """`sampler_options` is how `sample` draws where it is not told otherwise. Raises ValueError for a misfit."""
         self.config = config
+        self.sampler_options = SamplerOptions() if sampler_options is None else sampler_options
+        self.sampler_options.sampler_of(config)
         self.betas = discrete_betas(config) if config.is_discrete else None  # [T], float64
         self._tables: dict[torch.device, Tensor] = {}
 
@@ -129,12 +133,12 @@ class Diffusion:
         return error + self._variance_loss(prediction.detach(), variance, x0, x_t, t)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes scheduler_config.json, whole or not at all, in diffusers' terms and with the exact `DiffusionConfig`.
+        """Writes scheduler_config.json, whole or not at all, in diffusers' terms and with our exact configuration.
 
-        Where diffusers has a scheduler of this process (`fastdiff.diffusion.scheduler_config` says where), its
-        `from_pretrained` reads the folder, too. Raises OSError where the file cannot be written.
+        Where diffusers has a scheduler of this process and sampler (`fastdiff.diffusion.scheduler_config` says where),
+        its `from_pretrained` reads the folder, too. Raises OSError where the file cannot be written.
         """
-        write_scheduler_config(directory, self.config)
+        write_scheduler_config(directory, self.config, self.sampler_options)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "Diffusion":
@@ -143,16 +147,16 @@ class Diffusion:
         Args:
             directory: a folder with scheduler_config.json in it, or in `scheduler/` as a diffusers pipeline has it.
 
-        Diffusers' clipping (`clip_sample`) and spacing of steps say how samples are drawn. They are arguments of
-        `sample` or the sampler's own, so they are not read. A file of diffusers does not say how training times are
-        distributed: flow matching gets the default of `DiffusionConfig`.
+        The noise levels become `config`; the scheduler's class, spacing of steps, variance and clipping become
+        `sampler_options`, so that `sample` draws as that scheduler does. A file of diffusers does not say how training
+        times are distributed: flow matching gets the default of `DiffusionConfig`.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: not a scheduler's configuration, or one that fastdiff cannot follow exactly; the message names
                 file, key and value.
         """
-        return cls(read_scheduler_config(directory))
+        return cls(*read_scheduler_config(directory))
 
     def _variance_loss(self, prediction: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         if not self.config.is_discrete:

@@ -1,6 +1,7 @@
 """Classifier-free guidance (Ho & Salimans, 2022): a prediction moved away from the one without the condition."""
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ class Guided:
         join: Callable[[Condition, Condition], Condition] = join_halves,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        check_guidance(guidance_scale, guidance_interval)
+        check_guidance(guidance_scale, guidance_interval, guidance_channels)
         if guidance_scale != 1 and null is None:
             raise ValueError(f"null: got None with guidance_scale {guidance_scale}; expected the condition of none")
         self.predict, self.conditional, self.diffusion = predict, conditional, diffusion
@@ -101,9 +102,26 @@ class Guided:
             return self.predict(x, time, **condition).float()
 
 
-def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float]) -> None:
-    """Raises ValueError where the scale is not finite or the interval not 0 <= low <= high <= 1."""
+def check_guidance(
+    guidance_scale: float, guidance_interval: tuple[float, float], guidance_channels: int | None = None
+) -> None:
+    """Raises ValueError where the scale is not finite, the interval not 0 <= low <= high <= 1, or channels below 1.
+
+    Raises TypeError where they are no numbers.
+    """
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
+        raise TypeError(f"guidance_scale: got {guidance_scale!r}; expected a number")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale: got {guidance_scale}; expected a finite number")
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+    try:
+        fits = len(guidance_interval) == 2 and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+    except TypeError:
+        raise TypeError(f"guidance_interval: got {guidance_interval!r}; expected two numbers, (low, high)") from None
+    if not fits:
         raise ValueError(f"guidance_interval: got {tuple(guidance_interval)}; expected 0 <= low <= high <= 1")
+    if guidance_channels is None:
+        return
+    if isinstance(guidance_channels, bool) or not isinstance(guidance_channels, int):
+        raise TypeError(f"guidance_channels: got {guidance_channels!r}; expected a whole number, or None for all")
+    if guidance_channels < 1:
+        raise ValueError(f"guidance_channels: got {guidance_channels}; expected at least 1, or None for all")

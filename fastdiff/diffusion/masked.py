@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.nn.checks import check_token_ids
 
-MASK_SCHEDULES = ("linear", "cosine", "polynomial")
+MASK_SCHEDULES = ("linear", "cosine", "maskgit_cosine", "polynomial")
 TIME_SAMPLINGS = ("low_discrepancy", "antithetic", "iid")
 LOSS_WEIGHTINGS = ("elbo", "none")
 
@@ -25,7 +25,8 @@ class MaskedDiffusionConfig:
     """Mask rate, training times and weight of a masked diffusion.
 
     Attributes:
-        schedule: Mask rate at time t: "linear" t, "cosine" 1 - cos(pi·t/2), "polynomial" t^exponent.
+        schedule: Mask rate at time t: "linear" t; "cosine" 1 - cos(pi·t/2) (MDLM's); "maskgit_cosine" sin(pi·t/2),
+            which MaskGIT (in the unmasked share 1 - t), MD4 and dllm call cosine; "polynomial" t^exponent.
         exponent: Of the polynomial schedule.
         weighting: "elbo" weighs each masked token by r'(t) / r(t) (1/t for linear), "none" by 1.
         t_min: Smallest training time; bounds the weight.
@@ -33,7 +34,7 @@ class MaskedDiffusionConfig:
             spaced; Kingma et al. 2021), "antithetic" (pairs u and 1 - u) or "iid".
     """
 
-    schedule: Literal["linear", "cosine", "polynomial"] = "linear"
+    schedule: Literal["linear", "cosine", "maskgit_cosine", "polynomial"] = "linear"
     exponent: float = 2.0
     weighting: Literal["elbo", "none"] = "elbo"
     t_min: float = 1e-3
@@ -78,6 +79,8 @@ class MaskedDiffusion:
             return t
         if self.config.schedule == "cosine":
             return 2 * torch.sin(t * (math.pi / 4)).square()  # 1 - cos(pi·t/2) without its cancellation at small t
+        if self.config.schedule == "maskgit_cosine":
+            return torch.sin(t * (math.pi / 2))
         return t**self.config.exponent
 
     def time_of(self, mask_rate: Tensor) -> Tensor:
@@ -86,6 +89,8 @@ class MaskedDiffusion:
             return mask_rate
         if self.config.schedule == "cosine":
             return torch.asin((mask_rate / 2).sqrt()) * (4 / math.pi)
+        if self.config.schedule == "maskgit_cosine":
+            return torch.asin(mask_rate) * (2 / math.pi)
         return mask_rate ** (1 / self.config.exponent)
 
     def weight(self, t: Tensor) -> Tensor:
@@ -95,6 +100,8 @@ class MaskedDiffusion:
         t = t.clamp(min=self.config.t_min)
         if self.config.schedule == "cosine":
             return (math.pi / 2) / torch.tan(t * (math.pi / 4))  # sin x / (1 - cos x) = cot(x / 2)
+        if self.config.schedule == "maskgit_cosine":
+            return ((math.pi / 2) / torch.tan(t * (math.pi / 2))).clamp(min=0)  # at t = 1 rounding makes it -7e-8
         return (1.0 if self.config.schedule == "linear" else self.config.exponent) / t
 
     def sample_times(

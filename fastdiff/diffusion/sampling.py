@@ -1,36 +1,17 @@
-"""Drawing samples: a prediction with its condition bound, and a step rule around it.
+"""Drawing samples: a prediction with its condition bound, and a step rule around it (fastdiff.diffusion.steps)."""
 
-The step rules are diffusers' schedulers, fed with the predicted image, and re-noising, the sampler of latent
-Fashion-MNIST diffusion: predict the image, add fresh noise of the next lower level, repeat.
-"""
-
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.continuous import Diffusion, Predict, split_variance
+from fastdiff.diffusion.steps import STEPS, Steps, fresh_noise
 
-SAMPLERS = ("euler", "renoise", "dpm-solver++", "ddim", "ddpm")
-_RENOISE_LEVELS = (0.99, 0.01)  # first and last noise level of "renoise"
-
-
-def samplers_for(config: DiffusionConfig) -> tuple[str, ...]:
-    """The samplers that fit noise levels and prediction type, the default one first."""
-    if config.is_discrete:
-        return ("ddim", "ddpm", "dpm-solver++")
-    if config.prediction_type == "epsilon":
-        return ("renoise",)  # the others start at t = 1, where predicted noise says nothing about the image
-    return ("euler", "dpm-solver++", "renoise")
+_LEAST_SEED, _LARGEST_SEED = -(2**63), 2**64 - 1  # of torch.Generator
 
 
 @torch.no_grad()
@@ -40,12 +21,11 @@ def sample(
     shape: Sequence[int],
     *,
     device: torch.device | str,
-    num_inference_steps: int = 25,
-    sampler: str | None = None,
+    num_inference_steps: int | None = None,
     seed: int | Sequence[int] = 0,
-    clip_sample: float | None = None,
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Tensor:  # of `shape`, float32
     """Draws samples of any shape [B, C, ...] under any condition. On one machine the same arguments give the same bits.
 
@@ -56,133 +36,83 @@ def sample(
             `functools.partial(model, class_labels=labels)`, `Guided`, or any function.
         shape: [B, C, ...], the shape of all samples together.
         device: where they are drawn.
-        num_inference_steps: calls of `predict`.
-        sampler: one of `samplers_for(diffusion.config)`; None is the first of them.
+        num_inference_steps: calls of `predict`; None is 25, or the number of `timesteps`.
         seed: a number (sample i then has seed + i), or one number per sample. A sample's noise depends on its own seed
             alone, neither on its place in the batch nor on the device.
-        clip_sample: clamps each predicted image to ± this value.
         callback: called after each step as callback(step, noise time in [0, 1], x after the step, predicted image).
         progress: shows a progress bar.
+        options: fields of `SamplerOptions`: sampler, timestep_spacing, steps_offset, timesteps, set_alpha_to_one,
+            clip_sample, use_clipped_model_output, variance_type. What is None or not given is as the diffusion has it
+            (`Diffusion.sampler_options`: what its scheduler_config.json says, or else the defaults).
 
     Raises:
-        ValueError: a shape that is none, a sampler that does not fit, too many steps, or a list of seeds of another
-            length; the message names the argument and what was expected.
+        ValueError: a shape that is none, a sampler that does not fit, an option that the sampler does not have, too
+            many steps, a seed that torch has no generator for, or a list of seeds of another length.
+        TypeError: an argument of another type, or an option that there is not. Messages name the argument and what was
+            expected; both come before any work.
     """
     shape, device = _as_shape(shape), torch.device(device)
-    generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, shape[0])]
-    steps = _make_steps(sampler, diffusion, num_inference_steps, device, generators)
+    generators = [torch.Generator().manual_seed(s) for s in seeds_of(seed, shape[0])]
+    steps = make_steps(diffusion, num_inference_steps, options, generators)
     if not shape[0]:
         return torch.empty(shape, device=device)
-    x = _noise(generators, shape[1:], device)
+    x = fresh_noise(generators, shape[1:], device)
     for index, level in enumerate(tqdm(steps.times, disable=not progress, desc="sampling")):
         t = level.to(device).expand(shape[0])
         prediction, variance = split_variance(predict(x, diffusion.model_time(t)).float(), shape[1])
-        x0 = diffusion.predicted_x0(prediction, x, t)
-        if clip_sample is not None:
-            x0 = x0.clamp(-clip_sample, clip_sample)
-        x = steps.step(index, x, x0, variance)
+        unclipped = diffusion.predicted_x0(prediction, x, t)
+        clip = steps.options.clip_sample
+        x0 = unclipped if clip is None else unclipped.clamp(-clip, clip)
+        x = steps.step(index, x, x0, unclipped, variance)
         if callback is not None:
             callback(index, float(diffusion.noise_share(level)), x, x0)
     return x
 
 
-class _DiscreteSteps:
-    """DDPM, DDIM and DPM-Solver++ over a table of β."""
-
-    def __init__(self, sampler: str, diffusion: Diffusion, count: int, device, generators) -> None:
-        total = diffusion.config.num_train_timesteps
-        options = dict(num_train_timesteps=total, trained_betas=diffusion.betas.numpy(), prediction_type="sample")
-        # DDIM and DDPM step by total // count. Counted from this offset, the last step ends at the image itself.
-        spacing = dict(timestep_spacing="leading", steps_offset=total // count - 1, clip_sample=False)
-        self.generators, self.is_ddpm = generators, sampler == "ddpm"
-        if self.is_ddpm:
-            self.scheduler = DDPMScheduler(**options, **spacing)
-            self.learned = DDPMScheduler(**options, **spacing, variance_type="learned_range")
-            self.learned.set_timesteps(count, device=device)
-        elif sampler == "ddim":
-            self.scheduler = DDIMScheduler(**options, **spacing)
-        else:
-            self.scheduler = DPMSolverMultistepScheduler(**options)
-        self.scheduler.set_timesteps(count, device=device)
-        self.times = self.scheduler.timesteps
-
-    def step(self, index: int, x: Tensor, x0: Tensor, variance: Tensor | None) -> Tensor:
-        t = self.times[index]
-        if not self.is_ddpm:
-            return self.scheduler.step(x0, t, x).prev_sample
-        scheduler, output = self.scheduler, x0
-        if variance is not None:
-            scheduler, output = self.learned, torch.cat([x0, variance], dim=1)
-        return scheduler.step(output, t, x, generator=self.generators).prev_sample
-
-
-class _FlowSteps:
-    """Euler and DPM-Solver++ along x_t = (1 - t)·x0 + t·noise, from t = 1 to 0."""
-
-    def __init__(self, sampler: str, diffusion: Diffusion, count: int, device, generators) -> None:
-        total = diffusion.config.num_train_timesteps
-        self.is_euler = sampler == "euler"
-        if self.is_euler:
-            self.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=total)
-            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / count, count), device=device)
-        else:
-            self.scheduler = DPMSolverMultistepScheduler(
-                num_train_timesteps=total, use_flow_sigmas=True, prediction_type="sample"
-            )
-            self.scheduler.set_timesteps(count, device=device)
-        self.times = self.scheduler.sigmas[:-1].float()
-
-    def step(self, index: int, x: Tensor, x0: Tensor, variance: Tensor | None) -> Tensor:
-        output = (x - x0) / self.times[index].to(x.device) if self.is_euler else x0
-        return self.scheduler.step(output, self.scheduler.timesteps[index], x).prev_sample
-
-
-class _RenoiseSteps:
-    """Predict the image, then noise it afresh to the next of evenly spaced levels."""
-
-    def __init__(self, sampler: str, diffusion: Diffusion, count: int, device, generators) -> None:
-        self.times = torch.linspace(*_RENOISE_LEVELS, count)
-        self.diffusion, self.generators = diffusion, generators
-
-    def step(self, index: int, x: Tensor, x0: Tensor, variance: Tensor | None) -> Tensor:
-        if index + 1 == len(self.times):
-            return x0
-        t = self.times[index + 1].to(x.device).expand(len(x))
-        return self.diffusion.add_noise(x0, _noise(self.generators, x.shape[1:], x.device), t)
-
-
-def _make_steps(sampler, diffusion: Diffusion, count: int, device, generators):
+def make_steps(
+    diffusion: Diffusion,
+    num_inference_steps: int | None,
+    options: dict[str, Any],
+    generators: list[torch.Generator] | None = None,
+) -> Steps:
+    """The steps that `sample` takes under these arguments. Raises as it does."""
     config = diffusion.config
-    fitting = samplers_for(config)
-    sampler = fitting[0] if sampler is None else sampler
-    if sampler not in fitting:
-        raise ValueError(
-            f"sampler: got {sampler!r} for prediction_type {config.prediction_type!r} with noise_levels "
-            f"{config.noise_levels!r}; expected one of {', '.join(fitting)}"
-        )
-    if count < 1 or (config.is_discrete and count > config.num_train_timesteps):
-        most = f"..{config.num_train_timesteps}" if config.is_discrete else " or more"
-        raise ValueError(f"num_inference_steps: got {count}; expected 1{most}")
-    kind = _DiscreteSteps if config.is_discrete else _RenoiseSteps if sampler == "renoise" else _FlowSteps
-    return kind(sampler, diffusion, count, device, generators)
+    chosen = diffusion.sampler_options.replaced(options, config)
+    count = chosen.step_count(config, num_inference_steps)
+    return STEPS[chosen.sampler_of(config)](diffusion, chosen, count, generators or [])
 
 
-def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(shape, Tensor) or len(shape) < 2 or shape[0] < 0 or min(shape[1:]) < 1:
-        raise ValueError(
-            f"shape: got {list(shape)}; expected [B, C, ...], the sizes of all samples together "
-            "(sample_classes takes class labels)"
-        )
-    return tuple(shape)
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed + index for index in range(count)] if isinstance(seed, int) else [int(s) for s in seed]
+def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
+    """The seed of each of `count` samples: seed + i, or those of a list. Raises as `sample` does."""
+    try:
+        listed = not isinstance(seed, int) and not isinstance(seed, str)
+        seeds = [_whole(each) for each in seed] if listed else [_whole(seed) + index for index in range(count)]
+    except TypeError:
+        raise TypeError(f"seed: got {seed!r}; expected a whole number, or a list of them") from None
     if len(seeds) != count:
         raise ValueError(f"seed: got {len(seeds)} seeds; expected one number, or one for each of the {count} samples")
+    for each in seeds:
+        if not _LEAST_SEED <= each <= _LARGEST_SEED:
+            raise ValueError(f"seed: got {each}; expected at most {_LARGEST_SEED} (2^64 - 1), and at least -2^63")
     return seeds
 
 
-def _noise(generators: list[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Standard normal noise, one generator per sample, drawn on the CPU: the same on every device."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)
+def _whole(value: Any) -> int:
+    """An integer of Python, NumPy or torch."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    expected = "expected [B, C, ...], the sizes of all samples together (sample_classes takes class labels)"
+    sizes = list(shape) if isinstance(shape, Tensor | Sequence) and not isinstance(shape, str) else None
+    if sizes is None:
+        raise TypeError(f"shape: got {shape!r}; {expected}")
+    try:
+        counts = () if isinstance(shape, Tensor) else tuple(_whole(size) for size in sizes)
+    except TypeError:
+        counts = ()
+    if len(counts) < 2 or counts[0] < 0 or min(counts[1:]) < 1:
+        raise ValueError(f"shape: got {sizes}; {expected}")
+    return counts

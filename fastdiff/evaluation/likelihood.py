@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from fastdiff.device import evaluating
+from fastdiff.diffusion.guidance import guide
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedTokens
 from fastdiff.ops import masked_linear_cross_entropy
 
+_GUIDED_ROWS = 1024  # masked tokens whose logits lie in memory at once, under guidance
 _GROUPS = 32  # independent groups of draws; their spread is known to about 1 / sqrt(2 · 31) = 13 %
 
 
@@ -47,6 +50,7 @@ def likelihood_bound(
     attention_mask: Tensor | None = None,  # bool or 0/1 [N, L]
     encoder_input_ids: Tensor | Sequence[Tensor] | None = None,  # int64 [N, M], or N of [M_i]
     encoder_attention_mask: Tensor | None = None,  # bool or 0/1 [N, M]
+    guidance_scale: float = 1.0,
     num_samples: int = 512,
     batch_size: int = 32,
     seed: int = 0,
@@ -68,6 +72,8 @@ def likelihood_bound(
             None: all that may be attended to.
         attention_mask: False at padding. None: all of a tensor's tokens count.
         encoder_input_ids, encoder_attention_mask: condition texts, for a model with an encoder.
+        guidance_scale: classifier-free guidance as in `fastdiff.generation.generate`: what is not maskable is masked in
+            the unconditional pass, and the condition text hidden. 1: none. LLaDA's cfg + 1.
         num_samples: draws over all sequences; rounded up to a multiple of the number of groups.
         batch_size: draws computed at once; it changes no result but by rounding.
         seed: seed of the draws.
@@ -78,6 +84,8 @@ def likelihood_bound(
     """
     if num_samples < 2 or batch_size < 1:
         raise ValueError(f"num_samples: got {num_samples} and batch_size {batch_size}; expected at least 2 and 1")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: got {guidance_scale}; expected a finite number (1 is none)")
     texts = _Texts(sequences, maskable, attention_mask)
     condition = None if encoder_input_ids is None else _Texts(encoder_input_ids, None, encoder_attention_mask)
     texts.check(model, process, condition)
@@ -87,7 +95,7 @@ def likelihood_bound(
     with evaluating(model):
         with tqdm(total=len(order), unit="draw", desc="likelihood", disable=not progress) as bar:
             for chosen in order.split(batch_size):
-                values[chosen] = _values(model, process, texts, condition, draws, chosen)
+                values[chosen] = _values(model, process, texts, condition, draws, chosen, guidance_scale)
                 bar.update(len(chosen))
     return draws.ratio(values, texts)
 
@@ -99,6 +107,8 @@ def sequence_losses(
     masked: MaskedTokens,
     num_maskable: Tensor,  # int64 [B]
     attention_mask: Tensor | None = None,  # bool [B, L]
+    guidance_scale: float = 1.0,
+    given: Tensor | None = None,  # bool [B, L]
     **encoder: Tensor,
 ) -> Tensor:  # float64 [B], on the CPU
     """Each sequence's weighted cross entropies, summed: a draw of its likelihood bound, in nats.
@@ -106,9 +116,12 @@ def sequence_losses(
     Args:
         masked: what `process.mask_for_likelihood` made of `clean`; its weight is the factor.
         num_maskable: n, the tokens of which k were masked; k / n is the time's mask rate.
+        guidance_scale: scale of classifier-free guidance (LLaDA's get_logits with cfg = scale - 1); 1 is none.
+        given: True where a token belongs to the prompt, which the unconditional pass does not see.
         encoder: `encoder_hidden_states` and `encoder_attention_mask`.
 
-    Logits never lie in memory. Raises what `MaskedDiffusionLM.hidden_states` and `masked_linear_cross_entropy` raise.
+    Logits never lie in memory, under guidance those of 1 024 tokens. Raises what `MaskedDiffusionLM.hidden_states` and
+    `masked_linear_cross_entropy` raise.
     """
     device, inputs = model.head_weight.device, dict(encoder)
     ids, mask = masked.input_ids.to(device), masked.mask.to(device)
@@ -116,6 +129,14 @@ def sequence_losses(
         inputs["timesteps"] = process.time_of(masked.mask.sum(1) / num_maskable.clamp(min=1)).to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     states = model.predicting_states(model.hidden_states(ids, attention_mask, **inputs))
+    if guidance_scale != 1:
+        ids = ids if given is None else ids.masked_fill(given.to(device), model.config.mask_token_id)
+        if "encoder_hidden_states" in inputs:
+            seen = torch.zeros(inputs["encoder_hidden_states"].shape[:2], dtype=torch.bool, device=device)
+            inputs["encoder_attention_mask"] = seen
+        unconditional = model.predicting_states(model.hidden_states(ids, attention_mask, **inputs))
+        losses = _guided_losses(model, states, unconditional, clean.to(device), mask, guidance_scale)
+        return losses.sum(1).cpu() * masked.weight.double().cpu()
     _, losses = masked_linear_cross_entropy(
         states,
         model.head_weight,
@@ -125,6 +146,22 @@ def sequence_losses(
         suppress_tokens=(model.config.mask_token_id,),
     )
     return losses.double().sum(1).cpu() * masked.weight.double().cpu()
+
+
+def _guided_losses(
+    model: nn.Module, states: Tensor, unconditional: Tensor, clean: Tensor, mask: Tensor, scale: float
+) -> Tensor:  # float64 [B, L]
+    """Cross entropies of the masked tokens under guided logits; 0 elsewhere."""
+    losses = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    values = []
+    chunks = (t[mask].split(_GUIDED_ROWS) for t in (states, unconditional, clean))
+    for conditional, other, targets in zip(*chunks, strict=True):
+        halves = (functional.linear(half, model.head_weight, model.head_bias) for half in (conditional, other))
+        logits = guide(*halves, scale).double()
+        logits[:, model.config.mask_token_id] = -math.inf
+        values.append(functional.cross_entropy(logits, targets, reduction="none"))
+    losses[mask] = torch.cat(values) if values else losses.new_zeros(0)
+    return losses
 
 
 class _Texts:
@@ -221,6 +258,7 @@ def _values(
     condition: _Texts | None,
     draws: _Draws,
     chosen: Tensor,
+    guidance_scale: float,
 ) -> Tensor:
     rows, encoder, device = draws.rows[chosen], {}, model.head_weight.device
     clean, attended, width = texts.part(rows)
@@ -230,4 +268,5 @@ def _values(
         ids, seen, _ = condition.part(rows)
         encoder["encoder_hidden_states"] = model.encode(ids.to(device), seen.to(device))
         encoder["encoder_attention_mask"] = seen.to(device)
-    return sequence_losses(model, process, clean, masked, texts.counts[rows], attended, **encoder)
+    guided = dict(guidance_scale=guidance_scale, given=attended & ~texts.maskable[rows, :width])
+    return sequence_losses(model, process, clean, masked, texts.counts[rows], attended, **guided, **encoder)

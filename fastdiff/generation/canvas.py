@@ -30,7 +30,7 @@ class Canvas:
     Attributes:
         ids: int64 `[B, W]`.
         used: bool `[B, W]`, the prompt and the window, not filling.
-        given: bool `[B, W]`, tokens that the prompt gave, which guidance hides.
+        given: bool `[B, W]`, tokens that the prompt gave, which guidance hides; none of `keep_tokens`.
         columns: int64 `[W]`, 0, 1, …
         window_start: int64 `[B]`, the column of the first new token.
         sequence_ids: int64 `[B]`, what random numbers belong to: prompt, condition and copy.
@@ -48,6 +48,7 @@ class Canvas:
         copies: Sequence[int] | None = None,
         windows: Sequence[int] | None = None,
         end_token_id: int | None = None,
+        keep_tokens: Sequence[int] = (),
     ) -> None:
         batch, prompt = input_ids.shape
         device = input_ids.device
@@ -76,6 +77,8 @@ class Canvas:
         self.used = self.columns < ends[:, None]
         self.ids = torch.where(is_new, mask_token_id, torch.where(self.used, compact, filling))
         self.given = self.used & (self.ids != mask_token_id)
+        if keep_tokens:
+            self.given &= ~torch.isin(self.ids, torch.tensor(keep_tokens, device=device))
         self.sequence_ids = torch.tensor(self._names(conditions or [b""] * batch, copies), device=device)
 
     @property

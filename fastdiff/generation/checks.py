@@ -1,10 +1,40 @@
 """Checks of what `generate` is given that the model itself would make late, or not make."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.nn.checks import bool_mask, check_token_ids
+
+
+def check_types(
+    model: Any,
+    config: Any,
+    streamer: Any,
+    tokenizer: Any,
+    copies: Any,
+    rows: int | None,  # of the prompts; None where these are no tensor
+) -> None:
+    """Raises TypeError, naming the argument, where one is of another kind, ValueError for copies that do not fit."""
+    if not all(hasattr(model, name) for name in ("config", "head_weight", "hidden_states")):
+        raise TypeError(f"model: got a {type(model).__name__}; expected a fastdiff.models.MaskedDiffusionLM")
+    expected = {
+        "generation_config": (config, isinstance(config, MaskedDiffusionGenerationConfig),
+                              "a MaskedDiffusionGenerationConfig"),
+        "streamer": (streamer, callable(streamer), "a function of (token_ids, step)"),
+        "tokenizer": (tokenizer, hasattr(tokenizer, "decode"), "a tokenizer, with decode()"),
+    }  # fmt: skip
+    for name, (given, fits, kind) in expected.items():
+        if given is not None and not fits:
+            raise TypeError(f"{name}: got a {type(given).__name__}; expected {kind}, or None")
+    if copies is None or rows is None:
+        return
+    fits = isinstance(copies, Sequence) and len(copies) == rows
+    if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in copies):
+        raise ValueError(f"copies: got {copies}; expected {rows} numbers of 0 or above, one per row")
 
 
 def check_prompts(
@@ -31,9 +61,10 @@ def check_prompts(
             f"most max_position_embeddings = {longest} together: shorten the prompt or ask for fewer tokens"
         )
     vocab = model.config.vocab_size
-    for token in config.suppress_tokens or ():
-        if token >= vocab:
-            raise ValueError(f"suppress_tokens: got {token}; expected 0 to {vocab - 1}")
+    for name in ("suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"):
+        for token in getattr(config, name) or ():
+            if token >= vocab:
+                raise ValueError(f"{name}: got {token}; expected 0 to {vocab - 1}")
     return attention_mask
 
 
@@ -55,6 +86,8 @@ def check_encoder_inputs(
         if not model.config.num_encoder_layers:
             raise ValueError(f"{name}: this model has no encoder of its own; pass encoder_hidden_states")
     given = states if ids is None else ids
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: got a {type(given).__name__}; expected a torch.Tensor")
     if len(given) != batch or given.ndim != (3 if ids is None else 2) or not given.shape[1]:
         expected = f"[{batch}, states, {model.config.cross_attention_dim}]" if ids is None else f"[{batch}, tokens]"
         raise ValueError(f"{name}: got shape {list(given.shape)}; expected {expected}, one row per prompt, not empty")

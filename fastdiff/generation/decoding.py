@@ -19,11 +19,12 @@ from torch.nn import functional
 from fastdiff.device import evaluating
 from fastdiff.diffusion.guidance import guide
 from fastdiff.generation.canvas import Canvas, padding_last
-from fastdiff.generation.checks import check_encoder_inputs, check_prompts, condition_names
+from fastdiff.generation.checks import check_encoder_inputs, check_prompts, check_types, condition_names
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.length import LengthPredictor, mean_embedding
 from fastdiff.generation.passes import Passes, Predicting, on_cpu, probed
 from fastdiff.generation.rows import ActiveRows, Turn, planned_turns
+from fastdiff.generation.scores import draw_and_score, needs_logits, with_noise
 from fastdiff.generation.stopping import Stopping
 from fastdiff.generation.windows import PredictedWindows, buckets, default_predictor, predict_windows
 from fastdiff.ops import TokenSample, lm_head_sample, sample_tokens, unmask_
@@ -111,20 +112,20 @@ def generate(
         `sequences[:, P:]` the new tokens. A row that length="auto" gave less has end tokens behind them.
 
     A model with a timestep embedding gets, for each row, the time at which its `mask_schedule` would mask that row's
-    current share of tokens.
+    current share of tokens (MDLM's sampler tells it the time of the step).
 
     Raises:
         TypeError, ValueError: an argument does not fit, a prompt is empty or too long, nothing is to be generated, or
             the model's logits have NaN; the message names it.
     """
+    count = len(input_ids) if isinstance(input_ids, Tensor) and input_ids.ndim else None
+    check_types(model, generation_config, streamer, tokenizer, copies, count)
     config = MaskedDiffusionGenerationConfig() if generation_config is None else generation_config
     config.validate()
     attention_mask = check_prompts(model, input_ids, attention_mask, config)
     encoder_mask = check_encoder_inputs(
         model, len(input_ids), encoder_input_ids, encoder_attention_mask, encoder_hidden_states
     )
-    if copies is not None and (len(copies) != len(input_ids) or min(copies, default=0) < 0):
-        raise ValueError(f"copies: got {list(copies)}; expected {len(input_ids)} numbers of 0 or above, one per row")
     predictor = _predictor(model, config, length_predictor)
     ends = None if predictor is None else predictor.end_token_ids
     stopping = Stopping(model, config, tokenizer, at_once=ends)
@@ -152,6 +153,7 @@ def generate(
             copies,
             windows=None if predicted is None else predicted.windows,
             end_token_id=None if predicted is None else predictor.end_token_ids[0],
+            keep_tokens=config.cfg_keep_tokens or (),
         )
         decoding = _Decoding(model, canvas, config, stopping, context, predicted)
         for step, _ in enumerate(decoding.steps()):
@@ -169,6 +171,8 @@ def _predictor(
 ) -> LengthPredictor | None:
     if given is None:
         return default_predictor(model, config)
+    if not isinstance(given, LengthPredictor):
+        raise TypeError(f"length_predictor: got a {type(given).__name__}; expected a LengthPredictor, or None")
     if config.length == "fixed":
         raise ValueError('length_predictor: got one with length="fixed"; set length="auto", or leave it out')
     if given.model is not model or given.coverage != config.coverage:
@@ -214,7 +218,7 @@ class _Decoding:
             self.extended.update(pending)
 
     def _decode(self, rows: list[int] | None, blocks: list[int] | None, states: Tensor | None) -> Iterator[None]:
-        self.rows = ActiveRows.begin(self.canvas, self.config, *self.context, rows, blocks)
+        self.rows = ActiveRows.begin(self.canvas, self.config, *self.context, self.seed, rows, blocks)
         decoder = _Decoder(self.model, self.rows, self.config, self.stopping, self.seed, states)
         yield from decoder.steps()
         self.passes, self.short_passes = self.passes + decoder.passes.count, self.short_passes + decoder.passes.short
@@ -277,7 +281,7 @@ class _Decoder:
                 predicting = probed(self.rows, masked, self.states)
             else:
                 predicting = self.passes(self.rows, masked, turns)
-            self._step(predicting, step)
+            self._step(predicting, step, turns)
             yield
         self.rows.write_back()
 
@@ -291,46 +295,47 @@ class _Decoder:
         plans = (self.plan[row] for row in self.rows.canvas_rows)
         return [plan[step] if step < len(plan) else None for plan in plans]
 
-    def _step(self, predicting: Predicting, step: int) -> None:
+    def _step(self, predicting: Predicting, step: int, turns: list[Turn]) -> None:
         rows, config = self.rows, self.config
+        sample = self._sample(predicting, step)
+        order = config.unmasking_order
+        safe = predicting.positions.clamp(min=0)
+        if config.alg_temp:
+            places = (rows.sequence_ids[safe // rows.width], safe % rows.width)
+            sample, order = with_noise(sample, order, config.alg_temp, self.seed, step, *places), "confidence"
         unmask_(
             rows.ids,
-            self._sample(predicting, step),
+            sample,
             rows.mask_token_id,
-            rule=config.unmasking_rule,
-            order=config.unmasking_order,
+            order=order,
             rows=predicting.positions,
             block_start=rows.block_start,
             block_end=rows.block_end,
             seed=self.seed,
             step=step,
             sequence_ids=rows.sequence_ids,
-            **self._rule_number(),
+            **self._rule(turns),
         )
         if self.stopping.active:
             self.stopping(rows)
 
-    def _rule_number(self) -> dict[str, float | Tensor]:
-        rule, steps, rows = self.config.unmasking_rule, self.rows.steps_per_block, self.rows
-        if rule == "count":
-            if steps is None:
-                return dict(count=1)
-            extra = rows.step_in_block < rows.block_masks % steps
-            return dict(count=(rows.block_masks // steps + extra).clamp(min=1))
-        if rule == "ancestral":  # mask rates 1, 1 - 1/S, …, 0
-            steps = rows.block_length if steps is None else steps
-            return dict(probability=1 / (steps - rows.step_in_block).clamp(min=1).double())
-        return {rule: self.config.rule_number}
+    def _rule(self, turns: list[Turn]) -> dict[str, str | float | Tensor]:
+        """The operator's rule and its number."""
+        rule = self.config.unmasking_rule
+        if rule == "ancestral":  # what is predicted is what chance commits in this step
+            return dict(rule="count", count=self.rows.width)
+        if rule != "count":
+            return {"rule": rule, rule: self.config.rule_number}
+        counts = [turn.count for turn in turns]
+        same = len(set(counts)) == 1
+        return dict(rule=rule, count=counts[0] if same else torch.tensor(counts, device=self.rows.ids.device))
 
     def _sample(self, predicting: Predicting, step: int) -> TokenSample:
         """Head and draw at flat positions."""
         config, rows = self.config, self.rows
         safe = predicting.positions.clamp(min=0)
+        drawing = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
         options = dict(
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            suppress_tokens=self.suppressed,
             seed=self.seed,
             step=step,
             sequence_ids=rows.sequence_ids[safe // rows.width],
@@ -338,7 +343,15 @@ class _Decoder:
             invalid="raise" if on_cpu(safe.device) else "flag",  # to raise, the device would have to be waited for
         )
         weight, bias = self.model.head_weight, self.model.head_bias
-        if predicting.unconditional is None:
-            return lm_head_sample(predicting.states, weight, bias, **options)
-        both = functional.linear(torch.cat([predicting.states, predicting.unconditional]), weight, bias)
-        return sample_tokens(guide(*both.chunk(2), config.guidance_scale), **options)
+        if predicting.unconditional is not None:
+            both = functional.linear(torch.cat([predicting.states, predicting.unconditional]), weight, bias)
+            logits = guide(*both.chunk(2), config.guidance_scale)
+        elif needs_logits(config):
+            logits = functional.linear(predicting.states, weight, bias)
+        else:
+            return lm_head_sample(
+                predicting.states, weight, bias, suppress_tokens=self.suppressed, **drawing, **options
+            )
+        if needs_logits(config):
+            return draw_and_score(logits, config, self.suppressed, **options)
+        return sample_tokens(logits, suppress_tokens=self.suppressed, **drawing, **options)

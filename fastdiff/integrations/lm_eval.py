@@ -64,8 +64,8 @@ class FastdiffLM(TemplateLM):
     Args:
         model: a `fastdiff.models.MaskedDiffusionLM`.
         tokenizer: its tokenizer.
-        config: how to generate; a task's `max_gen_toks` replaces max_new_tokens, rounded up to whole blocks, with as
-            many tokens per step.
+        config: how to generate; a task's `max_gen_toks` replaces max_new_tokens, with as many tokens per step. Its
+            guidance_scale holds for likelihoods, too, as in LLaDA's evaluation.
         num_draws: masks for each log-likelihood.
         batch_size: rows computed at once.
         seed: seed of the masks; those of a request depend on it and the request's tokens alone.
@@ -195,7 +195,11 @@ class FastdiffLM(TemplateLM):
         if encoder:
             states = self.model.encode(encoder["encoder_input_ids"], encoder["encoder_attention_mask"])
             encoder = {"encoder_hidden_states": states, "encoder_attention_mask": encoder["encoder_attention_mask"]}
-        return sequence_losses(self.model, self.process, clean, masked, counts, attention, **encoder)
+        given = attention.clone()
+        for index, row in enumerate(batch):
+            given[index, : len(row.maskable)] &= ~row.maskable
+        guided = dict(guidance_scale=self.text.config.guidance_scale, given=given)
+        return sequence_losses(self.model, self.process, clean, masked, counts, attention, **guided, **encoder)
 
     def _condition(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         if not self.text.has_encoder:
@@ -205,7 +209,9 @@ class FastdiffLM(TemplateLM):
 
     def _greedy(self, rows: Sequence[_Row]) -> list[bool]:
         """Whether filling the whole continuation, one token per step and the most confident first, gives it back."""
-        config = MaskedDiffusionGenerationConfig(max_new_tokens=0, seed=0)
+        config = MaskedDiffusionGenerationConfig(
+            max_new_tokens=0, seed=0, guidance_scale=self.text.config.guidance_scale
+        )
         same = [True] * len(rows)
         wanted = sorted((row for row in rows if bool(row.maskable.any())), key=lambda row: int(row.maskable.sum()))
         for start in range(0, len(wanted), self.batch_size):
@@ -252,9 +258,8 @@ class FastdiffLM(TemplateLM):
                 prompts = [requests[i].args[0] for i in members]
                 for batch in text.generate(prompts, rows, batch_size=self.batch_size):
                     for answer in batch:
-                        whole = answer.text if len(answer.tokens) <= wanted else text.decode(answer.tokens[:wanted])
                         index = members[answer.row]
-                        texts[index] = _until(whole, until)
+                        texts[index] = _until(answer.text, until)
                         self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
                     bar.update(len(batch))
         return texts
@@ -264,21 +269,15 @@ class FastdiffLM(TemplateLM):
         config = self.text.config
         fields = {name: getattr(config, name) for name in config.option_defaults()}
         if options.get("do_sample"):
-            fields["temperature"] = float(options.get("temperature") or 1.0)
+            fields["temperature"] = 1.0 if options.get("temperature") is None else float(options["temperature"])
             fields |= {name: options[name] for name in ("top_k", "top_p") if options.get(name) is not None}
         if fields["seed"] is None:
             fields["seed"] = self.seed
-        block, old = config.block_length, max(config.max_new_tokens, 1)
-        longest = self.max_length - 1
-        if block:
-            blocks = max(min(-(-new_tokens // block), longest // block), 1)
-            fields["max_new_tokens"] = blocks * block
-            if config.steps_per_block is not None:
-                fields["num_inference_steps"] = blocks * config.steps_per_block
-        else:
-            fields["max_new_tokens"] = new = min(new_tokens, longest)
-            if config.num_inference_steps is not None:
-                fields["num_inference_steps"] = max(-(-config.num_inference_steps * new // old), 1)
+        fields["max_new_tokens"] = new = max(min(new_tokens, self.max_length - 1), 1)
+        if config.num_inference_steps is not None:
+            share = config.steps_per_block * -(-new // config.block_length) if config.block_length else None
+            old = max(config.max_new_tokens, 1)
+            fields["num_inference_steps"] = share or max(-(-config.num_inference_steps * new // old), 1)
         return MaskedDiffusionGenerationConfig(**fields)
 
     def _context(self, context: str, new_tokens: int) -> list[int]:

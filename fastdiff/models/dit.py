@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+<<<<<<< HEAD
 from fastdiff.backends import with_this_backend
 from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASS, model_folder, read_foreign
+=======
+from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASSES, model_folder, read_foreign
+>>>>>>> operators2
 from fastdiff.models.dit_config import DiTConfig, preset_config
 from fastdiff.models.pretrained import Pretrained, check_state
 from fastdiff.nn import (
@@ -85,7 +89,7 @@ class DiT(Pretrained):
     config_class = DiTConfig
     title = "a DiT"
     free_fields = ("attention", "class_dropout_prob", "gradient_checkpointing", "input_size")
-    also_reads = (DIFFUSERS_CLASS,)
+    also_reads = DIFFUSERS_CLASSES
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -170,9 +174,9 @@ class DiT(Pretrained):
         """Loads a model, in eval mode; its files say which format it has.
 
         Args:
-            path: a folder written by `save_pretrained`; a folder of diffusers' DiTTransformer2DModel (or a pipeline
-                folder with one in `transformer/`); a facebookresearch/DiT file (.pt, or .safetensors with the same
-                names), its EMA weights if it holds both.
+            path: a folder written by `save_pretrained`; a folder of diffusers' DiTTransformer2DModel, also under its
+                older name Transformer2DModel (or a pipeline folder with one in `transformer/`); a facebookresearch/DiT
+                file (.pt, or .safetensors with the same names), its EMA weights if it holds both.
             dtype: dtype of the parameters.
             options: fields of `DiTConfig` that no weight depends on, such as `attention`; for a
                 facebookresearch file also `num_heads` where the width is not that of a preset. For a folder written

@@ -19,6 +19,17 @@ from fastdiff.models.pretrained import CONFIG_NAME, check_overrides, read_config
 from fastdiff.nn import sincos_2d
 
 DIFFUSERS_CLASS = "DiTTransformer2DModel"
+# The name in the published checkpoints' folders, for the same model before it had a class of its own: what the older
+# class does where its configuration says nothing, and the parts of it that a DiT has not.
+_OLDER_CLASS = "Transformer2DModel"
+_OLDER_DEFAULTS = {
+    "norm_type": "layer_norm", "activation_fn": "geglu", "attention_bias": False, "norm_elementwise_affine": True,
+}  # fmt: skip
+_OLDER_PARTS = {
+    "cross_attention_dim": None, "num_vector_embeds": None, "caption_channels": None, "double_self_attention": False,
+    "only_cross_attention": False, "attention_type": "default",
+}  # fmt: skip
+DIFFUSERS_CLASSES = (DIFFUSERS_CLASS, _OLDER_CLASS)
 _DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 _HEADS_BY_WIDTH = {preset["hidden_size"]: preset["num_heads"] for preset in PRESETS.values()}
@@ -42,7 +53,7 @@ def read_foreign(
         check_overrides(overrides, (*free_fields, "num_heads"))
         return _read_facebook(path, overrides)
     config = read_config(path)
-    if config.get("_class_name") != DIFFUSERS_CLASS:
+    if config.get("_class_name") not in DIFFUSERS_CLASSES:
         return None
     check_overrides(overrides, free_fields)
     try:
@@ -106,6 +117,11 @@ def _from_diffusers(config: Mapping[str, Any], state: dict[str, Tensor]) -> tupl
     Each of its blocks has its own timestep and label embedding. Where all are equal, as in checkpoints converted
     from facebookresearch/DiT, one is kept. Raises KeyError or ValueError for an option that our DiT does not have.
     """
+    if config.get("_class_name") == _OLDER_CLASS:
+        config = _OLDER_DEFAULTS | dict(config)
+        for name, none in _OLDER_PARTS.items():
+            if config.get(name) not in (None, none):
+                raise ValueError(f"{name}: got {config[name]!r}; expected {none!r}: this DiT has none")
     activation = config.get("activation_fn", "gelu-approximate")
     if activation not in _DIFFUSERS_ACTIVATIONS:
         raise ValueError(f"activation_fn: got {activation!r}; expected one of {', '.join(_DIFFUSERS_ACTIVATIONS)}")

@@ -39,7 +39,7 @@ _CHOICES = {
     "position_embedding": ("learned", "rope"),
     "hidden_act": tuple(ACTIVATIONS),
     "length_format": (None, *LENGTH_FORMATS),
-    "mask_schedule": ("linear", "cosine", "polynomial"),
+    "mask_schedule": ("linear", "cosine", "maskgit_cosine", "polynomial"),
 }
 _POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",

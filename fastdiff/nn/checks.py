@@ -14,8 +14,10 @@ def check_token_ids(name: str, ids: Tensor, length: str = "L") -> None:
 def bool_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> Tensor:
     """A mask of bool or 0/1 integers as bool, True = attend.
 
-    Raises ValueError where its shape is none of `shapes`, TypeError for a floating-point mask.
+    Raises ValueError where its shape is none of `shapes`, TypeError for a floating-point mask, or no tensor.
     """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: got a {type(mask).__name__}; expected a torch.Tensor, True = attend")
     if mask.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name}: got shape {list(mask.shape)}; expected {expected}, True = attend")

@@ -52,8 +52,9 @@ def unmask_(
     """Writes the best sampled tokens over masks, and returns how many a row got.
 
     Candidates of row b are the positions in its block that hold `mask_token_id` and whose sampled token is neither that
-    nor -1. Every active row that has candidates commits at least one, by `rule`, the best first by `order`, ties to the
-    lower position. Nothing synchronises with a GPU, so the call can be captured in a graph.
+    nor -1. Every active row that has candidates commits at least one (except under "ancestral"), by `rule`, the best
+    first by `order`, ties to the lower position. Nothing synchronises with a GPU, so the call can be captured in a
+    graph.
 
     Args:
         token_ids: int64 `[B, L]` with a contiguous last dimension, changed in place; `[L]` is one row.
@@ -64,13 +65,13 @@ def unmask_(
         rule: "count" (the first `count`), "threshold" (each whose score is at least `threshold`), "factor" (the first
             while the score of the r-th, r = 0, 1, …, is above 1 - factor / (r + 2)), "entropy_budget" (the first while
             the entropies of those before sum to at most `entropy_budget`, in nats) or "ancestral" (each with
-            `probability`). Where that is none, the first one.
+            `probability`). Where that is none, the first one; under "ancestral" none.
         order: "confidence" (score exp(log_prob)), "margin" (score margin), "entropy" (the lowest first, score
             exp(-entropy)) or "random" (a random score in [0, 1)).
         count, threshold, factor, entropy_budget, probability: the number of the chosen rule, and of no other: for all
             rows, or a tensor `[B]` or of one number (count: of integers), taken in float32. The values in a tensor are
             not checked (that would synchronise): where one asks for none, as a 0 of LLaDA's schedule, the row still
-            commits its best; `active` leaves a row out.
+            commits its best (a probability of 0 commits none); `active` leaves a row out.
         rows: int64 `[R]`, the flat positions b·L + l of the sample's entries in any order; -1: no position. None twice
             (unchecked: one of the two is taken). For the draws of the whole batch, the sampler of compact rows is to be
             given `sequence_ids=rows // L, positions=rows % L`.

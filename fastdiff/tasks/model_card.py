@@ -20,7 +20,10 @@ _LIBRARY = "library_name: fastdiff"
 # Of the run's own machine, or of one call: they say nothing about the model.
 _LEFT_OUT = ("output_dir", "resume", "overwrite", "device", "trackers", "project")
 # Of evaluation.json: how it was measured, and what is no measure.
-_SETTINGS = ("sampler", "num_inference_steps", "guidance_scale", "seed")
+_SETTINGS = (
+    "sampler", "timestep_spacing", "steps_offset", "variance_type", "clip_sample", "num_inference_steps",
+    "guidance_scale", "guidance_channels", "seed",
+)  # fmt: skip
 _NOT_MEASURED = ("step", "sampling", "generation", *_SETTINGS)
 
 

@@ -4,7 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Sampling = TypeVar("Sampling")
+from fastdiff.diffusion.sampler_config import SamplerConfig
+
+Sampling = TypeVar("Sampling", bound=SamplerConfig)
 
 
 class GenerationOptions(dict[str, Any]):
@@ -41,16 +43,34 @@ class SamplingOptions(RunOptions):
         guidance_scale: scale of classifier-free guidance; 1 means none
         num_inference_steps: number of denoising steps
         sampler: euler, ddpm, ddim, dpm-solver++ or renoise
+        timestep_spacing: which noise levels the steps visit: strided, or trailing, leading and linspace as in
+            diffusers, or respacing and ddim_respacing as in facebookresearch/DiT ("50", "ddim50")
+        steps_offset: added to the timesteps of leading
+        timesteps: the noise levels themselves, in falling order, with commas
+        variance_type: noise of ddpm: learned_range, fixed_small or fixed_large
         seed: seed of the first sample; sample i has seed + i
     """
 
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     sampler: str | None = None
+    timestep_spacing: str | None = None
+    steps_offset: int | None = None
+    timesteps: str | None = None
+    variance_type: str | None = None
     seed: int | None = None
 
     def applied_to(self, sampling: Sampling) -> Sampling:
-        """The recipe's part `sampling`, with what the command line says otherwise."""
-        names = ("guidance_scale", "num_inference_steps", "sampler", "seed")
-        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(sampling, **given)
+        """The recipe's part `sampling`, with what the command line says otherwise.
+
+        Raises ValueError for an option that cannot be one; whether it fits the run, `check_sampler` says.
+        """
+        fields = {field.name for field in dataclasses.fields(SamplingOptions)} | {"guidance_channels"}
+        fields -= {field.name for field in dataclasses.fields(RunOptions)}
+        given: dict[str, Any] = {name: getattr(self, name) for name in fields if hasattr(self, name)}
+        if self.timesteps is not None:
+            try:
+                given["timesteps"] = [float(part) for part in self.timesteps.split(",")]
+            except ValueError:
+                raise ValueError(f"--timesteps: got {self.timesteps!r}; expected numbers with commas") from None
+        return sampling.replaced(given)

@@ -75,6 +75,16 @@ def find(path: str | Path, kind: str, weights: str, files: Sequence[str] | None 
     return Found(source, None, None, None)
 
 
+def check_count(option: str, value: Any) -> None:
+    """Raises TypeError or ValueError for a number of samples, or a length, that is given and is none."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{option}: got {value!r}; expected a whole number")
+    if value < 1:
+        raise ValueError(f"{option}: got {value}; expected at least 1")
+
+
 def sampling_keys(sampling: Any, mixed_precision: str) -> dict[str, Any]:
     """What config.json of a saved model says of its sampling; `stored_sampling` reads it."""
     return {"sampling": plain(dataclasses.asdict(sampling)), "mixed_precision": mixed_precision}

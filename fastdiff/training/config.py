@@ -73,6 +73,8 @@ class TrainingConfig:
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "preview_every", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected 0 or more")
+        if self.seed >= 2**64:
+            raise ValueError(f"{named('seed')}: got {self.seed}; expected at most {2**64 - 1} (torch has no larger)")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(
                 f"{named('betas')}: got {list(self.betas)}; expected two numbers, each at least 0 and below 1"

@@ -87,7 +87,8 @@ def _draw(
     inch = max(0.45, min(1.0, image_size[1] / 64)) / image_size[1]  # a pixel: small images are enlarged
     left = 0.2 + 0.095 * max(len(name) for _, name in rows)
     top, edge = 0.4 if title else 0.1, 0.1
-    total_width, total_height = width * inch + left + edge, height * inch + top + edge
+    title_width = 0.2 + 0.07 * len(title or "")  # at 9 points; a narrow sheet gets room for it at its right
+    total_width, total_height = max(width * inch + left + edge, title_width), height * inch + top + edge
     figure = Figure(figsize=(total_width, total_height))
     axes = figure.add_axes(
         (left / total_width, edge / total_height, width * inch / total_width, height * inch / total_height)
@@ -100,7 +101,7 @@ def _draw(
     axes.spines[:].set_visible(False)
     if title:
         figure.text(
-            (left + width * inch / 2) / total_width,
+            max(left + width * inch / 2, title_width / 2) / total_width,
             1 - 0.2 / total_height,
             title,
             fontsize=9,

@@ -25,7 +25,13 @@ struct IsaTable {
 // In namespace fastdiff::cpu, for a function that each instruction set's namespace has:
 //   FASTDIFF_ISA_DECLARE(void name(const Params&, const ParallelFor&))      declares it in all of them
 //   FASTDIFF_ISA_TABLE(name).chosen()                                       is the one to call
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(FASTDIFF_SANITIZE)  // two are compiled: each takes long with the sanitizers
+#define FASTDIFF_ISA_DECLARE(...)       \
+  namespace baseline { __VA_ARGS__; }    \
+  namespace avx512 { __VA_ARGS__; }
+#define FASTDIFF_ISA_TABLE(name) \
+  (IsaTable<decltype(baseline::name)>{{&baseline::name, &baseline::name, &avx512::name, &avx512::name}})
+#elif defined(__x86_64__)
 #define FASTDIFF_ISA_DECLARE(...)       \
   namespace baseline { __VA_ARGS__; }    \
   namespace avx2 { __VA_ARGS__; }        \

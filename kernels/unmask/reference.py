@@ -61,5 +61,6 @@ def unmask(
         first_failure = torch.where(candidate & ~holds, rank, length).amin(-1, keepdim=True)
         take = rank < first_failure
     take &= candidate
-    take |= candidate & (rank == 0) & ~take.any(-1, keepdim=True)
+    if rule != "ancestral":  # at least one
+        take |= candidate & (rank == 0) & ~take.any(-1, keepdim=True)
     return torch.where(take, token, token_ids), take.sum(-1)

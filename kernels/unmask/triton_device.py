@@ -3,7 +3,8 @@
 Four kernels, so that no thread reads what another of the same launch wrote: `index_kernel` (compact samples),
 `order_kernel` (the order of the candidates, an int64), `rank_kernel` (rules that count from the best: how many
 candidates of the row are better), `commit_kernel`. A position is committed where its `turn` is below the row's limit,
-and the best one where there is none such. Candidates are looked for, and ranked, within [block_start, block_end) alone.
+and the best one where there is none such (not under ANCESTRAL).
+Candidates are looked for, and ranked, within [block_start, block_end) alone.
 """
 
 import triton
@@ -213,9 +214,9 @@ def rank_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def commit_kernel(
     token_ids_ptr, token_ptr, index_ptr, order_ptr, turn_ptr, failure_ptr, committed_ptr,
-    length, row_stride, chunks, CHUNK: tl.constexpr, RANKED: tl.constexpr,
+    length, row_stride, chunks, CHUNK: tl.constexpr, RULE: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the tokens whose turn it is, or where there is none the best one. Grid: (B,)."""
+    """Writes the tokens whose turn it is, or where there is none the best one (not under ANCESTRAL). Grid: (B,)."""
     b = tl.program_id(0).to(tl.int64)
     limit = tl.full([], 1, tl.int32)
     if RANKED:
@@ -243,7 +244,9 @@ def commit_kernel(
         order = tl.load(order_ptr + at, mask=position < length, other=NO_CANDIDATE)
         candidate = order != NO_CANDIDATE
         turn = tl.load(turn_ptr + at, mask=candidate, other=NEVER)
-        taken = candidate & ((turn < limit) | (none & (order == best)))
+        taken = candidate & (turn < limit)
+        if RULE != ANCESTRAL:
+            taken |= candidate & none & (order == best)
         index = _sample_index(index_ptr, at, taken)
         token = tl.load(token_ptr + index, mask=taken, other=0)
         tl.store(token_ids_ptr + b * row_stride + position, token, mask=taken)

@@ -91,6 +91,6 @@ def unmask_(
             )  # fmt: skip
         device.commit_kernel[(batch,)](
             token_ids_ptr=token_ids, token_ptr=token, **work, failure_ptr=failure, committed_ptr=committed,
-            row_stride=token_ids.stride(0), CHUNK=COMMIT_CHUNK, RANKED=ranked, num_warps=4,
+            row_stride=token_ids.stride(0), CHUNK=COMMIT_CHUNK, RULE=rule, RANKED=ranked, num_warps=4,
         )  # fmt: skip
     return committed

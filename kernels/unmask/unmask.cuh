@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kUnmaskThreads)
         const bool direct = p.rule == UnmaskRule::kThreshold || p.rule == UnmaskRule::kAncestral;
         const Cut cut = direct ? Cut{} : find_cut(row, extent, sum);
         committed = sum({commit_each(row, extent.high, cut), 0.0}).count;
-        if (committed == 0) {  // the first one, at least
+        if (committed == 0 && commits_at_least_one(p.rule)) {  // the first one
           committed = 1;
           if (threadIdx.x == 0) row.commit(position_at(extent.high));
         }

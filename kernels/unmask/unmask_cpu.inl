@@ -242,7 +242,7 @@ int64_t choose(const Row& row, bool check_tokens) {
   const Extent extent = extent_of(row);
   if (extent.count == 0) return 0;
   const int64_t n = apply_rule(row, extent);
-  if (n > 0) return n;
+  if (n > 0 || !commits_at_least_one(row.p.rule)) return n;
   int32_t i = 0;  // the first one, at least
   while (row.s.key[i] != extent.high) i++;
   row.s.chosen[0] = i;

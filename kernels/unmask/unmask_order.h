@@ -38,6 +38,9 @@ FD_HOST_DEVICE bool is_logarithmic(UnmaskOrder order) {
   return order == UnmaskOrder::kConfidence || order == UnmaskOrder::kEntropy;
 }
 
+// Whether a row's first candidate is committed where the rule takes none.
+FD_HOST_DEVICE bool commits_at_least_one(UnmaskRule rule) { return rule != UnmaskRule::kAncestral; }
+
 // What a candidate's entropy adds to the sum of entropy_budget: such that sums never fall.
 FD_HOST_DEVICE float cost_of(float entropy) {
   const float cost = entropy > 0.0f ? entropy : 0.0f;

@@ -89,6 +89,27 @@ def test_an_encoder_sees_the_condition():
     assert abs(bound.nats_per_token - exact(model, TEXTS)) > 4 * bound.standard_error
 
 
+@pytest.mark.parametrize("conditional", [False, True])
+def test_guidance_is_llada_s(conditional, monkeypatch):
+    """Logits of a prompt, or of a condition's text, against those without."""
+    monkeypatch.setattr("fastdiff.evaluation.likelihood._GUIDED_ROWS", 5)
+    model = tiny(num_encoder_layers=int(conditional))
+    texts = [torch.tensor([4, 5, 6]), torch.tensor([7, 4]), torch.tensor([8, 8, 5, 4]), torch.tensor([6, 4, 5])]
+    maskable = [torch.arange(len(ids)) >= (0 if conditional else 1) for ids in texts]
+    conditions = [torch.tensor([4]), torch.tensor([5, 6, 7]), torch.tensor([8, 8]), torch.tensor([6, 6, 6, 6])]
+    options = dict(maskable=maskable, num_samples=2000, batch_size=500)
+    options |= dict(encoder_input_ids=conditions) if conditional else {}
+    bound = likelihood_bound(model, process(), texts, guidance_scale=2.5, **options)
+    truth, tokens = 0.0, sum(int(mask.sum()) for mask in maskable)
+    for ids, mask, condition in zip(texts, maskable, conditions, strict=True):
+        with torch.no_grad():
+            inputs = dict(encoder_hidden_states=model.encode(condition[None])) if conditional else {}
+        truth += expected_sum(model, ids, mask, None, cfg=1.5, **inputs) / tokens
+    assert abs(bound.nats_per_token - truth) < 4 * bound.standard_error < 0.2 * truth
+    unguided = likelihood_bound(model, process(), texts, **options)
+    assert abs(unguided.nats_per_token - truth) > 4 * (unguided.standard_error + bound.standard_error)
+
+
 def test_the_batch_size_changes_nothing_and_the_mode_is_kept():
     model = tiny().train()
     options = dict(num_samples=50, seed=3)
@@ -103,6 +124,7 @@ def test_the_batch_size_changes_nothing_and_the_mode_is_kept():
     [
         ([], {}, "sequences: got none"),
         (TEXTS, {"num_samples": 1}, "num_samples: got 1"),
+        (TEXTS, {"guidance_scale": math.inf}, "guidance_scale: got inf"),
         ([torch.full((9,), 4)], {}, "got 9 tokens; expected at most max_position_embeddings = 8"),
         ([torch.tensor([4, 9])], {}, "got ids 4 to 9; expected 0 to 8"),
         ([torch.tensor([4, MASK])], {}, "got the mask token 3"),

@@ -104,13 +104,40 @@ def test_rolling_texts_are_cut_into_windows(model):
 def test_generate_until_cuts_the_text(model):
     config = MaskedDiffusionGenerationConfig(max_new_tokens=12, num_inference_steps=6, block_length=6)
     harness = adapter(model, config=config)
-    text = TextGenerator(model, byte_tokenizer(), MaskedDiffusionGenerationConfig(
-        max_new_tokens=18, num_inference_steps=9, block_length=6, seed=0))  # fmt: skip
-    ((expected,),) = text.generate(["to be"], text.encode(["to be"]))
-    first = text.decode(expected.tokens[:15])
-    stop = expected.text[4]
+    texts = []
+    for new in (15, 18):  # three blocks of three steps, the last one of 3 tokens or of 6
+        text = TextGenerator(model, byte_tokenizer(), MaskedDiffusionGenerationConfig(
+            max_new_tokens=new, num_inference_steps=9, block_length=6, seed=0))  # fmt: skip
+        ((answer,),) = text.generate(["to be"], text.encode(["to be"]))
+        texts.append(answer.text)
+    stop = texts[1][4]
     asked = [("to be", {"until": [], "max_gen_toks": 15}), ("to be", {"until": [stop], "max_gen_toks": 18})]
-    assert harness.generate_until(requests(*asked), disable_tqdm=True) == [first, expected.text.split(stop)[0]]
+    assert harness.generate_until(requests(*asked), disable_tqdm=True) == [texts[0], texts[1].split(stop)[0]]
+
+
+def test_a_temperature_of_0_is_0(model):
+    """With do_sample and without: 0 is greedy; no temperature samples at 1."""
+    harness = adapter(model, config=MaskedDiffusionGenerationConfig(max_new_tokens=8))
+    greedy, zero, sampled = (
+        harness.generate_until(requests(("to be", options)), disable_tqdm=True)
+        for options in ({}, {"do_sample": True, "temperature": 0.0}, {"do_sample": True})
+    )
+    assert greedy == zero != sampled
+    temperatures = [harness._config({"do_sample": True, "temperature": t}, 8).temperature for t in (0.0, 0, 0.5, None)]
+    assert temperatures == [0.0, 0.0, 0.5, 1.0]
+
+
+def test_guidance_holds_for_likelihoods(model):
+    """LLaDA's evaluation: logits of the prompt against those without, for a choice's likelihood and whether it wins."""
+    config = MaskedDiffusionGenerationConfig(max_new_tokens=2, guidance_scale=2.0)
+    harness, tokenizer = adapter(model, num_draws=2000, batch_size=500, config=config), byte_tokenizer()
+    context, continuation = tokenizer("to be")["input_ids"], tokenizer(" or")["input_ids"]
+    decoded = generate(model, torch.tensor([context]), None, config).sequences[0, len(context) :].tolist()
+    asked = [(None, context, continuation), (None, context, decoded)]
+    (value, _), (_, greedy) = harness._loglikelihood_tokens(asked, True)
+    ids = torch.tensor(context + continuation)
+    truth = -expected_sum(model, ids, torch.arange(len(ids)) >= len(context), None, cfg=1.0)
+    assert value == pytest.approx(truth, rel=0.06) and greedy
 
 
 def test_long_contexts_lose_their_beginning(model):
@@ -215,7 +242,7 @@ def test_accuracy_is_of_the_bounds(tasks, language_run, tmp_path):
         (["--draws", "0", "--lm-eval", "x"], "--draws: got 0; expected at least 1"),
         (["--num-samples", "3"], "nrecognized arguments: --num-samples"),
         (["--sampler", "ddim"], "nrecognized arguments: --sampler"),
-        (["--block-length", "5"], "block_length: got 5"),
+        (["--block-length", "0"], "block_length: got 0; expected an int of 1"),
     ],
 )
 def test_bad_options(language_run, capsys, options, message, monkeypatch):

@@ -109,7 +109,7 @@ def parallel(model, prompt, gen_length, block_length, rule, number):
     steps = 0
     for begin in range(start, start + gen_length, block_length):
         while True:
-            left = [i for i in range(begin, begin + block_length) if x[0, i] == mask_id]
+            left = [i for i in range(begin, min(begin + block_length, x.shape[1])) if x[0, i] == mask_id]
             if not left:
                 break
             steps += 1
@@ -162,3 +162,123 @@ def growing(model, prompt, window, room, block_length, ends, growth):
         begin, block = x.shape[1], growth
         grown = min(growth, start + room - begin)
         x = torch.cat([x, torch.full((1, grown), mask_id)], dim=1)
+
+
+def without(logits, tokens):
+    return logits.index_fill(-1, torch.tensor(sorted(tokens)), -math.inf)
+
+
+@torch.no_grad()
+def dllm(model, prompt, steps, gen_length, block_length, counts, cfg_scale=0.0, cfg_keep=(), suppress=(), late=()):
+    """dllm's MDLM sampler at temperature 0, for one prompt [1, P]; LLaDA's where `counts` are its.
+
+    `counts(masks, steps)` are the tokens of each step of a block. `suppress` leave before the draw, `late` after it.
+    """
+    mask_id, start = model.config.mask_token_id, prompt.shape[1]
+    x = torch.cat([prompt, torch.full((1, gen_length), mask_id)], dim=1)
+    given = (x != mask_id) & ~torch.isin(x, torch.tensor(cfg_keep, dtype=torch.int64))
+    blocks = math.ceil(gen_length / block_length)
+    for block in range(blocks):
+        end = min(start + (block + 1) * block_length, start + gen_length)
+        masked = int((x[:, start + block * block_length : end] == mask_id).sum())
+        for count in counts(masked, math.ceil(steps / blocks)):
+            logits = model(x).logits
+            if cfg_scale:
+                unconditional = model(x.masked_fill(given, mask_id)).logits
+                logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
+            logits = without(logits, {mask_id, *suppress})
+            x0 = logits.argmax(-1)
+            confidence = without(logits, {mask_id, *late}).softmax(-1).gather(-1, x0[..., None])[..., 0]
+            confidence[:, end:] = -math.inf
+            confidence[x != mask_id] = -math.inf
+            chosen = best(confidence[0], count)
+            x[0, chosen] = x0[0, chosen]
+    return x
+
+
+def best(scores, count):
+    """topk, which says nothing of ties: the first of them."""
+    return scores.sort(descending=True, stable=True).indices[:count]
+
+
+def dllm_counts(rate):
+    """Its schedulers' tokens a step: n·(1 - r(s)/r(t)) of the n masks left, rounded."""
+
+    def counts(masks, steps):
+        result = []
+        for step in range(steps, 0, -1):
+            share = 1 - rate((step - 1) / steps) / rate(step / steps)
+            result.append(min(int(torch.round(torch.tensor(masks, dtype=torch.float64) * share)), masks))
+            masks -= result[-1]
+        return [count for count in result if count]
+
+    return counts
+
+
+def dream_scores(logits, alg, temperature, top_p, top_k):
+    """Dream's sample_tokens for logits [n, V]: the distribution drawn from, and the score of each of its tokens."""
+    logits = logits / temperature if temperature > 0 else logits
+    lowest = torch.finfo(logits.dtype).min
+    if top_p is not None:
+        falling, order = logits.sort(descending=True)
+        removed = falling.softmax(-1).cumsum(-1) > top_p
+        removed = torch.cat([torch.zeros_like(removed[:, :1]), removed[:, :-1]], dim=1)
+        logits = logits.masked_fill(torch.zeros_like(removed).scatter(1, order, removed), lowest)
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], lowest)
+    probability = logits.softmax(-1)
+    if alg == "topk_margin":
+        two = probability.topk(2).values
+        return probability, (two[:, :1] - two[:, 1:]).expand_as(probability)
+    if alg == "entropy":
+        return probability, (probability * (probability + 1e-10).log()).sum(-1, keepdim=True).expand_as(probability)
+    return probability, probability
+
+
+@torch.no_grad()
+def dream(model, prompts, steps, gen_length, alg, generator, eps=1e-3, temperature=0.0, alg_temp=None, **filters):
+    """Dream's diffusion_generate for equal prompts [B, P], each row with a number of masks of its own; (tokens, order).
+
+    `order` [B, gen_length] is the step at which each token was committed.
+    """
+    mask_id, start = model.config.mask_token_id, prompts.shape[1]
+    x = torch.cat([prompts, torch.full((len(prompts), gen_length), mask_id)], dim=1)
+    times, when = torch.linspace(1, eps, steps + 1), torch.full(x.shape, -1)
+    for step in range(steps):
+        t, s, last = times[step], times[step + 1], step == steps - 1
+        logits = without(model(x).logits, {mask_id})  # fastdiff never draws the mask token
+        for row in range(len(x)):
+            masked = (x[row] == mask_id).nonzero()[:, 0]
+            if not len(masked):
+                continue
+            probability, scores = dream_scores(logits[row, masked], alg, temperature, **filters)
+            drawn = torch.multinomial(probability, 1, generator=generator) if temperature > 0 else None
+            token = probability.argmax(-1) if drawn is None else drawn[:, 0]
+            if alg == "origin":
+                chosen = (torch.rand(len(masked), generator=generator) < (1 if last else 1 - s / t)).nonzero()[:, 0]
+            else:
+                number = len(masked) if last else int(torch.tensor(len(masked)) * (1 - s / t))
+                score = scores.gather(1, token[:, None])[:, 0]
+                if not number:
+                    continue
+                chosen = best(score, number)
+                if alg_temp:
+                    chosen = torch.multinomial((score / alg_temp).softmax(-1), number, generator=generator)
+            x[row, masked[chosen]], when[row, masked[chosen]] = token[chosen], step
+    return x, when[:, start:]
+
+
+@torch.no_grad()
+def mdlm(model, prompts, steps, gen_length, generator, eps=1e-5):
+    """MDLM's ancestral sampler (ddpm_update, log-linear noise) at temperature 1, blindly over a batch [B, P]."""
+    mask_id = model.config.mask_token_id
+    x = torch.cat([prompts, torch.full((len(prompts), gen_length), mask_id)], dim=1)
+    times = torch.linspace(1, eps, steps + 1)
+    for step in range(steps + 1):
+        logits = without(model(x).logits, {mask_id})
+        if step == steps:  # noise removal
+            return torch.where(x == mask_id, logits.argmax(-1), x)
+        stays = times[step + 1] / times[step]
+        drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(x.shape)
+        move = torch.rand(x.shape, generator=generator) >= stays
+        x = torch.where((x == mask_id) & move, drawn, x)

@@ -25,9 +25,9 @@ class StaleKeysValues:
 
 def segments(prompt, mask_id, gen_length, block_length):
     """The prompt's own masks, then the blocks of new tokens."""
-    start = prompt.shape[1]
+    start, last = prompt.shape[1], prompt.shape[1] + gen_length
     parts = [(0, start)] if (prompt == mask_id).any() else []
-    return parts + [(begin, begin + block_length) for begin in range(start, start + gen_length, block_length)]
+    return parts + [(begin, min(begin + block_length, last)) for begin in range(start, last, block_length)]
 
 
 @torch.no_grad()

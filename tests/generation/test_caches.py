@@ -54,6 +54,19 @@ def test_tokens_are_those_of_a_plain_loop(models, monkeypatch, cache, interval, 
     assert changed > 3  # batches in which the cache, an approximation, gave another token
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_last_block_that_is_shorter(models, monkeypatch, cache):
+    without_draws(monkeypatch)
+    for seed in range(15):
+        model, rows = model_and_rows(models, seed)
+        ids, mask = padded(rows)
+        options = config(block_length=4, num_inference_steps=4, **cache_options(cache))
+        ours = generate(model, ids, mask, options)
+        for row, sequence in zip(rows, ours.sequences, strict=True):
+            plain, _ = cached(model, row, NEW, 4, cache, steps=2)
+            assert torch.equal(sequence[-NEW:], plain[0, -NEW:]), f"seed {seed}"
+
+
 @pytest.mark.parametrize(("cache", "scale"), [("prefix", 1.0), ("dual", 2.0)])
 def test_rows_that_leave_within_the_blocks_of_others(models, monkeypatch, cache, scale):
     """By threshold rows begin blocks, and end, at steps of their own."""

@@ -299,11 +299,8 @@ def test_options_are_the_fields_of_the_configuration(capsys, language_run):
         (["--prompt", "a" * 40], r"prompt 1: got 40 tokens, and max_new_tokens is 12; expected at most 48 together"),
         (["--prompt", "a", "--prompt", "b" * 60, "--max-new-tokens", "0"], "prompt 1: got no mask token <mask>"),
         (["--prompt", "<mask>" + "b" * 60, "--max-new-tokens", "0"], "prompt 1: got 61 tokens"),
-        (["--prompt", "a", "--block-length", "5"], "block_length: got 5; expected a divisor of max_new_tokens = 12"),
-        (
-            ["--prompt", "a", "--num-inference-steps", "3"],
-            "num_inference_steps: got 3 for 2 blocks; expected a multipl",
-        ),
+        (["--prompt", "a", "--block-length", "0"], "block_length: got 0; expected an int of 1 or more"),
+        (["--prompt", "a", "--num-inference-steps", "0"], "num_inference_steps: got 0; expected an int of 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature: got -1.0"),
         (["--prompt", "a", "--temperature", "warm"], "temperature.*float.*warm"),
         (["--prompt", "a", "--unmasking-rule", "all"], "invalid choice: 'all'"),
@@ -341,6 +338,28 @@ def test_a_rule_on_the_command_line_drops_the_recipes_numbers(tmp_path, capsys):
     run = write_run(tmp_path / "run", generation=options, steps=(1,))
     assert "6 tokens" in output_of(capsys, run, "--prompt", "a")[-1]
     assert output_of(capsys, run, "--prompt", "a", "--unmasking-rule", "count")[-1].endswith("6 forward passes")
+
+
+def test_fewer_tokens_than_the_recipes_block(tmp_path, capsys):
+    run = write_run(tmp_path / "run", generation={"max_new_tokens": 24, "block_length": 8}, steps=(1,))
+    assert "5 tokens" in output_of(capsys, run, "--prompt", "a", "--max-new-tokens", "5")[-1]
+    assert "13 tokens" in output_of(capsys, run, "--prompt", "a", "--max-new-tokens", "13")[-1]
+    last = output_of(capsys, run, "--prompt", "a", "--max-new-tokens", "10", "--num-inference-steps", "3")[-1]
+    assert "10 tokens" in last and last.endswith("4 forward passes")  # two blocks of 3 / 2 steps, rounded up
+
+
+def test_no_text_is_missed_where_no_new_tokens_were_asked_for(language_run, tmp_path, capsys):
+    arguments = [language_run, "--prompt", "to <mask><mask>e", "--max-new-tokens", "0"]
+    command.main([str(a) for a in arguments])
+    assert "no text" not in capsys.readouterr().err
+    model = load_language_model(language_run, device="cpu").model
+    with torch.no_grad():
+        model.head_weight.zero_()
+        model.head_weight[EOS] += 1  # every state's likeliest token, or its least likely: one of the two is EoS
+    folder = save_model(tmp_path / "ending", model, byte_tokenizer())
+    suppressed = [str(token) for token in range(len(byte_tokenizer())) if token not in (EOS, MASK)]
+    command.main([str(folder), "--prompt", "to", "--max-new-tokens", "3", "--suppress-tokens", *suppressed])
+    assert capsys.readouterr().err == "(no text: it begins with an end token)\n"
 
 
 def test_ctrl_c_ends_in_one_line(tmp_path):

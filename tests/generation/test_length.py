@@ -173,7 +173,7 @@ def plain_search(model, prompt, rule, longest):
         likeliest = probability.argmax(-1) == EOS
         if rule == "daedal":
             last = likeliest.nonzero()[-32:, 0]
-            confidence = float(probability[last, EOS].mean()) if len(last) else 0.0
+            confidence = float(probability[last, EOS].sum()) / 32
             step = int(confidence < 0.5)
         else:
             rho = float(likeliest.double().mean())

@@ -236,6 +236,18 @@ def test_calibrations_come_back_as_they_were(saved, model, tokenizer):
     assert predictor_of(model, "daedal", calibration=calibrations["daedal"], coverage=0.7).parameter == 0.5
 
 
+def test_scores_of_another_form_of_a_rule_are_refused(saved, model, tokenizer, tmp_path):
+    """Files of 0.1.0 have no version; of their rules DAEDAL's alone reads a window differently now."""
+    entries = json.loads((saved[0] / CALIBRATION_FILE).read_text())
+    for entry in entries["calibrations"].values():
+        del entry["rule_version"]
+    file = tmp_path / CALIBRATION_FILE
+    file.write_text(json.dumps(entries))
+    assert load_calibration(file, "cdf", model, tokenizer) == saved[1]["cdf"]
+    with pytest.raises(ValueError, match="made with another form of the rule 'daedal'; calibrate again"):
+        load_calibration(file, "daedal", model, tokenizer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_checkpoint_is_known_again_in_any_dtype(saved, tokenizer, dtype):
     folder, calibrations = saved

@@ -112,8 +112,11 @@ def test_daedals_confidence_is_of_the_last_positions_that_say_end():
     likeliest[1, [3, 20, 45]], probability[1, [3, 20, 45]] = True, torch.tensor([0.9, 0.6, 0.3])  # gaps between them
     likeliest[2, 49], probability[2, 49] = True, 0.7
     confidence = rules.daedal_confidence(probability.log(), likeliest)
-    assert torch.allclose(confidence, torch.tensor([0.5, 0.6, 0.7, 0.0]).double(), rtol=0, atol=1e-7)
-    assert rules.daedal_steps(probability.log(), likeliest, 0.55).tolist() == [1, 0, 0, 1]
+    expected = torch.tensor([16 / 32, 1.8 / 32, 0.7 / 32, 0.0]).double()  # by 32, however few they are
+    assert torch.allclose(confidence, expected, rtol=0, atol=1e-7)
+    assert rules.daedal_steps(probability.log(), likeliest, 0.05).tolist() == [0, 0, 1, 1]
+    one = torch.arange(64)[None] == 40
+    assert float(rules.daedal_confidence(torch.where(one, 0.93, 0.01).log(), one)) == pytest.approx(0.93 / 32)
 
 
 def test_rho_leaves_a_window_of_which_four_to_six_tenths_end_as_it_is():

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fastdiff.diffusion import MaskedDiffusion, MaskedDiffusionConfig, maskable_tokens
 
 MASK = 99
-SCHEDULES = [dict(schedule="linear"), dict(schedule="cosine"), dict(schedule="polynomial", exponent=2.5)]
+SCHEDULES = [dict(schedule=name) for name in ("linear", "cosine", "maskgit_cosine")]
+SCHEDULES += [dict(schedule="polynomial", exponent=2.5)]
 schedules = pytest.mark.parametrize("options", SCHEDULES, ids=lambda options: options["schedule"])
 
 
@@ -25,7 +26,12 @@ def seeded(seed=0):
 @schedules
 def test_mask_rates_and_their_inverse(options):
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    expected = {"linear": t, "cosine": 1 - (math.pi * t / 2).cos(), "polynomial": t**2.5}[options["schedule"]]
+    expected = {
+        "linear": t,
+        "cosine": 1 - (math.pi * t / 2).cos(),  # MDLM
+        "maskgit_cosine": (math.pi * (1 - t) / 2).cos(),  # MaskGIT's mask ratio after a share 1 - t of the steps
+        "polynomial": t**2.5,
+    }[options["schedule"]]
     rate = process(**options).mask_rate(t)
     torch.testing.assert_close(rate, expected, rtol=0, atol=1e-14)  # seen: 2e-16
     torch.testing.assert_close(process(**options).time_of(rate), t, rtol=0, atol=1e-14)  # seen: 2e-16
@@ -138,7 +144,7 @@ def test_likelihood_draws_are_unbiased():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: process(schedule="sine"), "schedule: got 'sine'; expected one of linear, cosine, polynomial"),
+        (lambda: process(schedule="sine"), "schedule: got 'sine'; expected one of linear, cosine, maskgit_cosine"),
         (lambda: process(t_min=0.0), "t_min: got 0.0"),
         (lambda: process(exponent=-1.0), "exponent: got -1.0"),
         (lambda: MaskedDiffusion(MaskedDiffusionConfig(), -1), "mask_token_id: got -1"),

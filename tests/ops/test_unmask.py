@@ -108,7 +108,8 @@ def test_any_problem(batch, length, kind, rule, order, seed, step, data, row):
         o, at = p.optional, torch.arange(length)
         candidate &= (at >= o["block_start"][:, None]) & (at < o["block_end"][:, None]) & o["active"][:, None]
     assert (candidate | ~changed).all(), "only candidates are committed"
-    assert torch.equal(committed > 0, candidate.any(1)), "at least one per row that has candidates"
+    if rule != "ancestral":
+        assert torch.equal(committed > 0, candidate.any(1)), "at least one per row that has candidates"
     if rule == "count":
         assert torch.equal(committed, candidate.sum(1).clamp_max(value))
 
@@ -180,10 +181,9 @@ def test_ancestral_unmasks_each_position_with_its_probability():
         taken = (ids != p.token_ids).sum().item()
         expected, deviation = probability * mask.sum(), math.sqrt(mask.sum() * probability * (1 - probability))
         assert abs(taken - expected) < 4 * deviation
-    counts = run(p, "ancestral", value=1e-9, seed=11)[1]
-    assert (counts == 1).all(), "the best one where nothing was drawn"
-    best = torch.where(mask, p.sample.log_prob, -torch.inf).argmax(1)
-    assert (run(p, "ancestral", value=0.0, seed=11)[0].gather(1, best[:, None]) != MASK).all()
+    for probability in (0.0, 1e-9):
+        ids, counts = run(p, "ancestral", value=probability, seed=11)
+        assert torch.equal(ids, p.token_ids) and not counts.any(), "a step in which chance takes none commits none"
 
 
 def test_random_order_takes_every_position_alike():

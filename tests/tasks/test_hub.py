@@ -40,15 +40,19 @@ def test_there_and_back(runs, hub, kind, capfd):
 
 def test_other_projects_repositories(hub, tmp_path):
     from models.test_dit_checkpoints import diffusers_model
+    from tasks.test_pipelines import autoencoder
 
     diffusers_model().save_pretrained(tmp_path)
     files = hub.repositories[f"{OWNER}/pipeline"] = {
         f"transformer/{path.name}": path.read_bytes() for path in tmp_path.iterdir()
     }
-    files |= {"model_index.json": b'{"_class_name": "DiTPipeline"}', "vae/diffusion_pytorch_model.bin": b"large"}
+    autoencoder().save_pretrained(tmp_path / "vae")
+    files |= {f"vae/{path.name}": path.read_bytes() for path in (tmp_path / "vae").iterdir()}
+    files |= {"model_index.json": b'{"_class_name": "DiTPipeline"}', "vae/x.py": b"raise"}
     with pytest.warns(UserWarning, match="assuming the process of the published"):
         run = fastdiff.load(f"{OWNER}/pipeline", device="cpu")
-    assert run.model.config.num_classes == 7 and not any("vae" in request for request in hub.requests)
+    assert run.model.config.num_classes == 7 and run.decoder is not None
+    assert not any(request.endswith("x.py") for request in hub.requests)
 
 
 def test_language_models_with_older_weights(runs, hub, tmp_path):

@@ -107,7 +107,7 @@ def test_foreign_images(tmp_path):
             run = fastdiff.load(tmp_path / name, device="cpu", **fields)
         assert run.kind == "dit" and len(run.class_names) == 7
         assert run.sample([1], num_inference_steps=1, output_type="pt").shape == (1, 4, 8, 8)
-    with pytest.raises(ValueError, match="got 'pil' for a model of latents"):
+    with pytest.raises(ValueError, match="got a model of latents with 4 channels and no decoder"):
         run.sample([1])
     with pytest.warns(UserWarning):
         run = fastdiff.load(tmp_path / "pipeline", device="cpu")
@@ -283,3 +283,19 @@ def test_import_stays_light():
     heavy = {"transformers", "diffusers", "huggingface_hub", "jsonargparse", "yaml", "matplotlib", "PIL"}
     assert "fastdiff" in loaded and not heavy & set(loaded)
     assert not [name for name in loaded if name.startswith(("fastdiff.tasks", "fastdiff.training", "fastdiff.models"))]
+
+
+def test_texts_of_digits_are_names_where_all_texts_are_names():
+    from fastdiff.tasks.labels import labels_of, parse_labels
+
+    names = ["1", "10", "2", "3"]
+    assert parse_labels("0,1,2,3", names) == [0, 1, 2, 3] == labels_of(["0", "1", "2", "3"], names)
+    assert parse_labels("1,10,2", names) == [0, 1, 2] == labels_of(["1", "10", "2"], names)
+    assert parse_labels("10", names) == [1] == labels_of("10", names) and labels_of(1, names) == [1]
+    assert parse_labels("cat,1", ["dog", "cat"]) == [1, 1] and labels_of(torch.tensor([1, 0]), names) == [1, 0]
+    synonyms = ["crane, bird", "crane, machine", "tench, Tinca tinca"]
+    assert parse_labels("Tinca tinca", synonyms) == [2] and parse_labels("tench,bird", synonyms) == [2, 0]
+    with pytest.raises(ValueError, match="labels: got 'crane'; expected 0 to 2 or one of"):  # of two classes
+        parse_labels("crane", synonyms)
+    with pytest.raises(ValueError, match="labels: got '10'; expected 0 to 3"):
+        parse_labels("0,10", names)  # 0 is no name, so that both are numbers

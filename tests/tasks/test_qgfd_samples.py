@@ -116,7 +116,8 @@ def test_what_does_not_fit():
     fails("num_samples: got 0; expected at least 1", table.sample, num_samples=0)
     fails("length: got -3; expected at least 1", text.sample, prompts="a", length=-3)
     fails("length: got 3; samples of modality 'image'", image.sample, length=3)
-    fails("guidance: got an option that there is not; expected num_inference_steps", image.sample, guidance=2)
+    expected = "guidance: got an option that there is not; expected num_inference_steps"
+    fails(expected, image.sample, guidance=2, kind=TypeError)
     fails("num_inference_steps: got 0", image.sample, num_inference_steps=0)
     fails("sampler: got 'euler'", image.sample, sampler="euler")
     several = run_of("video", "tabular")

@@ -66,9 +66,13 @@ def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
         (["--training.weight_decay", "-1"], r"training.weight_decay: got -1.0; expected 0 or more"),
         (
             ["--sampling.guidance_interval", "[2, 3]"],
-            r"sampling.guidance_interval: got \[2.0, 3.0\]; expected 0 <= low",
+            r"sampling.guidance_interval: got \(2.0, 3.0\); expected 0 <= low",
         ),
         (["--sampling.guidance_scale", ".nan"], r"sampling.guidance_scale: got nan; expected a finite"),
+        (["--sampling.seed", str(2**64)], r"sampling.seed: got 18446744073709551616; expected at most 184"),
+        (["--sampling.timesteps", "[3, 5]"], r"sampling.timesteps: got \[3, 5\]; expected at least one, in falling"),
+        (["--sampling.timestep_spacing", "leading"], r"sampling.timestep_spacing: got 'leading' with sampler 'euler'"),
+        (["--training.seed", str(2**64)], r"training.seed: got 18446744073709551616; expected at most 184"),
         (["--sampling.num_inference_steps", "0"], r"sampling.num_inference_steps: got 0; expected at least 1"),
         (["--model.norm_eps", "-1"], r"DiTConfig.norm_eps: got -1.0; expected a finite number"),
         (["--training.max_steps", "many"], r"training.max_steps.*Expected.*int.*many"),
@@ -79,7 +83,7 @@ def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
             r"model.num_classes: got 3; the data set digits has 10; set --model.num_classes",
         ),
         (["--model.input_size", "16"], r"model.input_size: got 16; the data set digits has \(8, 8\)"),
-        (["--sampling.sampler", "ddim"], r"sampling.sampler: got 'ddim'.*needs one of euler"),
+        (["--sampling.sampler", "ddim"], r"sampling.sampler: got 'ddim' for .*expected one of euler"),
         (["--training.trackers", "[abacus]"], r"training.trackers: got 'abacus'; expected one of tensorboard"),
         (
             ["--training.resume", "true", "--training.overwrite", "true"],

@@ -15,6 +15,7 @@ from fastdiff.data import load_text_data
 from fastdiff.models import MaskedDiffusionLM
 from fastdiff.recipes import load_recipe, parse_recipe
 from fastdiff.tasks.kinds import recipe_kind
+from fastdiff.tasks.masked_lm.held_out import likelihood_arguments
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 from fastdiff.tasks.masked_lm.run import load_language_model
 from fastdiff.tasks.masked_lm.task import MaskedLMTask
@@ -182,6 +183,23 @@ def _times(task, step):
 
 
 # ------------------------------------------------------------------------------------------------ ways to begin
+
+
+def test_the_first_token_is_in_the_loss_or_out_of_it(make_task, prose):
+    """Left out, it may still be masked, but is no label, and does not count in the normaliser or the bound."""
+    options = [*documents(prose), "--diffusion.t_min", "0.5"]
+    within, without = make_task(*options), make_task(*options, "--objective.loss_on_first_token", "false")
+    first = []
+    for step in range(4):
+        full, cut = (task.batch(step, range(7)) for task in (within, without))
+        assert torch.equal(full["input_ids"], cut["input_ids"])
+        assert torch.equal(full["labels"][:, 1:], cut["labels"][:, 1:]) and (cut["labels"][:, 0] == -100).all()
+        assert torch.equal(full["maskable"], cut["maskable"] + 1)
+        first += (full["labels"][:, 0] != -100).tolist()
+    assert any(first)
+    for task, counted in ((within, True), (without, False)):
+        maskable = likelihood_arguments(task.config, task.model.config, task.data)["maskable"]
+        assert bool(maskable[:, 0].all()) == counted == bool(maskable[:, 0].any()) and bool(maskable[:, 1:].any())
 
 
 def test_annealing_goes_from_causal_to_bidirectional(make_task):
@@ -358,7 +376,10 @@ def test_a_model_learns_to_copy(make_trainer, tmp_path):
         (["--model.init_from", "README.md"], "README.md: got a file; expected a folder"),
         (["--objective.normalizer", "words"], "objective.normalizer"),
         (["--diffusion.schedule", "steep"], "diffusion.schedule"),
-        (["--sampling.generation", "{block_length: 3, max_new_tokens: 8}"], "block_length: got 3; expected a divisor"),
+        (
+            ["--sampling.generation", "{block_length: 0, max_new_tokens: 8}"],
+            "block_length: got 0; expected an int of 1",
+        ),
         (["--tokenizer.vocab_size", "10"], "tokenizer.vocab_size: got 10; expected at least 300"),
     ],
 )

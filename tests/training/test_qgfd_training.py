@@ -285,7 +285,7 @@ BAD = {
     "unknown modality": (("image",), {"smell": {"hidden_size": 8}}, "there is no section 'smell'; expected"),
     "no modality": ((), {}, "expected a section of one or more of text, image, audio, video, tabular"),
     "size of other data": (("image",), {"image": {"image_size": 64}}, "image.image_size: got 64; the data set digits"),
-    "sampler": (("image",), {"sampling": {"sampler": "ddim"}}, "needs one of euler, dpm-solver++, renoise"),
+    "sampler": (("image",), {"sampling": {"sampler": "ddim"}}, "expected one of euler, dpm-solver++, renoise"),
     "small mixed batch": (
         ("image", "tabular"),
         {"objective": {"order": "mixed"}, "training": {"batch_size": 1}},

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from fastdiff.visualization import TextSample, save_loss_curve, save_sample_grid, save_text_samples
@@ -37,6 +38,15 @@ def test_grid_clips_and_takes_grey_images(tmp_path, figures):
     assert (drawn.get_array()[:8] == 0).all() and (drawn.get_array()[9:] == 255).all()
     assert drawn.get_clim() == (0, 255) and drawn.get_cmap().name == "gray"
     assert [text.get_text() for text in figures[0].texts] == ["two"]
+
+
+@pytest.mark.parametrize("columns", [1, 8])
+def test_a_grids_title_is_whole_on_the_picture(tmp_path, figures, columns):
+    title = "trained for 12345 steps, guidance 1.25, 1000 denoising steps"
+    save_sample_grid(torch.zeros(columns, 1, 8, 8), [0] * columns, ("one",), tmp_path / "grid.png", title=title)
+    (text,) = figures[0].texts
+    box, whole = text.get_window_extent(FigureCanvasAgg(figures[0]).get_renderer()), figures[0].bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1
 
 
 @pytest.mark.parametrize(("shape", "labels"), [((0, 1, 8, 8), 0), ((2, 2, 8, 8), 2), ((2, 8, 8), 2), ((2, 1, 8, 8), 3)])

@@ -26,6 +26,10 @@ _SPECIAL_TOKENS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_i
 _AGAIN = "calibrate again for this one (python -m fastdiff.evaluate RUN --length does so), or delete the file"
 
 
+# Rules whose predictions are not what they once were: scores of the other form say nothing of this one.
+RULE_VERSIONS = {"daedal": 2}  # 2: its confidence is divided by 32, however few positions say EoS
+
+
 def check_coverage(coverage: float) -> float:
     """The coverage as a float. Raises ValueError outside (0, 1)."""
     if isinstance(coverage, bool) or not isinstance(coverage, int | float) or not 0 < coverage < 1:
@@ -49,6 +53,7 @@ class Calibration:
         scores: one per pair, in rising order; infinite for answers that don't fit into the window with their EoS.
         model_hash, tokenizer_hash: `model_hash` and `fastdiff.data.tokenization.tokenizer_fingerprint`.
         head_hash: `model_hash` of the learned head, None for rules without one.
+        rule_version: which form of the rule was scored (`RULE_VERSIONS`); files that say nothing have 1.
     """
 
     rule: str
@@ -60,6 +65,7 @@ class Calibration:
     model_hash: str
     tokenizer_hash: str
     head_hash: str | None = None
+    rule_version: int = 1
 
     @property
     def num_pairs(self) -> int:
@@ -152,6 +158,8 @@ def load_calibration(
         known = ", ".join(calibrations) or "none"
         raise ValueError(f"{file}: has no calibration of the rule {rule!r}; expected one of {known}, or calibrate it")
     calibration = calibrations[rule]
+    if calibration.rule_version != RULE_VERSIONS.get(rule, 1):
+        raise ValueError(f"{file}: this calibration was made with another form of the rule {rule!r}; {_AGAIN}")
     if calibration.tokenizer_hash != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{file}: this calibration was made with another tokenizer; {_AGAIN}")
     check_made_for(calibration, model, head, str(file))

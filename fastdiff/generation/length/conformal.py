@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.data.tokenization import tokenizer_fingerprint
-from fastdiff.generation.length.calibration import Calibration, check_enough_pairs, model_hash
+from fastdiff.generation.length.calibration import RULE_VERSIONS, Calibration, check_enough_pairs, model_hash
 from fastdiff.generation.length.predictor import LengthPredictor
 from fastdiff.generation.length.probe import prompt_inputs
 
@@ -86,4 +86,5 @@ def calibration_of(
         model_hash=model_hash(predictor.model),
         tokenizer_hash=tokenizer_fingerprint(tokenizer),
         head_hash=None if predictor.head is None else model_hash(predictor.head),
+        rule_version=RULE_VERSIONS.get(predictor.rule, 1),
     )

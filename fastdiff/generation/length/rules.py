@@ -101,13 +101,14 @@ def regression_lengths(expected: Tensor, window: int) -> Tensor:  # [B] -> float
 def daedal_confidence(
     end_log_prob: Tensor, end_is_likeliest: Tensor, positions: int = DAEDAL_POSITIONS
 ) -> Tensor:  # [B, W], bool [B, W] -> float64 [B]
-    """Mean P(EoS) over the last `positions` positions, from the end, whose likeliest token is EoS; 0 without any.
+    """The sum of P(EoS) over the last `positions` positions, from the end, whose likeliest token is EoS, / `positions`.
 
-    DAEDAL's initial length adjustment: the window grows while this is below 0.5.
+    It is divided by `positions` however few there are, so that a single sure EoS does not stop the growth. DAEDAL's
+    initial length adjustment (its public code): the window grows while this is below 0.5.
     """
     rank = end_is_likeliest.flip(1).cumsum(1).flip(1)  # 1 for the last such position
     counted = end_is_likeliest & (rank <= positions)
-    return torch.where(counted, end_log_prob.double().exp(), 0).sum(1) / counted.sum(1).clamp(min=1)
+    return torch.where(counted, end_log_prob.double().exp(), 0).sum(1) / positions
 
 
 def daedal_steps(end_log_prob: Tensor, end_is_likeliest: Tensor, threshold: float) -> Tensor:  # -> int64 [B]

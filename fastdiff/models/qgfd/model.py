@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -223,12 +224,11 @@ class QGFDModel(Pretrained):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        sampler: str | None = None,
         seed: int | Sequence[int] = 0,
         diffusion: Diffusion | None = None,
-        clip_sample: float | None = None,
         autocast_dtype: torch.dtype | None = None,
         progress: bool = False,
+        **options: Any,
     ) -> Latents:
         """Draws latents; on one machine the same arguments give the same bits.
 
@@ -237,8 +237,8 @@ class QGFDModel(Pretrained):
             count: number of samples; may be left out where `conditions` tell.
             conditions: what to condition on, as in a batch: {"labels"}, {"condition_ids", "condition_mask"}.
             length: length of the samples, in the modality's unit (`Adapter.sample_shape`).
-            num_inference_steps, sampler, seed, clip_sample, progress: as in `fastdiff.diffusion.sample`; latents have
-                unit scale.
+            num_inference_steps, seed, progress, options: as in `fastdiff.diffusion.sample`; latents have unit scale,
+                which `clip_sample` is of.
             guidance_scale, guidance_interval, autocast_dtype: as in `fastdiff.diffusion.Guided`.
             diffusion: None is the configuration's.
 
@@ -275,8 +275,8 @@ class QGFDModel(Pretrained):
                 return adapter.clean(guided(adapter.expected(evidence), time), evidence)
 
             tokens = sample(
-                predict, diffusion, size, device=device, num_inference_steps=num_inference_steps, sampler=sampler,
-                seed=seed, clip_sample=clip_sample, progress=progress,
+                predict, diffusion, size, device=device, num_inference_steps=num_inference_steps, seed=seed,
+                progress=progress, **options,
             )  # fmt: skip
         return Latents(tokens, shape.mask, shape.position_ids)
 

@@ -13,7 +13,7 @@ KIND = Kind(
     load="run:load_run",
     sample="samples:sample_images",
     evaluate="evaluate:evaluate_images",
-    saved_as=("DiT", "DiTTransformer2DModel"),
+    saved_as=("DiT", "DiTTransformer2DModel", "Transformer2DModel"),
 )
 
 __getattr__ = exports(

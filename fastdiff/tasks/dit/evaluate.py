@@ -18,10 +18,12 @@ class EvaluateOptions(SamplingOptions):
     images.
 
     Attributes:
+        guidance_channels: guides this many of the first channels only (3 in facebookresearch/DiT)
         num_samples: number of samples, spread evenly over the classes
         output: path of the JSON; default: evaluation.json in the run's folder
     """
 
+    guidance_channels: int | None = None
     num_samples: int = 500
     output: str | None = None
 
@@ -49,9 +51,10 @@ def evaluate_images(path: str, options: EvaluateOptions) -> None:
         "step": run.step,
         "weights": options.weights,
         "guidance_scale": sampling.guidance_scale,
+        "guidance_channels": sampling.guidance_channels,
         "num_inference_steps": sampling.num_inference_steps,
-        "sampler": sampling.sampler,
         "seed": sampling.seed,
+        **sampling.options(),
     }
     write_atomically(output, json.dumps({**details, **report.to_dict()}, indent=1) + "\n")
     print(f"{report.to_markdown()}\n\nstep {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")

@@ -2,12 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastdiff.data import DataConfig, ImageData
 from fastdiff.diffusion.config import DiffusionConfig
+from fastdiff.diffusion.guidance import check_guidance
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
-from fastdiff.errors import named
+from fastdiff.errors import named, naming_section, section
 from fastdiff.models.dit import DiTConfig
 from fastdiff.training.config import TrainingConfig
 
@@ -17,13 +18,20 @@ class SamplingConfig(SamplerConfig):
     """How a run draws its samples, where a command does not say otherwise, beside the fields of `SamplerConfig`.
 
     Attributes:
+        guidance_channels: guides this many of the first channels only, as facebookresearch/DiT does with 3; null guides
+            all.
         images_per_class: images of each class in samples.png.
     """
 
+    COUNTS: ClassVar[tuple[str, ...]] = ("images_per_class",)
+
+    guidance_channels: int | None = None
     images_per_class: int = 8
 
     def __post_init__(self):
         super().__post_init__()
+        with naming_section():
+            check_guidance(self.guidance_scale, self.guidance_interval, self.guidance_channels)
         if self.images_per_class < 1:
             raise ValueError(f"{named('images_per_class')}: got {self.images_per_class}; expected at least 1")
 
@@ -64,7 +72,8 @@ def check_fit(recipe: DiTRecipe, data: ImageData) -> None:
                 f"model.{key}: got {getattr(recipe.model, key)}; the data set {data.name} has {value}; "
                 f"set --model.{key} to that"
             )
-    check_sampler(recipe.sampling, recipe.diffusion)
+    with section("sampling"):
+        check_sampler(recipe.sampling, recipe.diffusion)
     if recipe.model.learn_sigma and not recipe.diffusion.is_discrete:
         raise ValueError(
             "model.learn_sigma: got true; diffusion.noise_levels "

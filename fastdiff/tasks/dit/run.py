@@ -1,6 +1,5 @@
 """Runs of diffusion transformers, loaded to sample from."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,27 +11,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.device import autocast_dtype, check_device
-from fastdiff.diffusion import Diffusion, DiffusionConfig, sample_classes, samplers_for
+from fastdiff.diffusion import Diffusion, DiffusionConfig, SamplerOptions, sample_classes
 from fastdiff.diffusion.sampler_config import check_sampler
+from fastdiff.files import read_json
 from fastdiff.models.dit import DiT
+from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASSES, model_folder
 from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, check_overrides, read_config
 from fastdiff.recipes import load_recipe
+from fastdiff.tasks.dit.decoder import FOLDER, decode, load_decoder
 from fastdiff.tasks.dit.recipe import DiTRecipe, SamplingConfig
 from fastdiff.tasks.images import to_pil
-from fastdiff.tasks.labels import label_of, parse_labels
-from fastdiff.tasks.run import Found, Run, find, sampling_keys, stored_sampling
+from fastdiff.tasks.labels import labels_of, parse_labels
+from fastdiff.tasks.run import Found, Run, check_count, find, sampling_keys, stored_sampling
 from fastdiff.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from PIL.Image import Image
 
 SCHEDULER_CONFIG = "scheduler_config.json"
-_HUB_FILES = (  # of a pipeline, what is not its decoder
+_HUB_FILES = (
     CONFIG_NAME, SCHEDULER_CONFIG, "model_index.json", WEIGHTS_NAME, "diffusion_pytorch_model*", "transformer/*",
-    "scheduler/*", "README.md", "samples.png",
+    "scheduler/*", f"{FOLDER}/{CONFIG_NAME}", f"{FOLDER}/diffusion_pytorch_model*", "README.md", "samples.png",
 )  # fmt: skip
 # The process of the published DiT checkpoints, which is assumed of a folder that does not name its own.
 _PUBLISHED = DiffusionConfig(prediction_type="epsilon", noise_levels="linear")
+_OUTPUTS = ("pil", "pt", "latent")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class DiTRun(Run):
         class_names: by label.
         sampling: how samples are denoised where nobody says otherwise.
         mixed_precision: as in `TrainingConfig`.
+        decoder: of a model of latents, what makes images of them; None where its folder has none, and of other models.
     """
 
     kind: ClassVar[str] = "dit"
@@ -52,6 +57,7 @@ class DiTRun(Run):
     class_names: tuple[str, ...] = ()
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     mixed_precision: str = "auto"
+    decoder: "AutoencoderKL | None" = None
 
     def labels(self, text: str | None) -> list[int]:
         """Labels from "0,3,7" or class names; None is every class once. Raises ValueError for what is not a class."""
@@ -67,6 +73,7 @@ class DiTRun(Run):
         seed: int | None = None,
         output_type: str = "pil",
         progress: bool = False,
+        **options: Any,
     ) -> "list[Image] | Tensor":
         """Draws images.
 
@@ -75,41 +82,40 @@ class DiTRun(Run):
             num_images_per_class: images of each entry of `classes`; they follow each other.
             num_inference_steps, guidance_scale, seed: None is what the run's recipe says. Image i of the call has the
                 seed `seed` + i.
-            output_type: "pil" or "pt".
+            output_type: "pil", "pt" or "latent".
             progress: shows a bar.
+            options: other fields of `SamplingConfig`: guidance_interval, guidance_channels, and those of the sampler
+                (`fastdiff.diffusion.SamplerOptions`), such as sampler, timestep_spacing or timesteps. What is not given
+                is what the recipe says, or else the model's scheduler_config.json.
 
         Returns:
             N = len(classes) · num_images_per_class images. "pil": PIL images of 8 bits, grey ("L") or RGB. "pt": a
-            float32 tensor [N, C, H, W] on the CPU, with values around -1 … 1, or the latents of a model of latents.
+            float32 tensor [N, C, H, W] on the CPU, with values around -1 … 1. "latent": what the DiT itself draws, of
+            the same form; a model of latents without a decoder gives these for "pt", too.
 
         Raises:
-            ValueError: not a class, a number out of range, or latents asked for as images; before any work.
+            ValueError: not a class, a number out of range, an option that does not fit the sampler, or latents asked
+                for as images; before any work.
+            TypeError: an option that there is not, or a value of another type; before any work.
         """
-        if output_type not in ("pil", "pt"):
-            raise ValueError(f"output_type: got {output_type!r}; expected 'pil' or 'pt'")
-        channels = self.model.config.in_channels
-        if output_type == "pil" and channels not in (1, 3):
-            raise ValueError(
-                f"output_type: got 'pil' for a model of latents with {channels} channels; expected 'pt', and a decoder "
-                "that makes images of them"
-            )
-        if num_images_per_class < 1:
-            raise ValueError(f"num_images_per_class: got {num_images_per_class}; expected at least 1")
-        wanted = range(len(self.class_names)) if classes is None else classes
-        wanted = [wanted] if isinstance(wanted, str | int) else wanted
-        labels = [label_of(each, self.class_names) for each in wanted]
+        if output_type not in _OUTPUTS:
+            raise ValueError(f"output_type: got {output_type!r}; expected one of {', '.join(map(repr, _OUTPUTS))}")
+        if output_type == "pil":
+            self.check_pictures()
+        check_count("num_images_per_class", num_images_per_class)
+        labels = list(range(len(self.class_names))) if classes is None else labels_of(classes, self.class_names)
         if not labels:
             raise ValueError("classes: got none; expected one or more, or None for every class")
-        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed}
-        sampling = replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
-        check_sampler(sampling, self.diffusion.config)
-        images = self.draw(torch.tensor(labels).repeat_interleave(num_images_per_class), sampling, progress=progress)
+        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed, **options}
+        repeated = torch.tensor(labels).repeat_interleave(num_images_per_class)
+        latents = self.draw(repeated, self.sampling.replaced(given), progress=progress)
+        images = latents if output_type == "latent" else self.decoded(latents)
         return to_pil(images) if output_type == "pil" else images
 
     def draw(
         self, labels: Sequence[int] | Tensor, sampling: SamplingConfig, *, batch_size: int = 100, progress: bool = False
     ) -> Tensor:
-        """Samples of these labels: float32 [N, C, H, W] on the CPU.
+        """Samples of these labels: float32 [N, C, H, W] on the CPU, latents where it is a model of latents.
 
         Sample i depends on its label and on seed + i alone, whatever `batch_size` (rounding aside). The network runs
         in the precision that the run would train in on this device (`fastdiff.device.autocast_dtype`).
@@ -117,10 +123,8 @@ class DiTRun(Run):
         Raises:
             ValueError: a sampler that does not fit the run, or a label out of range.
         """
-        fitting = samplers_for(self.diffusion.config)
-        if sampling.sampler not in (None, *fitting):
-            raise ValueError(f"sampler: got {sampling.sampler!r}; expected one of {', '.join(fitting)} for this run")
         labels, parts = torch.as_tensor(labels), []
+        check_sampler(sampling, self.diffusion, len(labels))
         device = next(self.model.parameters()).device
         with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
@@ -129,24 +133,40 @@ class DiTRun(Run):
                     self.model,
                     self.diffusion,
                     part.to(device),
-                    sampler=sampling.sampler,
                     num_inference_steps=sampling.num_inference_steps,
                     seed=sampling.seed + start,
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.guidance_interval,
+                    guidance_channels=sampling.guidance_channels,
                     autocast_dtype=autocast_dtype(self.mixed_precision, device.type),
+                    **sampling.options(),
                 )
                 parts.append(images.cpu())
                 bar.update(len(part))
         return torch.cat(parts)
 
+    def decoded(self, samples: Tensor) -> Tensor:  # [N, C, H, W], float32, as `draw` gives them
+        """Images of samples: what the decoder makes of latents; samples of other models are images."""
+        return samples if self.decoder is None else decode(self.decoder, samples)
+
+    def check_pictures(self) -> None:
+        """Raises ValueError where samples are latents that nothing here makes pictures of."""
+        channels = self.model.config.in_channels
+        if self.decoder is None and channels not in (1, 3):
+            raise ValueError(
+                f"{self.source}: got a model of latents with {channels} channels and no decoder; expected the folder "
+                f"{FOLDER} of its pipeline beside it; in Python, output_type='latent' gives the latents"
+            )
+
     def usage(self) -> str:
-        latents = self.model.config.in_channels not in (1, 3)
+        latents = self.decoder is None and self.model.config.in_channels not in (1, 3)
         show = ', output_type="pt")  # latents' if latents else ')\nimages[0].save("sample.png")'
         return f'images = run.sample(["{self.class_names[0]}"]{show}'
 
     def _save(self, directory: Path) -> None:
         save_model(directory, self.model, self.diffusion, self.class_names, self.sampling, self.mixed_precision)
+        if self.decoder is not None:
+            self.decoder.save_pretrained(directory / FOLDER)
 
 
 def save_model(
@@ -161,7 +181,10 @@ def save_model(
     id2label = {str(label): name for label, name in enumerate(class_names)}
     extra = sampling_keys(sampling, mixed_precision) | ({"id2label": id2label} if id2label else {})
     model.save_pretrained(directory, extra=extra)
-    diffusion.save_pretrained(directory)
+    options = diffusion.sampler_options.replaced(sampling.options(), diffusion.config)
+    if model.config.learn_sigma and options.sampler == "ddpm" and options.variance_type is None:
+        options = replace(options, variance_type="learned_range")  # diffusers' scheduler does not see the model
+    Diffusion(diffusion.config, options).save_pretrained(directory)
 
 
 def load_run(
@@ -170,8 +193,14 @@ def load_run(
     """Loads a DiT; arguments and errors are those of `fastdiff.load`.
 
     Of a run, the newest checkpoint or the one named. Of anything else the folder or file is read as
-    `DiT.from_pretrained` does; without a scheduler_config.json the process of the published DiT checkpoints is assumed,
-    with a warning. `fields` are those of `DiT.from_pretrained`, such as the `num_heads` of a facebookresearch file.
+    `DiT.from_pretrained` does. A pipeline of diffusers (DiTPipeline) loads whole: its scheduler says how samples are
+    drawn, its vae makes images of them, and they are drawn with the defaults of its call: 50 steps, guidance 4 of all
+    channels. A facebookresearch/DiT file is sampled as that repository's sample.py: ddpm, 250 steps, guidance 4 of the
+    first 3 channels (`guidance_channels`). Both run in the dtype of their weights: float32, or the `dtype` given.
+
+    Where a scheduler_config.json is missing, the process of the published DiT checkpoints is assumed, with a warning
+    that says all of this. `fields` are those of `DiT.from_pretrained`, such as
+    `dtype`, or the `num_heads` of a facebookresearch file.
     """
     device = check_device(device)
     found = find(path, "dit", weights, _HUB_FILES)
@@ -179,16 +208,20 @@ def load_run(
         check_overrides(fields, ())
         return _load_checkpoint(found, device)
     own = {} if found.state is None else {"weights": found.weights_file}
-    model = DiT.from_pretrained(found.source, **own, **fields).to(device)
-    diffusion = _diffusion_of(found)
-    sampling, mixed_precision = stored_sampling(found.source, SamplingConfig)
+    model = DiT.from_pretrained(found.source, **own, **fields)
+    decoder = None if found.source.is_file() else load_decoder(found.source, model.config.in_channels, device)
+    diffusion, sampling = _sampled_as(found, model)
+    stored, mixed_precision = stored_sampling(found.source, SamplingConfig)
+    if sampling is not None:  # as public code draws: in the dtype of the weights
+        stored, mixed_precision = sampling, "no"
     return DiTRun(
-        model=model,
+        model=model.to(device),
         **found.origin,
         diffusion=diffusion,
         class_names=_names_of(found.source, model.config.num_classes),
-        sampling=sampling,
+        sampling=stored,
         mixed_precision=mixed_precision,
+        decoder=decoder,
     )
 
 
@@ -207,33 +240,48 @@ def _load_checkpoint(found: Found, device: torch.device) -> DiTRun:
     )
 
 
-def _diffusion_of(found: Found) -> Diffusion:
-    path = found.source
+def _sampled_as(found: Found, model: DiT) -> tuple[Diffusion, SamplingConfig | None]:
+    """The diffusion of what lies in a folder or file, and how another project samples it by default, if it is one's."""
+    path, folder = found.source, model_folder(found.source)
+    sampling = None
+    if path.is_file():
+        sampling = SamplingConfig(num_inference_steps=250, guidance_scale=4.0, guidance_channels=3)
+        repository = "facebookresearch/DiT's sample.py"
+        options = SamplerOptions("ddpm", "respacing", variance_type=None if model.config.learn_sigma else "fixed_large")
+    elif read_config(folder).get("_class_name") in DIFFUSERS_CLASSES:
+        sampling = SamplingConfig(num_inference_steps=50, guidance_scale=4.0)
+        repository, options = "diffusers' DiTPipeline", SamplerOptions("ddim", "leading")
     if any((path / name).is_file() for name in (SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}")):
-        return Diffusion.from_pretrained(path)
+        return Diffusion.from_pretrained(path), sampling
     if found.state is not None:  # of fastdiff 0.1.0, whose config.yaml alone has the process
         raise FileNotFoundError(
             f"{path}: got a checkpoint without {SCHEDULER_CONFIG}; expected it in its run's folder, whose config.yaml "
             "names the diffusion process; put it back there"
         )
-    warnings.warn(
-        f"{path}: no {SCHEDULER_CONFIG} beside the weights; assuming the process of the published DiT checkpoints "
-        "(1000 levels, linear betas, predicted noise)",
-        stacklevel=4,
-    )
-    return Diffusion(_PUBLISHED)
+    told = f"{path}: no {SCHEDULER_CONFIG} beside the weights; assuming the process of the published DiT checkpoints "
+    told += "(1000 levels, linear betas, predicted noise)"
+    if sampling is None:
+        options = SamplerOptions()
+    else:
+        channels = "all channels" if sampling.guidance_channels is None else "the first 3 channels"
+        told += (
+            f", sampled as by {repository} ({options.sampler}, {sampling.num_inference_steps} steps, timestep_spacing "
+            f"{options.timestep_spacing!r}, guidance {sampling.guidance_scale:g} of {channels})"
+        )
+    warnings.warn(told, stacklevel=4)
+    return Diffusion(_PUBLISHED, options), sampling
 
 
 def _names_of(path: Path, num_classes: int) -> tuple[str, ...]:
     """The classes' names by id2label in config.json or in a pipeline's model_index.json; else their numbers."""
     values: dict[str, Any] = {}
     if (path / "model_index.json").is_file():
-        values = json.loads((path / "model_index.json").read_text())
+        values = read_json(path / "model_index.json")
     elif (path / CONFIG_NAME).is_file():
         values = read_config(path)
     names = values.get("id2label")
     if not isinstance(names, dict):
         return tuple(str(label) for label in range(num_classes))
-    if sorted(map(int, names)) != list(range(num_classes)):
+    if set(names) != {str(label) for label in range(num_classes)}:
         raise ValueError(f"{path}: id2label: got {len(names)} names; expected those of 0 to {num_classes - 1}")
     return tuple(str(names[key]) for key in sorted(names, key=int))

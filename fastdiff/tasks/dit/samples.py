@@ -15,11 +15,13 @@ class SampleOptions(SamplingOptions):
     """Draws a labelled grid of samples (PNG).
 
     Attributes:
+        guidance_channels: guides this many of the first channels only (3 in facebookresearch/DiT)
         labels: labels or class names, with commas; default: every class
         images_per_label: number of images for each label
         output: path of the PNG; default: samples-seed-N.png in the run's folder
     """
 
+    guidance_channels: int | None = None
     labels: str | None = None
     images_per_label: int = 8
     output: str | None = None
@@ -33,11 +35,11 @@ def sample_images(path: str, options: SampleOptions) -> None:
     from fastdiff.visualization import save_sample_grid
 
     run = load_run(path, weights=options.weights, device=options.device)
+    run.check_pictures()
     sampling = options.applied_to(run.sampling)
     labels = torch.tensor(run.labels(options.labels)).repeat_interleave(options.images_per_label)
     folder = Path() if run.folder is None else run.folder.path
     output = output_path(options.output, folder / f"samples-seed-{sampling.seed}.png")
-    images = run.draw(labels, sampling, progress=True)
-    step = "" if run.step is None else f"step {run.step}, "
-    title = f"{step}guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
+    images = run.decoded(run.draw(labels, sampling, progress=True))
+    title = sampling.described(run.step)
     print(save_sample_grid(images, labels, run.class_names, output, title=title))

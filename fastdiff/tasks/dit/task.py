@@ -108,12 +108,12 @@ class DiTTask:
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             guidance_interval=sampling.guidance_interval,
-            sampler=sampling.sampler,
+            guidance_channels=sampling.guidance_channels,
             seed=sampling.seed,
             autocast_dtype=autocast_dtype(self.config.training.mixed_precision, device.type),
+            **sampling.options(),
         )
-        title = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
-        save_sample_grid(images.cpu(), labels, names, path, title=title)
+        save_sample_grid(images.cpu(), labels, names, path, title=sampling.described())
 
     def facts(self) -> dict[str, Any]:
         """The classes' names, by label."""

@@ -60,6 +60,8 @@ class LengthOptions:
             if value is not None and value < lowest:
                 option = _OPTIONS[name].replace("_", "-")
                 raise ValueError(f"--{option}: got {value}; expected at least {lowest}")
+        if self.seed >= 2**64:
+            raise ValueError(f"--seed: got {self.seed}; expected at most {2**64 - 1} (torch has no larger)")
 
 
 def evaluate_lengths(path: str, given: EvaluateOptions) -> None:

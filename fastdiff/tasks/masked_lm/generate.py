@@ -129,7 +129,7 @@ def _print_samples(
                     print(f"--- prompt {sample.row + 1}, sample {sample.copy + 1}")
                 before = sample.prompt if sample.filled is None else sample.filled
                 print(printable(before + ("\n" if apart else "") + sample.text), flush=True)
-                if not sample.text:
+                if not sample.text and generator.config.max_new_tokens:
                     print("(no text: it begins with an end token)", file=sys.stderr)
                 filled = {} if sample.filled is None else {"filled": sample.filled}
                 records.append({"prompt": sample.prompt, **filled, "text": sample.text, "tokens": sample.tokens,

@@ -50,6 +50,11 @@ def windows_of_pairs(
     )
 
 
+def without_first_token(maskable: Tensor) -> Tensor:  # bool [B, W]
+    """A mask without position 0, for a recipe whose loss leaves it out."""
+    return maskable & (torch.arange(maskable.shape[1], device=maskable.device) > 0)
+
+
 def likelihood_arguments(
     recipe: MaskedLMRecipe, config: MaskedDiffusionLMConfig, data: TextData, num_samples: int | None = None
 ) -> dict[str, Any]:
@@ -69,9 +74,14 @@ def likelihood_arguments(
         starts = torch.linspace(0, last, min(count, last + 1), dtype=torch.float64).long()
         sequences = document_windows(part.targets, length, starts)
         # an adapted model's mask token may be an ordinary one: where text has it, it cannot be measured
-        return arguments | {"sequences": sequences, "maskable": sequences != config.mask_token_id}
+        maskable = sequences != config.mask_token_id
+        if recipe.objective.loss_on_first_token is False:
+            maskable = without_first_token(maskable)
+        return arguments | {"sequences": sequences, "maskable": maskable}
     windows = windows_of_pairs(recipe, config, part, evenly_spaced(len(part.targets), count), length)
     maskable = windows.maskable & (windows.input_ids != config.mask_token_id)
+    if recipe.objective.loss_on_first_token is False:
+        maskable = without_first_token(maskable)
     arguments |= {"sequences": windows.input_ids, "maskable": maskable, "attention_mask": windows.attention_mask}
     if windows.condition_ids is not None:
         arguments |= {"encoder_input_ids": windows.condition_ids, "encoder_attention_mask": windows.condition_mask}

@@ -58,6 +58,10 @@ class ObjectiveConfig:
             "always" (so that the model never sees where an answer ends, as at the first step of decoding; dLLM-Var), or
             "visible" (the EoS is never masked: the model learns to write to a length that is given). With
             fully_masked_fraction 1 the last two are diffusion-llms' fine-tuning on prompt + mask + EoS + mask.
+        loss_on_first_token: whether the first token of a window counts when it is masked. Where logits are shifted by
+            one (architectures "dream", "llama", "gpt2") it is predicted from its own state, as in dllm's Dream (true);
+            the trainers of Dream and DiffuLLaMA leave it out (false; the validation bound then takes it as given). null
+            is true.
         annealing_steps: steps over which attention goes from causal to bidirectional (adaptation of autoregressive
             models, Gong et al. 2025); 0 is bidirectional from the start.
         likelihood_samples: Monte-Carlo draws of the validation bound, spread over the held-out texts.
@@ -66,6 +70,7 @@ class ObjectiveConfig:
     normalizer: Literal["masked_tokens", "all_tokens", "answer"] = "all_tokens"
     fully_masked_fraction: float = 0.0
     end_masking: Literal["as_text", "always", "visible"] = "as_text"
+    loss_on_first_token: bool | None = None
     annealing_steps: int = 0
     likelihood_samples: int = 512
 

@@ -72,15 +72,19 @@ class LanguageModel(Run):
             of the second, …
 
         Raises:
-            ValueError: options that do not fit, prompts that leave no room, or no prompt; the message names them.
+            TypeError, ValueError: options that do not fit, prompts that leave no room or are no texts, or no prompt;
+                the message names them.
         """
         from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
         from fastdiff.generation.config import merged_options
 
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(given, Sequence) or not all(isinstance(prompt, str) for prompt in given):
+            raise TypeError(f"prompts: got {prompts!r}; expected a text or a list of texts")
+        prompts = list(given)
         for name, value in (("prompts", len(prompts)), ("num_samples", num_samples), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}; expected at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}; expected at least 1")
         decoding = merged_options(options, _with_length(self.decoding, self.model))
         unset = {name: None for name, value in options.items() if value is None}  # what the recipe says is not wanted
         config = MaskedDiffusionGenerationConfig(**decoding | unset)

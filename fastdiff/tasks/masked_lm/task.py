@@ -17,7 +17,7 @@ from fastdiff.errors import section
 from fastdiff.models.masked_lm import IGNORED_LABEL
 from fastdiff.nn import annealed_attention_mask
 from fastdiff.recipes import plain
-from fastdiff.tasks.masked_lm.held_out import likelihood_arguments, windows_of_pairs
+from fastdiff.tasks.masked_lm.held_out import likelihood_arguments, windows_of_pairs, without_first_token
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 from fastdiff.tasks.masked_lm.run import save_model
 from fastdiff.tasks.masked_lm.start import build_model, load_start
@@ -89,12 +89,15 @@ class MaskedLMTask:
         mask = masked.mask
         if recipe.objective.end_masking == "always":
             mask = mask | (is_end & maskable)
+        counted = mask
+        if recipe.objective.loss_on_first_token is False:
+            counted, maskable = (without_first_token(each) for each in (mask, maskable))
         weight = masked.weight
         if recipe.objective.normalizer == "answer":
             weight = weight / maskable.sum(1).clamp(min=1)
         batch |= {
             "input_ids": clean.masked_fill(mask, self.process.mask_token_id),
-            "labels": clean.masked_fill(~mask, IGNORED_LABEL),
+            "labels": clean.masked_fill(~counted, IGNORED_LABEL),
             "row_weight": weight[:, None],
             "maskable": maskable.sum(1),
         }

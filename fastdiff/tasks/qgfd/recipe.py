@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastdiff.data import (
     AudioDataConfig,
@@ -15,7 +15,7 @@ from fastdiff.data import (
 )
 from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
-from fastdiff.errors import named
+from fastdiff.errors import named, section
 from fastdiff.models.qgfd.adapters import (
     MODALITIES,
     AudioAdapterConfig,
@@ -66,6 +66,8 @@ class QGFDSamplingConfig(SamplerConfig):
             or video of a class, 6 texts, as many rows of a table as it is trained on.
         evaluation_samples: samples for the measures at the run's end (`fastdiff.evaluate`); 0 for none.
     """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("num_samples", "evaluation_samples")
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
@@ -147,7 +149,8 @@ def check_recipe(recipe: QGFDRecipe) -> None:
         raise ValueError(
             f"recipe: got no modality; expected a section of one or more of {', '.join(MODALITIES)}, as in image: {{}}"
         )
-    check_sampler(recipe.sampling, recipe.diffusion)
+    with section("sampling"):
+        check_sampler(recipe.sampling, recipe.diffusion)
     count = len(recipe.modalities)
     if recipe.objective.order == "mixed" and recipe.training.batch_size < count:
         raise ValueError(

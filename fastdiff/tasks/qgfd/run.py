@@ -1,7 +1,7 @@
 """Runs of QGFD diffusion models, loaded to sample from or to take their adapters."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,10 +14,10 @@ from fastdiff.models.pretrained import read_config
 from fastdiff.models.qgfd.backbone import QGFDSelfAttention
 from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.recipes import load_recipe
-from fastdiff.tasks.labels import label_of
+from fastdiff.tasks.labels import labels_of
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.sources import Source, load_source
-from fastdiff.tasks.run import Run, find, sampling_keys, stored_sampling
+from fastdiff.tasks.run import Run, check_count, find, sampling_keys, stored_sampling
 from fastdiff.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ class QGFDRun(Run):
             prompts: of text that is conditioned on a text, which needs them: one or several.
             length: of each sample, in tokens, audio samples or frames; None is that of training.
             progress: shows a bar.
-            options: fields of `QGFDSamplingConfig`: num_inference_steps, guidance_scale, guidance_interval, sampler,
-                seed. What is not given is what the run's recipe says. Sample i of the call has the seed `seed` + i.
+            options: fields of `QGFDSamplingConfig`: num_inference_steps, guidance_scale, guidance_interval, seed, and
+                those of the sampler (`fastdiff.diffusion.SamplerOptions`). What is not given is what the run's recipe
+                says. Sample i of the call has the seed `seed` + i.
 
         Returns:
             `QGFDSamples`: `.samples` are PIL images, texts, waveforms, lists of frames or a table; `.batch` the same as
@@ -94,21 +95,16 @@ class QGFDRun(Run):
 
         Raises:
             ValueError: a modality, class, prompt, length or option that does not fit; before any work.
+            TypeError: an option that there is not, or a value of another type; before any work, too.
         """
         from fastdiff.tasks.qgfd.decoded import decoded
         from fastdiff.tasks.qgfd.samples import Shown, default_labels, draw_samples, encode_prompts, label_count
 
         name = self.model.adapter(modality).modality
         for option, value in (("num_samples", num_samples), ("length", length)):
-            if value is not None and value < 1:
-                raise ValueError(f"{option}: got {value}; expected at least 1")
-        unknown = [option for option in options if option not in vars(self.sampling)]
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]}: got an option that there is not; expected {', '.join(vars(self.sampling))}"
-            )
-        sampling = replace(self.sampling, **options)
-        check_sampler(sampling, self.model.config.diffusion)
+            check_count(option, value)
+        sampling = self.sampling.replaced(options)
+        check_sampler(sampling, self.model.diffusion)
         conditional, names = self._takes_prompts(name), tuple(self.facts.get(name, {}).get("class_names", ()))
         self._check_conditions(name, labels, prompts)
         given = encode_prompts(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts) if prompts else None
@@ -119,8 +115,7 @@ class QGFDRun(Run):
             count = len(given["condition_ids"]) * (num_samples or 1)
             given = {field: value.repeat_interleave(num_samples or 1, 0) for field, value in given.items()}
         elif labels is not None:
-            wanted = [label_of(label, names) for label in ([labels] if isinstance(labels, int | str) else labels)]
-            drawn = torch.tensor(wanted).repeat_interleave(count // label_count(self.model, name))
+            drawn = torch.tensor(labels_of(labels, names)).repeat_interleave(count // label_count(self.model, name))
             count = len(drawn)
         dtype = autocast_dtype(self.mixed_precision, next(self.model.parameters()).device.type)
         samples = draw_samples(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fastdiff.data import TableSchema, TabularData
 from fastdiff.data.tokenization import encode_texts
 from fastdiff.device import autocast_dtype
+from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.files import write_atomically
 from fastdiff.models.qgfd.model import QGFDModel
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
@@ -120,6 +121,7 @@ def draw_samples(
 
     Raises ValueError for conditions, length or sampler that do not fit the model.
     """
+    check_sampler(sampling, model.diffusion, count)
     conditions: dict[str, Tensor] = {} if labels is None else {"labels": labels}
     if prompts is not None:
         chosen = torch.arange(count) % len(prompts["condition_ids"])
@@ -136,9 +138,9 @@ def draw_samples(
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale if conditions else 1.0,
                 guidance_interval=sampling.guidance_interval,
-                sampler=sampling.sampler,
                 seed=sampling.seed + start,
                 autocast_dtype=dtype,
+                **sampling.options(),
             )
             parts.append({name: value.float().cpu() if value.is_floating_point() else value.cpu()
                           for name, value in batch.items()})  # fmt: skip
@@ -201,12 +203,8 @@ def sampling_title(
     samples: Samples, sampling: QGFDSamplingConfig, step: int | None = None, modality: str | None = None
 ) -> str:
     """What stands above a picture of samples."""
-    parts = [modality, None if step is None else f"step {step}"]
-    parts += [
-        f"guidance {sampling.guidance_scale:g}" if samples.guided else None,
-        f"{sampling.num_inference_steps} steps",
-    ]
-    return ", ".join(part for part in parts if part is not None)
+    described = sampling.described(step, guided=samples.guided)
+    return described if modality is None else f"{modality}, {described}"
 
 
 def _text_files(samples: Samples, model: QGFDModel, shown: Shown, stem: Path, title: str | None) -> list[Path]:
