@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-<<<<<<< HEAD
 from fastdiff.backends import with_this_backend
-from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASS, model_folder, read_foreign
-=======
 from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASSES, model_folder, read_foreign
->>>>>>> operators2
 from fastdiff.models.dit_config import DiTConfig, preset_config
 from fastdiff.models.pretrained import Pretrained, check_state
 from fastdiff.nn import (
