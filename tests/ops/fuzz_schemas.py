@@ -65,7 +65,9 @@ def adaln(rng: random.Random) -> Operands:
         return floats(rng, batch, tokens, dim, dtype=of)
 
     def modulation() -> Tensor:
-        shape = rng.choice(((dim,), (1, dim), (batch, dim), (batch, frames, dim), (1, tokens, dim), (batch, tokens, dim)))
+        shape = rng.choice(
+            ((dim,), (1, dim), (batch, dim), (batch, frames, dim), (1, tokens, dim), (batch, tokens, dim))
+        )
         return floats(rng, *shape, dtype=other())
 
     def vector() -> Tensor:
@@ -80,6 +82,7 @@ def adaln(rng: random.Random) -> Operands:
         "rstd": floats(rng, batch * tokens, dtype=compute), "rms": rng.random() < 0.5, "eps": 1e-6,
         "out_dtype": rng.choice((None, out_dtype)), "need_modulation": rng.random() < 0.7,
         "need_affine": rng.random() < 0.7, "saturate": rng.random() < 0.3,
+        "residual_in": maybe(rng, lambda: stream(dtype)) if dtype == torch.float16 else None,
     }  # fmt: skip
 
 
@@ -90,7 +93,12 @@ def scale_shift(rng: random.Random) -> Operands:
 
 
 def qgfd(rng: random.Random) -> Operands:
-    batch, kv_heads, group, dim = rng.randint(0, 2), rng.randint(1, 2), rng.randint(1, 2), rng.choice((1, 8, 16, 33, 64))
+    batch, kv_heads, group, dim = (
+        rng.randint(0, 2),
+        rng.randint(1, 2),
+        rng.randint(1, 2),
+        rng.choice((1, 8, 16, 33, 64)),
+    )
     heads, queries, dtype = kv_heads * group, rng.choice((0, 1, 5, 17, 40)), rng.choice(FLOATS)
     square = rng.random() < 0.7
     keys = queries if square else rng.choice((0, 1, 9, 33))
@@ -245,7 +253,9 @@ def wrong(rng: random.Random, value: Any, others: list[Tensor]) -> Any:
 
 # ---------------------------------------------------------------------------------------------- the run
 def operators() -> dict[str, Any]:
-    names = sorted(n.removeprefix("fastdiff::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastdiff::"))
+    names = sorted(
+        n.removeprefix("fastdiff::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastdiff::")
+    )
     return {name: getattr(torch.ops.fastdiff, name).default for name in names}
 
 
@@ -291,7 +301,9 @@ def run(calls: int, seed: int, first: int = 0, place: mmap.mmap | None = None) -
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             assert not is_right, f"call {index}, {describe(name, arguments)} is right and was refused: {error}"
             words = str(error).partition("\nException raised from")[0].strip()
-            is_torchs = "Declaration: " in words or "Could not run" in words or "There were no tensor arguments" in words  # the dispatcher's own refusal
+            is_torchs = (
+                "Declaration: " in words or "Could not run" in words or "There were no tensor arguments" in words
+            )  # the dispatcher's own refusal
             is_line = is_torchs or (words and "\n" not in words)
             assert is_line, f"call {index}, {describe(name, arguments)}: refused with {error}"
             counts[f"{name}: refused"] += 1
