@@ -55,12 +55,13 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-_choice = ContextVar("_choice", default=_checked(os.environ.get("FASTDIFF_BACKEND") or "auto", "FASTDIFF_BACKEND"))
+_FIRST = _checked(os.environ.get("FASTDIFF_BACKEND") or "auto", "FASTDIFF_BACKEND")
+_choice: ContextVar[str] = ContextVar("_choice", default=_FIRST)
 _this_module = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:
-    """`backends.current` is the context variable's value: torch.compile guards on a module's attribute, not on those."""
+    """`backends.current` is the context variable's value: torch.compile can guard on a module's attribute."""
     if name == "current":
         return _choice.get()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -113,7 +113,7 @@ int rows_of(const AdaLNBackwardParams& p, int64_t segments, Stream stream) {
   check.rows(p.residual_in, p.x_dtype);
   if (!check.fits()) return launch_rows<X, 1, kStreamed>(p, segments, stream);
   if (p.dim <= kSmallHeld * 256) return launch_rows<X, kVec, kSmallHeld>(p, segments, stream);
-  if (p.dim <= kLargeHeld * 384) return launch_rows<X, kVec, kLargeHeld>(p, segments, stream);
+  if (p.dim <= kLargeHeld * 384 && !p.residual_in) return launch_rows<X, kVec, kLargeHeld>(p, segments, stream);
   return launch_rows<X, kVec, kStreamed>(p, segments, stream);
 }
 

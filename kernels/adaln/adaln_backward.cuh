@@ -92,6 +92,12 @@ __device__ __forceinline__ void load_chunk(const AdaLNBackwardParams& p, const S
   }
 }
 
+// Rows that were clipped are held in few registers or streamed: the longest rows that are held leave none for it.
+template <class X>
+constexpr bool can_clip(int vec, int chunks) {
+  return sizeof(X) == sizeof(__half) && vec * chunks != kLargeHeld;
+}
+
 // Where residual + gate * branch was clipped, its gradient is 0.
 template <class X, int kVec>
 __device__ __forceinline__ void clip_gradient(const AdaLNBackwardParams& p, int64_t gate_at, int64_t at, int64_t column,
@@ -120,7 +126,9 @@ __device__ __forceinline__ void write_gradients(const AdaLNBackwardParams& p, co
     for (int j = 0; j < kVec; ++j) {
       grad[j] = row.rstd * (row.grad_xhat[i][j] - mean_grad - row.xhat[i][j] * mean_grad_xhat) + other[j];
     }
-    if (p.residual_in) clip_gradient<X>(p, s.gate, row.at, column, grad);
+    if constexpr (can_clip<X>(kVec, kChunks)) {
+      if (p.residual_in) clip_gradient<X>(p, s.gate, row.at, column, grad);
+    }
     store(static_cast<X*>(p.grad_x) + row.at + column, grad);
     if (!p.branch) return;
     load(p.gate.data, p.gate.dtype, s.gate + column, other);
