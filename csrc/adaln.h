@@ -64,6 +64,7 @@ inline void check_double(std::initializer_list<const Modulation*> modulations, s
 inline void check_output(const Tensor& out, const char* name, std::initializer_list<const Tensor*> streams,
                          std::initializer_list<const OptionalTensor*> others) {
   for (const Tensor* t : streams) {
+    check_device(*t, out, "an operand");
     const bool same = t->const_data_ptr() == out.const_data_ptr() && t->scalar_type() == out.scalar_type() &&
                       t->numel() == out.numel() && t->is_contiguous();
     if (!same) check_apart(out, name, *t, "an operand");
@@ -145,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_forward_stats(Tensor x, FASTDIFF_ADALN_
 template <class Backend>
 void adaln_forward_out(Tensor x, FASTDIFF_ADALN_FORWARD, Tensor out) {
   check_device(out, x, "out");
-  check_output(out, "out", {&x}, {&shift, &scale, &weight, &bias});
+  check_output(out, "out", {x, shift, scale, weight, bias});
   run_forward<Backend>({x, nullptr, {}, shift, scale, weight, bias, rms, eps, out_dtype}, nullptr, out, nullptr, nullptr);
 }
 

@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "kernels/adaln/adaln.h"
 #include "kernels/common/isa.h"
@@ -20,8 +22,9 @@ DType dtype_of(const py::array& a, const char* name) {
   if (py::isinstance<py::array_t<float>>(a)) return DType::kFloat32;
   if (py::isinstance<py::array_t<double>>(a)) return DType::kFloat64;
   if (py::isinstance<py::array_t<uint16_t>>(a)) return DType::kBFloat16;
-  if (a.dtype().kind() == 'f' && a.itemsize() == 2) return DType::kFloat16;
-  throw py::type_error(std::string(name) + ": expected float32, float64, float16 or uint16 (bfloat16 bits)");
+  if (a.dtype().kind() == 'f' && a.itemsize() == 2 && a.dtype().byteorder() == '=') return DType::kFloat16;
+  throw py::type_error(std::string(name) +
+                       ": expected float32, float64, float16 or uint16 (bfloat16 bits) in the machine's byte order");
 }
 
 using Array = std::optional<py::array>;
@@ -30,9 +33,40 @@ void check(bool fits, const char* name, const char* expected) {
   if (!fits) throw py::value_error(std::string(name) + " does not fit; expected " + expected);
 }
 
+// A view into a structured array can begin, or step, between two elements.
+void check_whole_elements(const py::array& a, const char* name) {
+  const auto item = static_cast<py::ssize_t>(a.itemsize());
+  bool whole = reinterpret_cast<uintptr_t>(a.data()) % item == 0;
+  for (py::ssize_t i = 0; i < a.ndim(); i++) whole = whole && (a.shape(i) < 2 || a.strides(i) % item == 0);
+  check(whole, name, "an aligned array whose strides are multiples of its items: pass a copy");
+}
+
+// The bytes from the first to the last element in memory.
+std::pair<uintptr_t, uintptr_t> span(const py::array& a) {
+  uintptr_t begin = reinterpret_cast<uintptr_t>(a.data()), end = begin;
+  if (a.size() == 0) return {begin, end};
+  for (py::ssize_t i = 0; i < a.ndim(); i++) {
+    const py::ssize_t reach = (a.shape(i) - 1) * a.strides(i);
+    (reach < 0 ? begin : end) += reach;
+  }
+  return {begin, end + a.itemsize()};
+}
+
+void check_apart(const py::array& out, const char* name, std::initializer_list<const py::array*> others,
+                 bool may_be_whole = false) {
+  const auto [begin, end] = span(out);
+  for (const py::array* other : others) {
+    if (other == nullptr) continue;
+    const auto [from, to] = span(*other);
+    if (may_be_whole && from == begin && to == end) continue;  // read before it is written
+    check(begin >= to || from >= end, name, "memory that no other array shares");
+  }
+}
+
 bool contiguous(const py::array& a) { return (a.flags() & py::array::c_style) != 0; }
 
 const void* stream(const py::array& a, const py::array& x, const char* name) {
+  check_whole_elements(a, name);
   check(contiguous(a) && a.ndim() == 3 && a.shape(0) == x.shape(0) && a.shape(1) == x.shape(1) && a.shape(2) == x.shape(2),
         name, "a contiguous array of x's shape [B, N, D]");
   return a.data();
@@ -44,6 +78,7 @@ void* stream_out(py::array& a, const py::array& x, const char* name) {
 
 Modulation modulation(const Array& m, const py::array& x, const char* name) {
   if (!m) return {nullptr, DType::kFloat32, 0, 0, 1};
+  check_whole_elements(*m, name);
   const int64_t tokens = x.shape(1), item = m->itemsize();
   check(m->ndim() == 3 && m->shape(2) == x.shape(2) && (m->strides(2) == item || m->shape(2) == 1) &&
             (m->shape(0) == 1 || m->shape(0) == x.shape(0)) && m->shape(1) > 0 && tokens % m->shape(1) == 0,
@@ -54,6 +89,7 @@ Modulation modulation(const Array& m, const py::array& x, const char* name) {
 
 const void* vector(const Array& a, int64_t size, const py::array& x, const char* name) {
   if (!a) return nullptr;
+  check_whole_elements(*a, name);
   const DType statistics = dtype_of(x, "x") == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   check(contiguous(*a) && a->size() == size && dtype_of(*a, name) == statistics, name,
         "a contiguous array of the right size in the dtype of the statistics: float32, or float64 where x is");
@@ -100,6 +136,17 @@ void adaln_forward(const py::array& x, py::array out, const Array& branch, const
   p.dim = x.shape(2);
   p.eps = eps;
   p.rms = rms;
+  const auto given = [](const Array& a) { return a ? &*a : nullptr; };
+  const auto apart = [&](const Array& written, const char* name, std::initializer_list<const py::array*> outputs) {
+    if (!written) return;
+    check_apart(*written, name, {&x, given(branch), given(gate), given(shift), given(scale)}, true);
+    check_apart(*written, name, {given(weight), given(bias)});
+    check_apart(*written, name, outputs);
+  };
+  apart(out, "out", {given(residual_out), given(mean), given(rstd)});
+  apart(residual_out, "residual_out", {given(mean), given(rstd)});
+  apart(mean, "mean", {given(rstd)});
+  apart(rstd, "rstd", {});
   const auto wide = [](DType t) { return t == DType::kFloat64; };
   for (const DType t : {p.out_dtype, branch ? p.branch_dtype : p.x_dtype, gate ? p.gate.dtype : p.x_dtype,
                         shift ? p.shift.dtype : p.x_dtype, scale ? p.scale.dtype : p.x_dtype})

@@ -13,7 +13,7 @@ from fastdiff.ops import sample_tokens, unmask_
 def main(run="runs/example_numbers", prompt="4096", output="uncertainty.png", max_new_tokens=12, **training):
     loaded = train_language_model.main(run, **training)
     model, tokenizer, mask_id = loaded.model, loaded.tokenizer, loaded.model.config.mask_token_id
-    given = tokenizer.encode(prompt)
+    given = loaded.codec.encode(prompt)
     ids = torch.tensor([given + [mask_id] * max_new_tokens], device=model.device)  # [1, prompt + new tokens]
     entropies = []
     while (ids == mask_id).any():  # decoding by hand: predict, note the entropies, choose the surest token

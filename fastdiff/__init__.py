@@ -1,5 +1,7 @@
 """fastdiff: the operators of diffusion transformers and masked diffusion language models, made fast."""
 
+import importlib as _importlib
+import importlib.metadata as _importlib_metadata
 import importlib.util as _importlib_util
 import sys as _sys
 from pathlib import Path as _Path
@@ -22,20 +24,29 @@ if _importlib_util.find_spec("torch") is None:
         name=__name__,
     )
 
-import torch as _torch  # noqa: E402  (torch's own error would be longer)
-
 _MINIMUM_TORCH = (2, 13)
-if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) < _MINIMUM_TORCH:
+_torch = _sys.modules.get("torch")  # not imported here: `fastdiff --help` need not wait for it
+try:
+    _version = _importlib_metadata.version("torch") if _torch is None else _torch.__version__
+except _importlib_metadata.PackageNotFoundError:  # a build of one's own that was not installed
+    _version = _importlib.import_module("torch").__version__
+if tuple(int(part) for part in _version.split("+")[0].split(".")[:2]) < _MINIMUM_TORCH:
     raise ImportError(
-        f"fastdiff {__version__} needs torch >= {_MINIMUM_TORCH[0]}.{_MINIMUM_TORCH[1]} and found "
-        f"{_torch.__version__}; run: pip install 'torch>={_MINIMUM_TORCH[0]}.{_MINIMUM_TORCH[1]}'",
+        f"fastdiff {__version__} needs torch >= {_MINIMUM_TORCH[0]}.{_MINIMUM_TORCH[1]} and found {_version}; run: pip "
+        f"install 'torch>={_MINIMUM_TORCH[0]}.{_MINIMUM_TORCH[1]}'",
         name=__name__,
     )
 
-from fastdiff import lazy as _lazy  # noqa: E402
-from fastdiff import ops  # noqa: E402  (the version check above must come first)
-from fastdiff.backends import BackendError, use_backend  # noqa: E402
-
 __all__ = ["BackendError", "load", "ops", "use_backend", "__version__"]
 
-__getattr__ = _lazy.exports(__name__, {"load": "fastdiff.tasks.kinds"})
+_HOMES = {"BackendError": "fastdiff.backends", "load": "fastdiff.tasks.kinds", "use_backend": "fastdiff.backends"}
+
+
+def __getattr__(name: str):
+    """Imports what is asked for, torch with it."""
+    if name in ("ops", "backends"):
+        return _importlib.import_module(f"fastdiff.{name}")
+    if name in _HOMES:
+        _importlib.import_module("fastdiff.ops")  # whose operators `torch.ops` then has
+        return getattr(_importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,15 +8,14 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 from jsonargparse import SUPPRESS, ActionYesNo, ArgumentError
 
+from fastdiff.arguments import ArgumentParser, meanings_of
 from fastdiff.errors import TrainingError, one_line
-from fastdiff.recipes import ArgumentParser
 from fastdiff.tasks.options import GenerationOptions
 
 # Types of the fields whose default, None, does not tell. A field that is in neither is read as JSON, or else as text.
@@ -58,6 +57,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     def wrapper(argv: Sequence[str] | None = None) -> None:
         from fastdiff.backends import BackendError
 
+        if getattr(sys.stdout, "errors", None) == "strict":  # a terminal of few characters ends no command
+            sys.stdout.reconfigure(errors="backslashreplace")
         if os.environ.get("FASTDIFF_TRACEBACK") == "1":
             return main(argv)
         try:
@@ -89,7 +90,7 @@ def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     usage = f"fastdiff {action} RUN [options]"
-    path = find_path(arguments)
+    path = find_path(arguments) or find_path(arguments, _switches(action))
     if path is None:
         parser = ArgumentParser(prog=f"fastdiff {action}", usage=usage, exit_on_error=False, allow_abbrev=False)
         able = {name: kind_named(name) for name in KINDS if getattr(kind_named(name), action) is not None}
@@ -106,33 +107,55 @@ def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
         exit_on_error=False, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("run", type=str, help="a run's folder, one of its checkpoints, a saved model, or a hub id")
-    add_options(parser, options, without=unfit(path) if (unfit := getattr(options, "unfit", None)) else ())
-    given = vars(parser.parse_args(arguments))
+    unfit, told = (getattr(options, name, None) for name in ("unfit", "told"))
+    add_options(parser, options, unfit(path) if unfit else (), told(path) if told else {})
+    arguments.remove(path)
+    given = vars(parser.parse_args([path, *arguments]))  # first: an option with several values would take it
     made = options_from(options, given)
     quiet_libraries()
     act(given["run"], made)
 
 
-def find_path(arguments: Sequence[str]) -> str | None:
+def find_path(arguments: Sequence[str], switches: Collection[str] = ()) -> str | None:
     """The run among a command's arguments, whose options are not known yet; None where there is none.
 
-    It is the first argument that is not an option and cannot be an option's value, or else one that exists.
+    It is the first argument where that is no option; or else one that exists; or else the first that cannot be an
+    option's value. `switches` are options that are known to take none.
     """
-    values = [(before, word) for before, word in zip(["", *arguments], arguments, strict=False) if word[:1] != "-"]
-    sure = [word for before, word in values if before[:1] != "-" or "=" in before]
-    return next(iter(sure), None) or next((word for _, word in values if Path(word).exists()), None)
+    words = [word for word in arguments if word[:1] != "-"]
+    if words and arguments[0] == words[0]:
+        return words[0]
+    there = [word for word in words if os.path.lexists(word)]
+    pairs = zip(["", *arguments], arguments, strict=False)
+    sure = [
+        word for before, word in pairs if word[:1] != "-" and (before[:1] != "-" or "=" in before or before in switches)
+    ]
+    return next(iter([*(word for word in there if word in sure), *there, *sure]), None)
 
 
-def add_options(parser: ArgumentParser, options: type, without: Collection[str] = ()) -> None:
+def _switches(action: str) -> set[str]:
+    """The options without a value that some kind has for a command."""
+    from fastdiff.tasks.kinds import KINDS, kind_named
+
+    kinds = [kind for kind in map(kind_named, KINDS) if getattr(kind, action) is not None]
+    options = [kind.options_of(action) for kind in kinds]
+    return {
+        "--" + name.replace("_", "-") for each in options for name, hint in get_type_hints(each).items() if hint is bool
+    }
+
+
+def add_options(
+    parser: ArgumentParser, options: type, without: Collection[str] = (), told: Mapping[str, str] | None = None
+) -> None:
     """Adds an option for each field of a dataclass; what is not given is not in the parser's result.
 
     Fields in `without` get none: a dataclass whose options depend on the run has a static method `unfit(path)`, which
-    names them.
+    names them. `told` is what the help says of fields beside their meaning; a static method `told(path)` gives it.
 
     The docstring's Attributes are the help. A field of type `GenerationOptions` stands for all options of decoding that
     the class does not have itself. `metadata` of a field are further arguments of `add_argument`.
     """
-    meanings, hints = _meanings(options), get_type_hints(options)
+    meanings, hints = _help_of(options), get_type_hints(options)
     decoding = None
     for field in dataclasses.fields(options):
         if field.name in without:
@@ -141,8 +164,11 @@ def add_options(parser: ArgumentParser, options: type, without: Collection[str] 
             decoding = field
             continue
         kind, default = _without_none(hints[field.name]), field.default
-        told = default is not None and default is not False and default is not dataclasses.MISSING
-        text = meanings.get(field.name, "") + (f" (default: {default})" if told else "")
+        if default is None or default is False or default is dataclasses.MISSING:
+            said = (told or {}).get(field.name, "").replace("%", "%%")
+        else:
+            said = f"default: {default}"
+        text = meanings.get(field.name, "") + (f" ({said})" if said else "")
         common: dict[str, Any] = {"default": SUPPRESS, "help": text, **field.metadata}
         option = "--" + field.name.replace("_", "-")
         if kind is bool:
@@ -185,7 +211,7 @@ def _add_generation_options(parser: ArgumentParser, defaults: dict[str, Any]) ->
     """
     from fastdiff.generation.config import CHOICES, MaskedDiffusionGenerationConfig
 
-    meanings = _meanings(MaskedDiffusionGenerationConfig)
+    meanings = _help_of(MaskedDiffusionGenerationConfig)
     taken = {action.dest for action in parser._actions}
     for name, default in MaskedDiffusionGenerationConfig.option_defaults().items():
         if name in taken:
@@ -214,15 +240,9 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def _meanings(options: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each field."""
-    meanings: dict[str, str] = {}
-    for each in options.__mro__:
-        for entry in parse(each.__dict__.get("__doc__") or "").params:
-            for name in entry.arg_name.split(","):
-                text = one_line((entry.description or "").replace("`", ""))
-                meanings.setdefault(name.strip(), text.replace("%", "%%"))
-    return meanings
+def _help_of(options: type) -> dict[str, str]:
+    """What docstrings say of each field, as argparse takes it."""
+    return {name: text.replace("%", "%%") for name, text in meanings_of(options).items()}
 
 
 def quiet_libraries() -> None:

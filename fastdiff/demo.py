@@ -12,17 +12,18 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from fastdiff.arguments import ArgumentParser
 from fastdiff.cli import command, quiet_libraries
 from fastdiff.errors import TrainingError
 from fastdiff.files import write_atomically
-from fastdiff.recipes import ArgumentParser, parse_recipe
+from fastdiff.recipes import parse_recipe
 from fastdiff.version import __version__
 
 _RECIPE = "dit_mnist"
@@ -98,6 +99,7 @@ def machine() -> dict[str, Any]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
+    from fastdiff.evaluation.classifier import check_classifier_cache
     from fastdiff.tasks.dit.recipe import DiTRecipe
     from fastdiff.tasks.dit.task import DiTTask
 
@@ -123,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     data = DiTTask(recipe).data
+    check_classifier_cache(data)
     announce("measure", f"training steps on {len(data.train)} real images of {data.name}")
     rates = measure_rates(recipe, data, rounds=7, steps=6, seconds=min(_MEASURING, arguments.seconds))
     planned = max(_FEWEST_STEPS, int(arguments.seconds * rates["auto"] / recipe.training.batch_size))
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training_start = time.perf_counter()
     trainer, outcome = _train(recipe, training, data, arguments.seconds)
     training_seconds = time.perf_counter() - training_start
-    if not outcome.finished:
+    if outcome.interrupted:
         print(f"stopped after step {outcome.steps}; checkpoint: {outcome.checkpoint}")
         raise SystemExit(130)
     speed = {
@@ -181,9 +184,11 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
 
     start, tenth = time.perf_counter(), max(training.max_steps // 10, 1)
     trainer = trainer_for(training)
-    outcome = trainer.train(stop_at=tenth)
-    if outcome.steps < tenth:  # Ctrl-C
+    outcome = trainer.train(stop_at=tenth, seconds=seconds)
+    if outcome.interrupted:
         return trainer, outcome
+    if outcome.steps < tenth:
+        return _ended(trainer_for, training, outcome)
     left = 0.97 * (seconds - (time.perf_counter() - start))  # the rest is for checkpoints and pictures
     steps = tenth + max(tenth, int(left * outcome.samples_per_second / training.batch_size))
     steps = max(_FEWEST_STEPS, steps)
@@ -191,10 +196,14 @@ def _train(recipe: Any, training: Any, data: Any, seconds: float) -> tuple[Any, 
     print(f"{steps} steps in all, by the rate of the first {tenth}", flush=True)
     trainer = trainer_for(training)
     outcome = trainer.train(seconds=1.3 * left + 10)
-    if outcome.finished or time.perf_counter() - start < seconds:  # as planned, or Ctrl-C
+    if outcome.finished or outcome.interrupted:
         return trainer, outcome
-    # the machine became slower: what there is counts; this only draws the pictures
-    trainer = trainer_for(dataclasses.replace(training, max_steps=outcome.steps))
+    return _ended(trainer_for, training, outcome)
+
+
+def _ended(trainer_for: Callable[[Any], Any], training: Any, outcome: Any) -> tuple[Any, Any]:
+    """The time is over, as the machine became slower: what there is counts; this only draws the pictures."""
+    trainer = trainer_for(dataclasses.replace(training, max_steps=outcome.steps, resume=True, overwrite=False))
     return trainer, dataclasses.replace(trainer.train(), samples_per_second=outcome.samples_per_second)
 
 

@@ -7,9 +7,9 @@ import torch
 
 import fastdiff
 from fastdiff import backends
+from fastdiff.arguments import ArgumentParser
 from fastdiff.cli import command
 from fastdiff.ops import _native
-from fastdiff.recipes import ArgumentParser
 
 
 def report() -> str:
@@ -35,20 +35,23 @@ def report() -> str:
         lines.append(f"CUDA module: {_native.cuda_missing}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     lines += [f"GPU: {gpu}", f"backend asked for: {backends.requested()} (use_backend or FASTDIFF_BACKEND)", ""]
-    lines += [_operator(name, entries) for name, entries in backends.table().items()]
+    alike: dict[str, list[str]] = {}
+    for name, entries in backends.table().items():
+        alike.setdefault(_backends_of(name, entries), []).append(f"fastdiff.ops.{name}")
+    lines += [line for text, names in alike.items() for line in (*names, text)]  # what holds of many is said once
     return "\n".join(lines)
 
 
-def _operator(operator: str, entries: dict[str, str | None]) -> str:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    text = [f"fastdiff.ops.{operator}"]
+def _backends_of(operator: str, entries: dict[str, str | None]) -> str:
+    """A line for each backend of an operator."""
+    device, text = "cuda" if torch.cuda.is_available() else "cpu", []
     for name in entries:
-        reason = backends.why_not(operator, name, device if name != "cpu" else "cpu", (torch.float32,))
+        reason = backends.why_not(operator, name, device, (torch.float32,))
         if reason is None:
             chosen = backends.select(operator, device, (torch.float32,)) == name
             text.append(f"  {name:10} runs{f' (chosen on {device})' if chosen else ''}")
         else:
-            text.append(f"  {name:10} cannot run: {reason}")
+            text.append(f"  {name:10} cannot run: {'see above' if reason == _native.cuda_missing else reason}")
     return "\n".join(text)
 
 

@@ -3,31 +3,19 @@
 import contextlib
 import dataclasses
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError
-from jsonargparse import ArgumentParser as _ArgumentParser
 
+from fastdiff.arguments import ArgumentParser, short_help
 from fastdiff.errors import one_line, section
 from fastdiff.shipped import find_recipe
 
 Recipe = TypeVar("Recipe")
 _FLAGS = ("-h", "--list", "--print_config")  # options without a value
-
-
-class ArgumentParser(_ArgumentParser):
-    """jsonargparse's, with advice where an option does not exist."""
-
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message, re.IGNORECASE)
-        if unknown and "did you mean" not in message:  # it comes here twice
-            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.8)
-            message += f"; did you mean {close[0]}?" if close else ""
-        super().error(message, *args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +61,7 @@ def recipe_parser(recipe: type, description: str) -> ArgumentParser:
     """A parser of `--section.field value …`, with every field of the dataclass `recipe`."""
     usage = "fastdiff train RECIPE [--SECTION.FIELD VALUE ...]"
     parser = ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.of_recipe = True
     parser.add_argument("--recipe", action=ActionConfigFile, help="a YAML file; the same as naming it alone")
     parser.add_class_arguments(recipe, None)
     return parser
@@ -92,14 +81,46 @@ def parse_recipe(recipe: type[Recipe], arguments: RecipeArguments | Sequence[str
     if arguments.recipe is None:
         raise ValueError(f"no recipe given; expected: {parser.usage}")
     check_recipe_file(recipe, arguments.recipe)
-    if any(word == "-h" or word.startswith("--help") for word in arguments.options):  # the help tells its values
-        values = vars(parser.parse_args([f"--recipe={arguments.recipe}"]).as_flat())
-        values.pop("recipe", None)
-        for name, value in values.items():
-            with contextlib.suppress(KeyError):  # fields of a section that may be null have no option of their own
-                parser.set_defaults({name: value})
+    of_file = [f"--recipe={arguments.recipe}"]
+    if {"-h", "--help"} & set(arguments.options):
+        _print_help(build(recipe, parser.parse_args(of_file)), arguments.recipe, parser)
+    if "--help-all" in arguments.options:
+        _print_all_help(parser, of_file)
     # first, whatever its place was: options replace what it says
-    return build(recipe, parser.parse_args([f"--recipe={arguments.recipe}", *arguments.options]))
+    made = build(recipe, parser.parse_args([*of_file, *arguments.options]))
+    _check_overwrite(made, arguments)
+    return made
+
+
+def _print_help(recipe: Any, path: Path, parser: ArgumentParser) -> NoReturn:
+    """A line a field, with the recipe's values, of the sections that it has; ends the process."""
+    values = recipe.to_dict() if hasattr(recipe, "to_dict") else dataclasses.asdict(recipe)
+    values = {name: value for name, value in values.items() if name != "task"}
+    print(f"usage: {parser.usage}\n\n{parser.description}\nThese are the values of {path}; --help-all tells more.")
+    print(short_help(recipe, plain(values)))
+    raise SystemExit(0)
+
+
+def _print_all_help(parser: ArgumentParser, of_file: list[str]) -> NoReturn:
+    """jsonargparse's help of every field, with the recipe's values; ends the process."""
+    values = vars(parser.parse_args(of_file).as_flat())
+    values.pop("recipe", None)
+    for name, value in values.items():
+        with contextlib.suppress(KeyError):  # fields of a section that may be null have no option of their own
+            parser.set_defaults({name: value})
+    parser.print_help()
+    raise SystemExit(0)
+
+
+def _check_overwrite(recipe: Any, arguments: RecipeArguments) -> None:
+    """Raises ValueError where a file alone asks for a run to be deleted: whoever types the command must say so."""
+    training = getattr(recipe, "training", None)
+    typed = any(word.startswith("--training") for word in arguments.options if "overwrite" in word or "{" in word)
+    if getattr(training, "overwrite", False) and not typed:
+        raise ValueError(
+            f"{arguments.recipe}: training.overwrite: got true; expected it on the command line alone, as it deletes "
+            "the run in training.output_dir: take it out of the file, and type --training.overwrite true"
+        )
 
 
 def load_recipe(recipe: type[Recipe], path: Path) -> Recipe:

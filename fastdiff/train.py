@@ -20,7 +20,7 @@ _HELP = f"""usage: {_USAGE}
 {__doc__}
 options:
   --list           the recipes that come with fastdiff: what they train, what they need, how long they take
-  RECIPE --help    the fields of that recipe
+  RECIPE --help    the fields of that recipe and their values, a line each; --help-all tells more of each
 """
 
 

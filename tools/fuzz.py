@@ -1,7 +1,7 @@
-"""Every raw operator under AddressSanitizer and UBSan, called with right and wrong operands: python tools/fuzz.py (make fuzz)
+"""Every raw operator under AddressSanitizer and UBSan, with right and wrong operands: python tools/fuzz.py (make fuzz)
 
-Builds the CPU module with the sanitizers in build/sanitized, and runs tests/ops/fuzz_schemas.py on it. Exit status: 0 no
-fault, 1 a fault (reported with the call that made it), 2 this machine cannot build the module.
+Builds the CPU module with the sanitizers in build/sanitized, and runs tests/ops/fuzz_schemas.py on it. Exit status: 0
+no fault, 1 a fault (reported with the call that made it), 2 this machine cannot build the module.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FOLDER = ROOT / "build" / "sanitized"
 
 
 def build() -> Path:
-    """The module with the sanitizers; raises Unavailable where tools are missing, RuntimeError with a compiler's words."""
+    """The module; raises Unavailable where tools are missing, RuntimeError with a compiler's words."""
     import pybind11
     from torch.version import __version__ as torch_version
 

@@ -165,7 +165,7 @@ def _open_datasets(config: TextDataConfig) -> Corpus:
 
 def _open_numbers(config: TextDataConfig) -> Corpus:
     key = f"{config.max_digits} {config.num_pairs} {config.languages} {config.grouped_digits} {number_words_version()}"
-    check_languages(config.languages)
+    check_languages(config.languages, config.max_digits)
     pairs: list[Pair] = []
 
     def read() -> Iterator[Pair]:

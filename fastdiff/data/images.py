@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.labelled import ExampleSet, LabelledData
+from fastdiff.files import fingerprint_of_files
 
 
 class ImageSet(ExampleSet, Protocol):
@@ -89,10 +90,11 @@ class FileImages(_Batches):
         return torch.from_numpy(pixels).reshape(self.image_size, self.image_size, self.channels).permute(2, 0, 1)
 
     def fingerprint(self) -> str:
+        """See `fastdiff.files.fingerprint_of_files`; names and labels are in it, times and the folder's place not."""
         digest = hashlib.sha256(f"{self.image_size} {self.channels}".encode())
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
-            stat = path.stat()
-            digest.update(f"{path.parent.name}/{path.name} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            digest.update(f"{path.parent.name}/{path.name} {label}\n".encode(errors="surrogateescape"))
+        digest.update(fingerprint_of_files(self.paths).encode())
         return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -36,4 +36,13 @@ class LabelledData:
     def fingerprint(self) -> str:
         """A hash of both parts and of the classes."""
         parts = (self.name, *self.class_names, self.train.fingerprint(), self.held_out.fingerprint())
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a run keeps of its data, as plain values: `fastdiff.training.provenance` compares it later."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "class_names": list(self.class_names),
+            "examples": {"train": len(self.train), "held_out": len(self.held_out)},
+        }

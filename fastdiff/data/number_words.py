@@ -21,8 +21,8 @@ def number_words_version() -> str:
         ) from None
 
 
-def check_languages(languages: Sequence[str]) -> None:
-    """Raises ValueError for a code that num2words does not know."""
+def check_languages(languages: Sequence[str], max_digits: int) -> None:
+    """Raises ValueError for a code that num2words does not know, or in which it has no words for so many digits."""
     from num2words import CONVERTER_CLASSES
 
     for language in languages:
@@ -31,6 +31,21 @@ def check_languages(languages: Sequence[str]) -> None:
             raise ValueError(
                 f"{named('languages')}: got {language!r}, which num2words does not know; expected some of {known}"
             )
+        fitting = next(digits for digits in range(max_digits, -1, -1) if digits == 0 or _has_words(digits, language))
+        if fitting < max_digits:
+            raise ValueError(
+                f"{named('max_digits')}: got {max_digits}; num2words has words of {language} for {fitting} digits at "
+                f"most: set it to {fitting}, or leave {language} out"
+            )
+
+
+def _has_words(digits: int, language: str) -> bool:
+    from num2words import num2words
+
+    try:
+        return bool(num2words(10**digits - 1, lang=language).strip())
+    except Exception:  # its languages raise OverflowError, KeyError, IndexError, NotImplementedError, …
+        return False
 
 
 def number_pairs(

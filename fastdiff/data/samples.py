@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ Sample = str | Pair
 # Closing quotes and brackets belong to the sentence before, opening ones to the next.
 _SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]]*(?=\s+(["'“‘(\[]*)(\w))""")
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|Sr|Jr|vs|etc|e\.g|i\.e)\.$")
+_JOINERS = "\u200c\u200d"  # between letters of Persian and Indian scripts
 _BLANK_LINE = re.compile(r"\n[ \t\r]*(?:\n[ \t\r]*)+")
 
 
@@ -69,9 +71,16 @@ def _both_sides(pair: Pair) -> bool:
 
 
 def plain_line(line: str) -> str:
-    """The words of a line in lower case, one space between them, without punctuation: "o'er-run" is "oer run"."""
+    """The words of a line in lower case, one space between them, without punctuation: "o'er-run" is "oer run".
+
+    What letters are made of is kept: combining marks (vowel signs, accents of their own) and joiners.
+    """
     spaced = re.sub(r"[-–—_]", " ", line.lower())
-    return " ".join("".join(char for char in spaced if char.isalnum() or char.isspace()).split())
+    return " ".join("".join(char for char in spaced if _is_of_a_word(char) or char.isspace()).split())
+
+
+def _is_of_a_word(char: str) -> bool:
+    return char.isalnum() or char in _JOINERS or unicodedata.category(char).startswith("M")
 
 
 def paragraphs(text: str) -> list[str]:
@@ -160,7 +169,10 @@ class Split:
 
 
 def tail_start(text: str, fraction: float) -> int:
-    """Where the last `fraction` of a text begins: at a line's beginning, or a word's where there is but one line."""
+    """Where the last `fraction` of a text begins: at a line's beginning, or a word's where there is but one line.
+
+    A line without spaces (Chinese, DNA) is cut between characters; len(text) where there is but one.
+    """
     end = len(text.rstrip())
     wanted = end - max(round(end * fraction), 1)
     for separator in ("\n", " "):
@@ -168,7 +180,9 @@ def tail_start(text: str, fraction: float) -> int:
         cut = (text.rfind(separator, 0, wanted) + 1) or after + 1
         if text[:cut].strip() and text[cut:].strip():
             return cut
-    return len(text)
+    # a mark belongs to the letter before it
+    cuts = (cut for cut in range(max(wanted, 1), end) if not unicodedata.category(text[cut]).startswith("M"))
+    return next((cut for cut in cuts if text[:cut].strip()), len(text))
 
 
 def _digest(sample: Sample) -> np.uint64:

@@ -93,6 +93,12 @@ class TabularData(LabelledData):
     held_out: TableRows
     schema: TableSchema
 
+    def record(self) -> dict[str, Any]:
+        kept: dict[str, Any] = {column.name: list(column.values) for column in self.schema.categories}
+        # not in the fingerprint: standardised rows of another unit are the same
+        kept |= {column.name: f"{column.mean:.6g} ± {column.deviation:.6g}" for column in self.schema.numbers}
+        return super().record() | {"columns": {name: kept[name] for name in self.schema.names}}
+
     def table(self, rows: TableRows) -> dict[str, np.ndarray]:
         """Rows in their columns' units."""
         return self.schema.decode(rows.numbers, rows.categories)

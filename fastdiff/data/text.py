@@ -14,14 +14,21 @@ from fastdiff.data.samples import Piece, Samples, Split
 from fastdiff.data.text_config import TextDataConfig, TokenizerConfig
 from fastdiff.data.text_parts import TextData, TextPart
 from fastdiff.data.token_files import TokenFile, TokenFileWriter
-from fastdiff.data.tokenization import TRAINED_TOKENIZERS, encode_texts, load_tokenizer, tokenizer_fingerprint
+from fastdiff.data.tokenization import (
+    TRAINED_TOKENIZERS,
+    encode_texts,
+    load_saved_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from fastdiff.errors import named, section
 from fastdiff.files import cache_folder, make_folder_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1  # of the cached folder; a change of splitting or tokenizing makes old folders strangers
+_FORMAT = 2  # of the cached folder; a change of splitting or tokenizing makes old folders strangers
 _META, _TOKENIZER = "meta.json", "tokenizer"
 _PARTS = ("train", "held_out")
 _BATCH_TEXTS, _BATCH_CHARACTERS = 512, 4_000_000  # tokenized at once: enough for the tokenizer's threads
@@ -54,9 +61,7 @@ def load_text_data(data: TextDataConfig, tokenizer: "TokenizerConfig | PreTraine
     if not _is_complete(folder):
         make_folder_once(folder, _is_complete, lambda new: _fill(new, data, corpus, tokenizer, ready))
     if ready is None:
-        from transformers import AutoTokenizer
-
-        ready = AutoTokenizer.from_pretrained(str(folder / _TOKENIZER))
+        ready = load_saved_tokenizer(folder / _TOKENIZER)
     return _open(folder, data, ready)
 
 
@@ -133,9 +138,9 @@ def _write_tokens(
     folder: Path, names: list[str], data: TextDataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, int]:
     """Writes the token files; what was left out, by reason."""
-    too_long = empty = 0
+    too_long, empty, size = 0, 0, vocabulary_size(tokenizer)
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(TokenFileWriter(folder / name, len(tokenizer))) for name in names}
+        writers = {name: stack.enter_context(TokenFileWriter(folder / name, size)) for name in names}
         for held_out, target, condition in _tokenized(split, tokenizer, data.name):
             part = _PARTS[held_out]
             if condition is None:

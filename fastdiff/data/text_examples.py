@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from fastdiff.data.labelled import LabelledData
 from fastdiff.data.text_batches import document_windows, pair_windows
 from fastdiff.data.text_config import TextDataConfig
 from fastdiff.data.text_parts import TextData, TextPart
+from fastdiff.data.tokenization import tokenizer_fingerprint
 from fastdiff.errors import named
 
 
@@ -82,6 +84,9 @@ class TextExamples(LabelledData):
 
     train: TextWindows
     held_out: TextWindows
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"tokenizer": tokenizer_fingerprint(self.train.tokenizer)}
 
 
 def text_examples(data: TextData, config: TextDataConfig) -> TextExamples:

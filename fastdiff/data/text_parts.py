@@ -1,9 +1,10 @@
 """A tokenized corpus: its part to train on and its held-out part."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastdiff.data.token_files import TokenFile
+from fastdiff.data.tokenization import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,3 +43,12 @@ class TextData:
     held_out: TextPart
     tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
+
+    def record(self) -> dict[str, Any]:
+        """What a run keeps of its data, as plain values: `fastdiff.training.provenance` compares it later."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "examples": {"train": len(self.train), "held_out": len(self.held_out)},
+        }

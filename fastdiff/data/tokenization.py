@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdiff.data.text_config import TokenizerConfig
-from fastdiff.errors import named
+from fastdiff.errors import named, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")  # how the names of a tokenizer's files begin
 TRAINED_TOKENIZERS = ("bpe", "characters")
+_LONGEST_WORD = 64
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
 SPECIAL_TOKENS = {
     "pad_token": "<pad>",
     "bos_token": "<bos>",
@@ -47,16 +51,75 @@ def load_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> "PreTra
     if not path.is_dir() and config.name.startswith(("/", "./", "../", "~")):
         raise FileNotFoundError(f"{named('name')}: got {config.name!r}, which is not a folder; {expected}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else config.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else config.name, trust_remote_code=False)
     except Exception as error:  # of many kinds: no such id, no network, no tokenizer in the folder
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
             f"{named('name')}: got {config.name!r}, which cannot be loaded ({reason}); {expected}"
         ) from None
     missing = [name for name in SPECIAL_TOKENS if name != "unk_token" and getattr(tokenizer, name) is None]
+    before = tokenizer.get_vocab()
     tokenizer.add_special_tokens({name: SPECIAL_TOKENS[name] for name in missing})
+    for name in missing:
+        new = SPECIAL_TOKENS[name] not in before
+        if new and getattr(tokenizer, f"{name}_id") in before.values():  # ids are counted from the number of tokens
+            raise ValueError(
+                f"{named('name')}: got {config.name!r}, whose ids have holes, so that {SPECIAL_TOKENS[name]} would get "
+                f"the id {getattr(tokenizer, f'{name}_id')} of another token; name a {name} in its files"
+            )
     tokenizer.clean_up_tokenization_spaces = False  # it would make decoded text differ from the tokens' own
     return tokenizer
+
+
+def load_saved_tokenizer(folder: str | Path, model_type: str = "") -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder, beside a model of a type (config.json's `model_type`), as it is. No code is run.
+
+    Raises FileNotFoundError where there is none that can be loaded; one line.
+    """
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
+    if not has_tokenizer(folder):  # transformers would make one that knows no words
+        raise FileNotFoundError(f"{folder}: no tokenizer that can be loaded: expected tokenizer.json in it")
+    # Dream's own class is code in its repository; what it does is Qwen2's tokenizer.
+    is_dream = model_type.lower() == "dream"
+    kind = Qwen2Tokenizer if is_dream else AutoTokenizer
+    try:
+        options = {} if is_dream else {"trust_remote_code": False}
+        return kind.from_pretrained(str(folder), **options)
+    except Exception as error:  # transformers and tokenizers raise what they like on missing and damaged files
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer that can be loaded (tokenizer.json, tokenizer_config.json): {one_line(error)}"
+        ) from error
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has files of a tokenizer."""
+    return any(file.name.startswith(_FILES) for file in Path(folder).iterdir())
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """1 + the largest id: `len(tokenizer)` counts tokens, which are fewer where ids have holes."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def ids_without_text(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, kept: Collection[int] = ()) -> list[int]:
+    """Ids below `vocab_size` that a tokenizer does not have, but for `kept`: they would decode to nothing.
+
+    Vocabularies of models are padded beyond the tokenizer's largest id, and tokenizers have holes in their ids.
+    """
+    known = {*tokenizer.get_vocab().values(), *kept}
+    return [token for token in range(vocab_size) if token not in known]
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError where a text has half of a surrogate pair, such as for bytes that were no UTF-8."""
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("text: got half of a surrogate pair or bytes that are not UTF-8; expected characters")
+
+
+def decode_ids(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], *, special_tokens: bool = False) -> str:
+    """Text of ids as it is in their tokens, special tokens left out or written; half characters become U+FFFD."""
+    return tokenizer.decode(list(ids), skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False)
 
 
 def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
@@ -97,8 +160,22 @@ def _train_bpe(documents: Iterable[str], vocab_size: int):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every byte, seen or not
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(_in_words(documents), trainer)
     return tokenizer
+
+
+def _in_words(documents: Iterable[str]) -> Iterator[str]:
+    """Documents, cut within words of more than 64 characters: each merge of training walks through them.
+
+    Chinese and DNA have no spaces: a line of theirs is a word.
+    """
+    for document in documents:
+        start = 0
+        for word in _LONG_WORD.finditer(document):
+            for cut in range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD):
+                yield document[start:cut]
+                start = cut
+        yield document[start:]
 
 
 def _character_tokenizer(documents: Iterable[str]):

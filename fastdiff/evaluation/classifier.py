@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastdiff.data import EpochStream, ImageData, ImageSet
 from fastdiff.device import computes_bf16
-from fastdiff.files import cache_folder, write_atomically
+from fastdiff.files import cache_folder, check_cache_folder, write_atomically
 
 VERSION = 1  # of network and training below: another number means another cache file
 FEATURES = 128
@@ -68,11 +68,12 @@ def load_or_train_classifier(
     The file's name holds a hash of images, labels and split, so a changed data set gets another classifier.
 
     Raises:
-        OSError: the cache cannot be written.
+        PermissionError, OSError: the cache cannot be written.
     """
     schedule = schedule or Schedule.for_size(len(data.train))
-    key = f"{data.fingerprint[:16]}-v{VERSION}-{schedule.epochs}x{schedule.batch_size}"
-    path = cache_folder() / "classifiers" / f"{data.name}-{key}.safetensors"
+    path = classifier_file(data, schedule)
+    if not path.is_file():
+        check_cache_folder()  # before the minutes that training takes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = Classifier(data.image_shape[0], len(data.class_names))
@@ -80,6 +81,19 @@ def load_or_train_classifier(
             _train(classifier, data, schedule, torch.device(device), progress)
             _store(classifier, path)
     return classifier.to(device).eval()
+
+
+def check_classifier_cache(data: ImageData) -> None:
+    """Raises PermissionError where a data set's classifier is not in the cache and could not be put there."""
+    if not classifier_file(data).is_file():
+        check_cache_folder()
+
+
+def classifier_file(data: ImageData, schedule: Schedule | None = None) -> Path:
+    """Where the classifier of a data set lies once it was trained."""
+    schedule = schedule or Schedule.for_size(len(data.train))
+    key = f"{data.fingerprint[:16]}-v{VERSION}-{schedule.epochs}x{schedule.batch_size}"
+    return cache_folder() / "classifiers" / f"{data.name}-{key}.safetensors"
 
 
 def _load(classifier: Classifier, path: Path) -> bool:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastdiff.data.text_codec import MASK_WORD
+
 
 def padding_last(ids: Tensor, real: Tensor) -> Tensor:  # int64 [B, P], bool [B, P] -> int64 [B, P]
     """The real tokens of each row at its beginning, in their order, so that they have the positions they have alone."""
@@ -20,6 +22,11 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
 
 
+def as_seen(ids: Tensor, mask_token_id: int) -> Tensor:
+    """Ids as the model sees them: the mask token where MASK_WORD stands for it as a word of the prompt."""
+    return ids.masked_fill(ids == MASK_WORD, mask_token_id)
+
+
 class Canvas:
     """The token ids of a batch while they are decoded, laid out so that each row is what it is alone.
 
@@ -28,7 +35,7 @@ class Canvas:
     `max_new_tokens` wide, or as `windows` says, with room to grow; what a row has less is `end_token_id` in the result.
 
     Attributes:
-        ids: int64 `[B, W]`.
+        ids: int64 `[B, W]`; MASK_WORD where the prompt has it.
         used: bool `[B, W]`, the prompt and the window, not filling.
         given: bool `[B, W]`, tokens that the prompt gave, which guidance hides; none of `keep_tokens`.
         columns: int64 `[W]`, 0, 1, …
@@ -111,4 +118,4 @@ class Canvas:
     def sequences(self) -> Tensor:  # int64 [B, P + N]
         """The tokens in the columns of the input, then the new ones."""
         ids = self.ids if self.end_token_id is None else torch.where(self.used, self.ids, self.end_token_id)
-        return torch.where(self._kept, self._input, ids.gather(1, self._source))
+        return as_seen(torch.where(self._kept, self._input, ids.gather(1, self._source)), self.mask_token_id)

@@ -92,7 +92,9 @@ def generate(
 
     Args:
         model: a `fastdiff.models.MaskedDiffusionLM`, or one wrapped by peft.
-        input_ids: the prompts. Mask tokens in them are filled first, before the blocks of new tokens.
+        input_ids: the prompts. Mask tokens in them are filled first, before the blocks of new tokens. An id of -1
+            (`fastdiff.data.MASK_WORD`) is the mask token as a word of the text, for models whose mask token is one
+            (DiffuGPT): the model sees the mask token, and it stays.
         attention_mask: True or 1 where a token counts; prompts may be padded on the left or the right.
         generation_config: None is `MaskedDiffusionGenerationConfig()`.
         streamer: called after each step as streamer(token_ids, step): a new tensor laid out as `sequences`, with mask

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig
+from fastdiff.generation.canvas import as_seen
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.rows import ActiveRows, Turn
 from fastdiff.nn import KeyValueCache
@@ -113,7 +114,7 @@ class Passes:
         if members is not None:
             inputs["cache_rows"] = self._halves(number, total)
         self.count, self.short = self.count + 1, self.short + short
-        states = self.model.hidden_states(ids, **inputs)
+        states = self.model.hidden_states(as_seen(ids, rows.mask_token_id), **inputs)
         return self._packed(torch.where(places < width, number[:, None] * width + places, -1).flatten(), states)
 
     def _columns(self, rows: ActiveRows, turns: list[Turn], members: list[int] | None, of) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.data.tokenization import decode_ids
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.rows import ActiveRows
 
@@ -84,5 +85,5 @@ class Stopping:
             rows.ids[row, start + needed : rows.lengths[row]] = self.filling
 
     def _has_string(self, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        text = decode_ids(self.tokenizer, tokens, special_tokens=True)
         return any(string in text for string in self.strings)

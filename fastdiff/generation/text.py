@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.data.text_codec import TextCodec
+from fastdiff.data.tokenization import ids_without_text
 from fastdiff.generation.canvas import padded
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.decoding import GenerationStatistics, Streamer, generate
@@ -17,8 +19,6 @@ from fastdiff.generation.windows import default_predictor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DEFAULT_MASK_TEXT = "<mask>"
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,12 @@ class TextGenerator:
         model: a `fastdiff.models.MaskedDiffusionLM`.
         tokenizer: its tokenizer. The model's mask token counts: where the tokenizer has none, "<mask>" stands for it in
             prompts.
-        config: how to decode; validated here.
+        config: how to decode; validated here. Ids that the tokenizer does not have, such as those of a padded
+            vocabulary, are never chosen either.
         length_predictor: predicts lengths where config.length is "auto"; None is the rule "cdf", uncalibrated.
 
-    `statistics` adds up what was generated so far.
+    `codec` turns text into ids and back; `silent_token_ids` are those that decode to nothing; `statistics` adds up what
+    was generated so far.
 
     Raises:
         ValueError: an option that does not fit, or a model whose answers have no known end.
@@ -90,16 +92,21 @@ class TextGenerator:
         length_predictor = length_predictor or default_predictor(model, config)
         self.length_predictor = length_predictor
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.mask_token_id: int = model.config.mask_token_id
-        self.mask_text: str = tokenizer.mask_token or DEFAULT_MASK_TEXT
-        self.end_token_ids = end_token_ids(model, tokenizer, config)
+        self.codec = TextCodec(tokenizer, model.config)
+        self.mask_token_id, self.mask_text = self.codec.mask_token_id, self.codec.mask_text
+        self.end_token_ids = self.codec.end_token_ids
+        if config.eos_token_id is not None:
+            ends = config.eos_token_id
+            self.end_token_ids = (ends,) if isinstance(ends, int) else tuple(ends)
         if length_predictor is not None:
             self.end_token_ids = tuple({*self.end_token_ids, *length_predictor.end_token_ids})
         self.statistics = GenerationStatistics(0, 0, 0.0)
-        self._encoder = tokenizer
-        if tokenizer.mask_token is None:  # the copy's own id is never used: `encode` puts the model's in its place
-            self._encoder = copy.deepcopy(tokenizer)
-            self._encoder.add_special_tokens({"mask_token": self.mask_text})
+        own, self._decoding = model.config, copy.deepcopy(config)
+        fill = (own.pad_token_id,) if own.length_format == "pad_fill" else ()
+        # those that end a text or fill it up need none
+        self.silent_token_ids = ids_without_text(tokenizer, own.vocab_size, {*self.end_token_ids, *fill})
+        if self.silent_token_ids:
+            self._decoding.suppress_tokens = [*(config.suppress_tokens or ()), *self.silent_token_ids]
 
     @property
     def has_encoder(self) -> bool:
@@ -111,7 +118,7 @@ class TextGenerator:
 
         Args:
             chat: each prompt is a user's message, put into the tokenizer's chat template.
-            unconditional: an empty prompt is the beginning of a text (BoS).
+            unconditional: an empty prompt is the beginning of a text, as `TextCodec.start` says.
 
         Raises:
             ValueError: no or an empty prompt, one that leaves no room for the new tokens, a tokenizer without chat
@@ -119,27 +126,24 @@ class TextGenerator:
         """
         if not prompts:
             raise ValueError("prompts: got none; pass at least one")
-        if chat and not self.tokenizer.chat_template:
-            raise ValueError("chat: this tokenizer has no chat template; leave chat out")
-        return [self._encode(prompt, f"prompt {i + 1}", chat, unconditional) for i, prompt in enumerate(prompts)]
+        rows = self.codec.encode_chats(prompts) if chat else [[] for _ in prompts]
+        for i, prompt in enumerate(prompts):
+            try:
+                rows[i] = rows[i] if chat else self.codec.encode_prompt(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompt {i + 1}: {error}") from None
+            rows[i] = rows[i] or self._start(f"prompt {i + 1}", unconditional)
+            self.check(rows[i], f"prompt {i + 1}")
+        return rows
 
-    def _encode(self, prompt: str, name: str, chat: bool, unconditional: bool) -> list[int]:
-        text = prompt
-        if chat:
-            message = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        ids = self._encoder(text, add_special_tokens=not chat, verbose=False)["input_ids"] if prompt else []
-        ids = [self.mask_token_id if token == self._encoder.mask_token_id else token for token in ids]
-        if not ids:
-            start = self.start_token_id
-            if not unconditional or start is None or self.has_encoder:
-                advice = "expected at least one token"
-                if start is not None and not self.has_encoder:
-                    advice += ", or unconditional (--unconditional), which starts from BoS"
-                raise ValueError(f"{name}: got no text; {advice}")
-            ids = [start]
-        self.check(ids, name)
-        return ids
+    def _start(self, name: str, unconditional: bool) -> list[int]:
+        """What an empty prompt is."""
+        advice = "expected at least one token"
+        if self.codec.start and not self.has_encoder:
+            if unconditional:
+                return list(self.codec.start)
+            advice += ", or unconditional (--unconditional), which begins a text"
+        raise ValueError(f"{name}: got no text; {advice}")
 
     def check(self, ids: Sequence[int], name: str) -> None:
         """Raises ValueError, naming the prompt, where its tokens leave no room or nothing to generate."""
@@ -162,20 +166,18 @@ class TextGenerator:
 
     @property
     def start_token_id(self) -> int | None:
-        """BoS: the model's, else the tokenizer's; None where neither has one."""
-        start = self.model.config.bos_token_id
-        return self.tokenizer.bos_token_id if start is None else start
+        """What the answers of a model with an encoder begin with: BoS, the model's, else the tokenizer's; or None."""
+        return self.codec.bos_token_id
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, without special tokens and mask tokens; half characters become U+FFFD."""
-        kept = [token for token in tokens if token != self.mask_token_id]
-        return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Text of token ids, without special tokens; half characters become U+FFFD."""
+        return self.codec.decode(tokens)
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text that each token adds, special tokens included; a character of several tokens belongs to its last."""
         pieces, before = [], ""
         for count in range(1, len(tokens) + 1):
-            shown = self.tokenizer.decode(tokens[:count]).rstrip("\ufffd")
+            shown = self.codec.decode(tokens[:count], special_tokens=True).rstrip("\ufffd")
             pieces.append(shown[len(before) :])
             before = shown
         return pieces
@@ -219,7 +221,8 @@ class TextGenerator:
         self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer, cut: bool, record_steps: bool
     ) -> list[Continuation]:
         device = self.model.head_weight.device
-        ids, mask = padded([rows[row] for row, _, _ in jobs], device)
+        given = [self.codec.as_seen(rows[row]) if self.has_encoder else rows[row] for row, _, _ in jobs]
+        ids, mask = padded(given, device)
         options: dict[str, Any] = {"copies": [copy for _, _, copy in jobs], "length_predictor": self.length_predictor}
         if self.has_encoder:
             if self.start_token_id is None:
@@ -233,7 +236,7 @@ class TextGenerator:
             options["tokenizer"] = self.tokenizer
         streamer = None if make_streamer is None else make_streamer(ids, mask)
         streamer = StepRecorder(self.mask_token_id, streamer) if record_steps else streamer
-        output = generate(self.model, ids, mask, self.config, streamer, **options)
+        output = generate(self.model, ids, mask, self._decoding, streamer, **options)
         done = output.statistics
         self.statistics = GenerationStatistics(
             *(getattr(self.statistics, f.name) + getattr(done, f.name) for f in dataclasses.fields(done))
@@ -253,14 +256,6 @@ class TextGenerator:
         before, whole = self.decode(given), self.decode(given + new)
         # decoded together, so that no space or half character is lost where they meet
         return whole[len(before) :] if whole.startswith(before) else self.decode(new)
-
-
-def end_token_ids(model: nn.Module, tokenizer: Any, config: MaskedDiffusionGenerationConfig) -> tuple[int, ...]:
-    """Tokens that end a text: those of the generation config, else the model's, else the tokenizer's."""
-    for tokens in (config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        if tokens is not None:
-            return (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    return ()
 
 
 def until_end(tokens: list[int], end: Sequence[int]) -> list[int]:

@@ -58,8 +58,8 @@ class FastdiffLM(TemplateLM):
       sees the token before it, the last one as much as fits.
     - `generate_until`: text of `fastdiff.generation.generate`, cut at the first of the task's `until` strings.
 
-    What stands before a text without context is what the tokenizer itself puts there (BoS), else the end token, which
-    stands between the texts of packed training data. Contexts that are too long lose their beginning.
+    Texts become tokens as in the model's training (`fastdiff.data.TextCodec`), and what stands before a text without
+    context is its `start`. Contexts that are too long lose their beginning.
 
     Args:
         model: a `fastdiff.models.MaskedDiffusionLM`.
@@ -91,7 +91,8 @@ class FastdiffLM(TemplateLM):
         self.num_draws, self.batch_size, self.seed = num_draws, batch_size, seed
         self.process = process or MaskedDiffusion(MaskedDiffusionConfig(), self.text.mask_token_id)
         self.max_length: int = model.config.max_position_embeddings
-        if not self.text.end_token_ids and not self._own_prefix():
+        self.codec = self.text.codec
+        if not self.codec.start:
             raise ValueError(
                 "bos_token_id: neither tokenizer nor model has one, nor an EoS token, to stand before a text; set one"
             )
@@ -102,18 +103,15 @@ class FastdiffLM(TemplateLM):
 
     # ------------------------------------------------------------------------------------------ tokens
 
-    def _own_prefix(self) -> list[int]:
-        return self.tokenizer("", add_special_tokens=True)["input_ids"][:1]
-
     @property
     def eot_token_id(self) -> int:
         """The end token."""
-        return (*self.text.end_token_ids, *self._own_prefix())[0]
+        return (*self.text.end_token_ids, *self.codec.start)[0]
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context."""
-        return (*self._own_prefix(), *self.text.end_token_ids)[0]
+        return self.codec.start[0]
 
     @property
     def tokenizer_name(self) -> str:
@@ -121,10 +119,10 @@ class FastdiffLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text."""
-        begins = bool(self.tokenizer.bos_token) and string.startswith(self.tokenizer.bos_token)
-        special = not begins if add_special_tokens is None else add_special_tokens
-        return self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"]
+        """Token ids of a text; add_special_tokens=False: without what stands before one."""
+        begins = bool(self.tokenizer.bos_token) and string.startswith(self.tokenizer.bos_token)  # a chat template's
+        inside = begins if add_special_tokens is None else not add_special_tokens
+        return self.codec.encode_inside(string) if inside else self.codec.encode(string)
 
     # ------------------------------------------------------------------------------------------ likelihood
 
@@ -210,18 +208,26 @@ class FastdiffLM(TemplateLM):
     def _greedy(self, rows: Sequence[_Row]) -> list[bool]:
         """Whether filling the whole continuation, one token per step and the most confident first, gives it back."""
         config = MaskedDiffusionGenerationConfig(
-            max_new_tokens=0, seed=0, guidance_scale=self.text.config.guidance_scale
+            max_new_tokens=0,
+            seed=0,
+            guidance_scale=self.text.config.guidance_scale,
+            suppress_tokens=self.text.silent_token_ids or None,
         )
         same = [True] * len(rows)
         wanted = sorted((row for row in rows if bool(row.maskable.any())), key=lambda row: int(row.maskable.sum()))
         for start in range(0, len(wanted), self.batch_size):
             batch = wanted[start : start + self.batch_size]
-            masked = [row.ids.masked_fill(row.maskable, self.text.mask_token_id).tolist() for row in batch]
+            masked = [self._to_fill(row) for row in batch]
             ids, real = padded(masked, self._device)
             filled = generate(self.model, ids, real, config, **self._condition(batch)).sequences.cpu()
             for row, tokens in zip(batch, filled, strict=True):
                 same[row.request] = bool((tokens[: len(row.ids)] == row.ids)[row.maskable].all())
         return same
+
+    def _to_fill(self, row: _Row) -> list[int]:
+        """A row's tokens with all that it asks for masked, and nothing else."""
+        ids = torch.tensor(self.codec.as_given(row.ids.tolist()))
+        return ids.masked_fill(row.maskable, self.text.mask_token_id).tolist()
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Minus the bound of whole texts."""
@@ -283,7 +289,7 @@ class FastdiffLM(TemplateLM):
     def _context(self, context: str, new_tokens: int) -> list[int]:
         ids = self.tok_encode(context) or [self.prefix_token_id]
         room = self.max_length if self.text.has_encoder else self.max_length - new_tokens
-        return ids[-max(room, 1) :]
+        return self.codec.as_given(ids[-max(room, 1) :])
 
 
 def _until(text: str, until: Sequence[str]) -> str:

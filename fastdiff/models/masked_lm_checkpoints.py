@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastdiff.data.tokenization import load_saved_tokenizer
 from fastdiff.errors import reason_of
 from fastdiff.files import read_json
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
@@ -28,6 +29,7 @@ from fastdiff.models.pretrained import CONFIG_NAME, check_state, read_weights
 
 GPT2_MASK_TOKEN_ID = 10541  # DiffuGPT's: a token that text hardly ever has
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _FIELDS = {field.name for field in dataclasses.fields(MaskedDiffusionLMConfig)}
 
@@ -89,6 +91,7 @@ def _load_foreign(cls: type, folder: Path | None, config: dict, state: dict[str,
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: not a {kind} checkpoint that can be loaded: {reason_of(error)}") from error
     fields |= _special_tokens(folder, kind, config, overrides, fields["vocab_size"])
+    fields["add_special_tokens"] = True
     fields |= overrides
     if kind in ADAPTABLE:
         wanted = [fields[name] for name in ("mask_token_id", "pad_token_id") if fields[name] is not None]
@@ -121,11 +124,24 @@ def build_masked_lm(
 
 
 def _special_tokens(folder: Path | None, kind: str, config: dict, overrides: dict, vocab_size: int) -> dict[str, Any]:
-    """mask, pad, bos and eos ids: those of config.json, else the tokenizer's, else the layout's."""
-    tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
-    for name in ("mask_token", "pad_token"):
-        token = config.get(f"{name}_id")
-        tokens[f"{name}_id"] = _tokenizer_id(folder, name) if token is None and folder is not None else token
+    """mask, pad, bos and eos ids: those of the configuration, else of the tokenizer, else of the layout.
+
+    End tokens are those of generation_config.json where it names some. What no embedding can be is none: ids below 0,
+    BoS and EoS beyond the vocabulary, as of a configuration whose defaults were made for another one.
+    """
+    names = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+    given = {name: config.get(name) for name in names}
+    given["eos_token_id"] = _end_tokens(folder, given["eos_token_id"])
+    tokens = {name: _possible(name, value, vocab_size) for name, value in given.items()}
+    missing = [name for name, value in tokens.items() if value is None and name not in overrides]
+    tokenizer, without = None, ""
+    if missing and folder is not None:
+        try:
+            tokenizer = load_saved_tokenizer(folder, str(config.get("model_type")))
+        except FileNotFoundError as error:  # a model may come without one
+            without = f" ({error})"
+    for name in missing if tokenizer is not None else ():
+        tokens[name] = _possible(name, getattr(tokenizer, name), vocab_size)
     if kind == "gpt2" and tokens["mask_token_id"] is None and vocab_size > GPT2_MASK_TOKEN_ID:
         tokens["mask_token_id"] = GPT2_MASK_TOKEN_ID
     if kind == "gpt2" and tokens["pad_token_id"] is None:
@@ -133,27 +149,26 @@ def _special_tokens(folder: Path | None, kind: str, config: dict, overrides: dic
     if tokens["mask_token_id"] is None and "mask_token_id" not in overrides:
         raise ValueError(
             f"{folder or 'model'}: neither configuration nor tokenizer has a mask token: pass "
-            "mask_token_id= (in training --model.mask_token_id)"
+            f"mask_token_id= (in training --model.mask_token_id){without}"
         )
     return tokens
 
 
-def _tokenizer_id(folder: Path, name: str) -> int | None:
-    """The id of a tokenizer's special token, from its files; None where it has none."""
-    files = {}
-    for file in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "vocab.json"):
-        files[file] = read_json(folder / file) if (folder / file).is_file() else {}
-    token = files["tokenizer_config.json"].get(name)
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is None:
-        return None
-    for index, entry in files["tokenizer_config.json"].get("added_tokens_decoder", {}).items():
-        if entry.get("content") == token:
-            return int(index)
-    for entry in files["tokenizer.json"].get("added_tokens", []):
-        if entry.get("content") == token:
-            return int(entry["id"])
-    return files["added_tokens.json"].get(token, files["vocab.json"].get(token))
+def _end_tokens(folder: Path | None, own: int | list[int] | None) -> int | list[int] | None:
+    """EoS of config.json, or all end tokens of generation_config.json, that of config.json first."""
+    file = None if folder is None else folder / "generation_config.json"
+    ends = read_json(file).get("eos_token_id") if file is not None and file.is_file() else None
+    if not isinstance(ends, list) or not ends:
+        return own if ends is None or ends == [] else ends
+    return sorted(ends, key=lambda token: token != own)
+
+
+def _possible(name: str, value: int | list[int] | None, vocab_size: int) -> int | list[int] | None:
+    """The ids that a token of this name can have."""
+    most = float("inf") if name in ("mask_token_id", "pad_token_id") else vocab_size  # a row is added for these
+    if isinstance(value, list):
+        return [token for token in value if 0 <= token < most] or None
+    return value if value is not None and 0 <= value < most else None
 
 
 def _model_type(config: dict[str, Any]) -> str:
@@ -185,7 +200,7 @@ def _folder(path: Any, kwargs: dict[str, Any]) -> Path:
         return Path(path)
     folder = Path()
     for weights in ("*.safetensors", "pytorch_model*.bin"):  # the second only of repositories without the first
-        wanted = {"allow_patterns": ["*.json", weights]}
+        wanted = {"allow_patterns": [*_TEXTS, weights]}
         folder = Path(_from_hub(path, kwargs, lambda hub, wanted=wanted: snapshot_download(str(path), **wanted, **hub)))
         if list(folder.glob(weights)):
             break

@@ -78,6 +78,10 @@ class MaskedDiffusionLMConfig(PretrainedConfig):
         dropout: Probability, on embeddings, attention weights and the branches of the blocks.
         initializer_range: Standard deviation of random weights.
         mask_token_id, pad_token_id, bos_token_id, eos_token_id: Special tokens; all but the mask token may be None.
+        add_special_tokens: Whether texts in training were what the tokenizer makes of them by itself, with what it puts
+            before a text (BoS, [CLS]), and special tokens that are spelled out in it taken as such. Other projects'
+            models are loaded with True; False is what fastdiff's training does: it adds nothing, and text is text. See
+            `fastdiff.data.TextCodec`.
         length_format: How texts ended in training: "eos_fill" `[text][EoS][EoS…]`, "pad_fill" `[text][EoS][PAD…]`,
             "eos_only" (what follows EoS was not in the loss) or None (unknown).
 
@@ -119,6 +123,7 @@ class MaskedDiffusionLMConfig(PretrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+    add_special_tokens: bool = False
     length_format: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

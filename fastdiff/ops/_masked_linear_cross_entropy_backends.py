@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import _native
-from fastdiff.ops._register import register_backends
+from fastdiff.ops._register import register_backends, register_fake
 
 OPERATOR = "masked_linear_cross_entropy"
 IMPLEMENTATIONS: dict[str, Callable] = {}
@@ -215,13 +215,13 @@ _library = torch.library.Library("fastdiff_masked_linear_cross_entropy", "DEF")
 def _define(name: str, rows_kernel: Callable[..., Tensor]) -> Callable:
     _library.define(name + _SCHEMA)
     _library.impl(name, _implementation(rows_kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdiff_masked_linear_cross_entropy::{name}", _fake, lib=_library)
+    register_fake(f"fastdiff_masked_linear_cross_entropy::{name}", _fake, lib=_library)
     return getattr(torch.ops.fastdiff_masked_linear_cross_entropy, name).default
 
 
 if _native.cpu_missing is None:
-    torch.library.register_fake("fastdiff::cross_entropy_rows_", _fake_rows)
-    torch.library.register_fake("fastdiff::tiled_addmm_", lambda out, plus, a, b, beta, alpha, tile: None)
+    register_fake("fastdiff::cross_entropy_rows_", _fake_rows)
+    register_fake("fastdiff::tiled_addmm_", lambda out, plus, a, b, beta, alpha, tile: None)
     IMPLEMENTATIONS["cpu"] = IMPLEMENTATIONS["cuda"] = _define("native", torch.ops.fastdiff.cross_entropy_rows_.default)
 if _native.triton_missing is None:
     IMPLEMENTATIONS["triton"] = _define("triton", _triton_rows)

@@ -18,6 +18,9 @@ Interval = tuple[Tensor | None, Tensor | None]
 _INVERTIBLE: tuple[Callable[[float], bool], str] = (lambda v: 1e-30 <= v <= 1e30, "a number > 0, from 1e-30 to 1e30")
 
 
+MOST_STEPS = 4095  # published systems take 2 to 8; kMostHops of csrc/qgfd.h is one more
+
+
 @dataclass(frozen=True, kw_only=True)
 class QGFDOptions:
     """How attention is diffused: the options that `qgfd_attention`, modules and models share.
@@ -26,7 +29,7 @@ class QGFDOptions:
     for a flag that is not a bool.
 
     Attributes:
-        steps: Hops of the diffusion of attention; 0 is plain attention.
+        steps: Hops of the diffusion of attention, at most 4 095; 0 is plain attention.
         alpha: Weight of the diffused part, in [0, 1].
         transition: "attention" or "key": where the Markov chain comes from.
         recurrence: "power" or "restart".
@@ -43,9 +46,9 @@ class QGFDOptions:
 
     def __post_init__(self) -> None:
         steps = self.steps
-        if isinstance(steps, bool) or not isinstance(steps, int | Integral) or steps < 0:
+        if isinstance(steps, bool) or not isinstance(steps, int | Integral) or not 0 <= steps <= MOST_STEPS:
             given = f"a {type(steps).__name__}" if isinstance(steps, Tensor) else repr(steps)
-            raise ValueError(f"steps: got {given}; expected an int >= 0 (0: plain attention)")
+            raise ValueError(f"steps: got {given}; expected an int from 0 (plain attention) to {MOST_STEPS}")
         _number("alpha", self.alpha, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         for name, choices in (("transition", get_args(Transition)), ("recurrence", get_args(Recurrence))):
             if getattr(self, name) not in choices:

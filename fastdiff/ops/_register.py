@@ -25,18 +25,32 @@ def implementations(
     found = {}
     if _native.cpu_missing is None:  # without fastdiff._C the operators are not defined
         for name in schemas:
-            torch.library.register_fake(f"fastdiff::{name}", fakes[name])
+            register_fake(f"fastdiff::{name}", fakes[name])
         native = SimpleNamespace(**{name: getattr(torch.ops.fastdiff, name).default for name in schemas})
         found["cpu"] = found["cuda"] = native
     if _native.triton_missing is None:
         for name, schema in schemas.items():
             _triton_library.define(name + schema)
             _triton_library.impl(name, _triton_launcher(triton_module, name), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"fastdiff_triton::{name}", fakes[name], lib=_triton_library)
+            register_fake(f"fastdiff_triton::{name}", fakes[name], lib=_triton_library)
         found["triton"] = SimpleNamespace(
             **{name: getattr(torch.ops.fastdiff_triton, name).default for name in schemas}
         )
     return found
+
+
+def register_fake(name: str, fake: Callable, lib: torch.library.Library | None = None) -> None:
+    """As torch.library's; one operand on the meta device among others is refused: torch would call `fake` instead of
+    the kernel, and an operator that works in place would do nothing without a word."""
+
+    def on_one_device(*args):
+        devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise RuntimeError(f"{name}: got operands on {found}; expected one device: move them")
+        return fake(*args)
+
+    torch.library.register_fake(name, on_one_device, lib=lib)
 
 
 def _triton_launcher(module: str, name: str) -> Callable:

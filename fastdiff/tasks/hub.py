@@ -1,6 +1,7 @@
 """Models on the Hugging Face Hub: recognised, downloaded and uploaded. Errors are one line."""
 
 import difflib
+import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from fastdiff.errors import reason_of
 
+_LONGEST_NAME = 96  # of an owner or a model on the hub
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -23,9 +25,10 @@ def local_folder(path: str | Path, files: Sequence[str] | None = None) -> Path:
             is asked once, so that this takes no longer than huggingface_hub's timeout of one request (10 seconds).
     """
     local, name = Path(path), str(path)
-    if local.exists():
+    if _exists(local):
         return local
-    is_path = not _HUB_ID.fullmatch(name)
+    _exists(local.parent)
+    is_path = not _HUB_ID.fullmatch(name) or any(len(part) > _LONGEST_NAME for part in name.split("/"))
     if local.parent.is_dir() and (is_path or "/" in name):
         close = difflib.get_close_matches(local.name, (each.name for each in local.parent.iterdir()), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -40,6 +43,22 @@ def local_folder(path: str | Path, files: Sequence[str] | None = None) -> Path:
         raise FileNotFoundError(
             f"{path}: not a local folder, and could not be downloaded from the Hugging Face Hub: {_reason(error)}"
         ) from error
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; raises FileNotFoundError for a link that leads nowhere, which is no hub id."""
+    try:
+        if path.exists():
+            return True
+        is_link = path.is_symlink()
+    except (OSError, RuntimeError):  # a name that no file can have; links in a circle, which Python 3.10 raises of
+        is_link = os.path.islink(path)
+    if is_link:
+        target = os.readlink(path)
+        raise FileNotFoundError(
+            f"{path}: got a link to {target!r}, which leads nowhere; mend it, or name another folder"
+        )
+    return False
 
 
 def upload(repo_id: str, fill: Callable[[Path, str], object], *, private: bool | None, commit_message: str) -> str:

@@ -30,6 +30,7 @@ _OF_MODELS_WITHOUT_CLASS = "masked_lm"  # whose class transformers' own config.j
 _ACTIONS = ("sample", "generate", "evaluate")
 _CONFIGS = ("config.json", "transformer/config.json")  # a model's, or that of the model in a pipeline of diffusers
 _SAVED_FILES = ("config.json", "model.safetensors", "ema.safetensors", "diffusion_pytorch_model.safetensors")
+_LONGEST_NAME = 255  # bytes of a name in a folder
 _WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
@@ -101,6 +102,11 @@ def kind_of(path: str | Path) -> str:
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"path: got {path!r}; expected a run, a checkpoint, a saved model or a hub id")
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):
+        raise FileNotFoundError(
+            f"path: got {os.fspath(path)[:40]!r} and more, {len(os.fspath(path))} characters; expected a run, a "
+            f"checkpoint, a saved model or a hub id: no file has a name of more than {_LONGEST_NAME} bytes"
+        )
     folder, checkpoint = locate(path)
     if folder.config.is_file():
         return recipe_kind(folder.config)

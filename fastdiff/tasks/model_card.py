@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _CARD, _PICTURE = "README.md", "samples.png"
 _LIBRARY = "library_name: fastdiff"
 # Of the run's own machine, or of one call: they say nothing about the model.
-_LEFT_OUT = ("output_dir", "resume", "overwrite", "device", "trackers", "project")
+_LEFT_OUT = ("output_dir", "resume", "accept_changed_data", "overwrite", "device", "trackers", "project")
 # Of evaluation.json: how it was measured, and what is no measure.
 _SETTINGS = (
     "sampler", "timestep_spacing", "steps_offset", "variance_type", "clip_sample", "num_inference_steps",
@@ -40,7 +40,7 @@ def write_model_card(directory: Path, run: "Run", title: str, address: str) -> N
 
     Raises OSError where a file cannot be written.
     """
-    if _has_card(run.source):
+    if has_card(run.source):
         for name in (_CARD, _PICTURE):
             _copy(run.source / name, directory / name)
         return
@@ -74,7 +74,8 @@ def _example(usage: str, address: str) -> str:
     return "\n".join(["```python", *parts, *(line for line in lines if line not in imports), "```"])
 
 
-def _has_card(source: Path) -> bool:
+def has_card(source: Path) -> bool:
+    """Whether a folder has a model card that fastdiff wrote."""
     card = source / _CARD
     return card.is_file() and _LIBRARY in card.read_text(errors="replace").partition("\n---")[0]
 

@@ -2,9 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.sampler_config import SamplerConfig
+from fastdiff.diffusion.sampler_options import samplers_for
+from fastdiff.files import read_json
+from fastdiff.recipes import read_recipe_file
+from fastdiff.training.run_folder import locate
 
 Sampling = TypeVar("Sampling", bound=SamplerConfig)
 
@@ -36,13 +42,24 @@ class RunOptions:
 
 
 @dataclass
+class DataOptions:
+    """Options of commands that compare a run with the data that it was trained on.
+
+    Attributes:
+        accept_changed_data: go on although the data is not what the run was trained on; a line says what changed
+    """
+
+    accept_changed_data: bool = False
+
+
+@dataclass
 class SamplingOptions(RunOptions):
     """Options of commands that denoise samples.
 
     Attributes:
         guidance_scale: scale of classifier-free guidance; 1 means none
         num_inference_steps: number of denoising steps
-        sampler: euler, ddpm, ddim, dpm-solver++ or renoise
+        sampler: the way of denoising
         timestep_spacing: which noise levels the steps visit: strided, or trailing, leading and linspace as in
             diffusers, or respacing and ddim_respacing as in facebookresearch/DiT ("50", "ddim50")
         steps_offset: added to the timesteps of leading
@@ -59,6 +76,22 @@ class SamplingOptions(RunOptions):
     timesteps: str | None = None
     variance_type: str | None = None
     seed: int | None = None
+
+    @staticmethod
+    def told(path: str) -> dict[str, str]:
+        """What the help says of options for a run or a saved model: the values that it has, and the samplers that fit.
+
+        Raises ValueError for a recipe or configuration that cannot be read.
+        """
+        config, saved = locate(path)[0].config, Path(path) / "config.json"
+        content = read_recipe_file(config) if config.is_file() else read_json(saved) if saved.is_file() else {}
+        sampling, diffusion = (content.get(name) or {} for name in ("sampling", "diffusion"))
+        told = {name: f"default: {value}" for name, value in sampling.items() if isinstance(value, int | float | str)}
+        if not config.is_file():
+            return {"sampler": "euler, ddpm, ddim, dpm-solver++ or renoise", **told}
+        fitting = samplers_for(DiffusionConfig(**diffusion))
+        chosen = sampling.get("sampler") or fitting[0]
+        return {**told, "sampler": f"of this run {', '.join(fitting)}; default: {chosen}"}
 
     def applied_to(self, sampling: Sampling) -> Sampling:
         """The recipe's part `sampling`, with what the command line says otherwise.

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -14,11 +14,13 @@ from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, naming_config,
 from fastdiff.recipes import plain
 from fastdiff.tasks.hub import local_folder, upload
 from fastdiff.tasks.kinds import kind_named, kind_of
-from fastdiff.tasks.model_card import write_model_card
-from fastdiff.training.checkpoint import STATE_FILE, read_state
+from fastdiff.tasks.model_card import has_card, write_model_card
+from fastdiff.training.checkpoint import AVERAGED, OPTIMIZER, STATE_FILE, WEIGHTS, check_files, read_state
+from fastdiff.training.provenance import DataSet, check_data, records_of
 from fastdiff.training.run_folder import RunFolder, locate, locate_checkpoint
 
 Sampling = TypeVar("Sampling")
+ACCEPT_CHANGED_DATA = "--accept-changed-data"  # the option of commands that compare a run with its data
 _PRECISIONS = ("auto", "bf16", "no")
 
 
@@ -47,7 +49,9 @@ class Found:
     def origin(self) -> dict[str, Any]:
         """The fields of `Run` that say where it came from."""
         step = None if self.state is None else self.state["step"]
-        return {"source": self.source, "folder": self.folder, "step": step, "weights": self.weights}
+        return {
+            "source": self.source, "folder": self.folder, "step": step, "weights": self.weights, "state": self.state
+        }  # fmt: skip
 
 
 def find(path: str | Path, kind: str, weights: str, files: Sequence[str] | None = None) -> Found:
@@ -60,7 +64,7 @@ def find(path: str | Path, kind: str, weights: str, files: Sequence[str] | None 
 
     Raises:
         FileNotFoundError: nothing there, or no checkpoint yet.
-        ValueError: something of another kind, or a checkpoint that is not whole.
+        ValueError: something of another kind, or a checkpoint that is not whole, or was changed after it was written.
     """
     if (found := kind_of(path)) != kind:
         raise ValueError(
@@ -68,11 +72,19 @@ def find(path: str | Path, kind: str, weights: str, files: Sequence[str] | None 
         )
     if locate(path)[0].config.is_file():
         folder, checkpoint = locate_checkpoint(path)
-        return Found(checkpoint, folder, read_state(checkpoint), weights)
+        return _checked(Found(checkpoint, folder, read_state(checkpoint), weights))
     source = local_folder(path, files)
     if (source / STATE_FILE).is_file():
-        return Found(source, None, read_state(source), weights)
+        return _checked(Found(source, None, read_state(source), weights))
     return Found(source, None, None, None)
+
+
+def _checked(found: Found) -> Found:
+    """What was found, once the files to be read are known to be those that were written."""
+    others = {OPTIMIZER, WEIGHTS, AVERAGED} - {found.weights_file}
+    names = [name for name in found.state["files"] if name not in others]
+    check_files(found.source, found.state, {*names, found.weights_file})
+    return found
 
 
 def check_count(option: str, value: Any) -> None:
@@ -120,6 +132,7 @@ class Run:
         recipe: what the run was trained by, or None.
         step: optimizer steps behind the checkpoint; None for what is not a checkpoint of fastdiff.train.
         weights: which of a checkpoint's weights these are, "ema" or "model"; None for what is not a checkpoint.
+        state: the checkpoint's trainer_state.json, or None.
     """
 
     kind: ClassVar[str]
@@ -130,6 +143,21 @@ class Run:
     recipe: Any = None
     step: int | None = None
     weights: str | None = None
+    state: dict[str, Any] | None = field(default=None, repr=False)
+
+    def check_data(self, data: Mapping[str, DataSet], accept: bool = False) -> None:
+        """Compares data that was loaded by the run's recipe with what the run was trained on.
+
+        Args:
+            data: by the section of the recipe that names it, as `fastdiff.training.Task.data_sets` gives it.
+            accept: whether to go on with other data; a line on stderr says what changed.
+
+        Raises:
+            ValueError: it is not the same; the message says what changed.
+        """
+        if self.state is not None:
+            run = repr(str(self.source if self.folder is None else self.folder.path))
+            check_data(self.state, records_of(data), run, accept, ACCEPT_CHANGED_DATA)
 
     def sample(self, *_: Any, **__: Any) -> Any:
         """Draws samples, where the kind has any. Raises TypeError where it has none."""
@@ -151,10 +179,27 @@ class Run:
         measured of this checkpoint and these weights, and the run's picture of samples, where there are any. A card
         that the model was loaded with is kept.
 
-        Raises OSError where the folder cannot be written.
+        Raises:
+            FileExistsError: the folder holds something else than a saved model of this kind.
+            OSError: it cannot be written.
         """
         directory = Path(directory)
+        self._check_target(directory)
         self._write(directory, directory.resolve().name if self.folder is None else self.folder.path.resolve().name)
+
+    def _check_target(self, directory: Path) -> None:
+        """Raises FileExistsError where files would be mixed with others."""
+        there = sorted(path.name for path in directory.iterdir() if path.name[0] != ".") if directory.is_dir() else []
+        of_run = bool({STATE_FILE, "config.yaml"} & set(there))  # whose files stay as training wrote them
+        itself = bool(self.source) and directory.resolve() == Path(self.source).resolve()
+        if not there or (itself and not of_run):
+            return
+        if of_run or not has_card(directory) or kind_of(directory) != self.kind:
+            names = ", ".join(there[:3]) + (", …" if len(there) > 3 else "")
+            raise FileExistsError(
+                f"directory: got {str(directory)!r}, which holds {names}; expected a new or empty folder, or one with "
+                f"a saved {self.kind}; pass another"
+            )
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, commit_message: str | None = None) -> str:
         """Uploads what `save_pretrained` writes to the Hugging Face Hub, in one commit; makes the repository first.

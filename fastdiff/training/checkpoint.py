@@ -2,15 +2,16 @@
 
 A checkpoint is a folder checkpoints/step_N: what the task's `save` writes (model.safetensors, config.json, perhaps a
 tokenizer), ema.safetensors, optimizer.safetensors and trainer_state.json. It is written under a temporary name, every
-file and folder is flushed to the disk, and then it is renamed; trainer_state.json lists the sizes of the other files,
-so that a file cut short later is noticed.
+file and folder is flushed to the disk, and then it is renamed; trainer_state.json lists the sizes and SHA-256 of the
+other files and has one of itself, so that a file that was cut short or changed later is noticed when it is read.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastdiff.files import write_folder_atomically
+from fastdiff.files import sha256_of, uninterrupted, write_folder_atomically
 from fastdiff.models.pretrained import check_state, untied_state
 
 STATE_FILE = "trainer_state.json"
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
+WEIGHTS, AVERAGED, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -44,11 +45,13 @@ def write_checkpoint(
     """Makes folder/step_<step> atomically, then removes all but the newest `keep_last`.
 
     Args:
-        state: what goes into trainer_state.json, beside step and file sizes.
+        state: what goes into trainer_state.json, beside the step and the list of files.
         write: puts the other files into the folder it is given.
 
+    Signals wait until it is done (`fastdiff.files.uninterrupted`).
+
     Raises:
-        OSError, SafetensorError: nothing was changed: what was written is removed, older checkpoints stay.
+        OSError: nothing was changed: what was written is removed, older checkpoints stay.
     """
     target = folder / f"step_{step}"
     if target.is_dir():  # a run that was stopped right after it resumed
@@ -56,14 +59,24 @@ def write_checkpoint(
 
     def fill(temporary: Path) -> None:
         write(temporary)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
-        content = {"step": step, **state, "files": sizes}
+        written = sorted(path for path in temporary.rglob("*") if path.is_file())
+        files = {path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+                 for path in written}  # fmt: skip
+        content = {"step": step, **state, "files": files}
+        content["sha256"] = _digest_of(content)
         (temporary / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
-    write_folder_atomically(target, fill)
-    for old in list_checkpoints(folder)[:-keep_last]:
-        remove_checkpoint(old)
+    with uninterrupted():
+        write_folder_atomically(target, fill)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            remove_checkpoint(old)
     return target
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    """SHA-256 of a trainer state without its own."""
+    content = {name: value for name, value in state.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -81,30 +94,64 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """trainer_state.json of a checkpoint, after checking that its files are whole.
+    """trainer_state.json of a checkpoint, after checking that it is as it was written, and that its files are there.
+
+    The files' contents are looked at when they are read (`check_files`).
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or cut short; the message names it.
+        FileNotFoundError, ValueError: a file is missing, changed or cut short; the message names it.
     """
-    advice = f"delete {checkpoint} to go on from the checkpoint before it"
+    advice = _advice(checkpoint)
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a checkpoint of fastdiff.train; {advice}")
     try:
         state = json.loads(path.read_text())
         step, files, _ = state["step"], dict(state["files"]), dict(state["task"])
+        sizes = {name: file if isinstance(file, int) else int(file["bytes"]) for name, file in files.items()}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a whole trainer state; {advice}") from None
     named = _NAME.fullmatch(checkpoint.name)
     if not files or not isinstance(step, int) or (named and step != int(named[1])):
         raise ValueError(f"{path} is not the trainer state of {checkpoint.name}; {advice}")
-    for name, size in files.items():
+    if "sha256" in state and state["sha256"] != _digest_of(state):
+        raise ValueError(f"{path} was changed after it was written (its SHA-256 differs); {advice}")
+    for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; expected {size} bytes; {advice}")
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes; expected {size}: it was cut short; {advice}")
     return state
+
+
+def check_files(checkpoint: Path, state: dict[str, Any], names: Collection[str] | None = None) -> bool:
+    """Checks that files of a checkpoint have the content that they were written with.
+
+    Args:
+        state: what `read_state` gave.
+        names: those that will be read; None is all of them.
+
+    Returns:
+        False where it cannot be checked: fastdiff 0.1.0 kept the sizes alone.
+
+    Raises:
+        ValueError: a file changed, or is not one that was written with the checkpoint; the message names it.
+    """
+    kept = state["files"]
+    if any(isinstance(file, int) for file in kept.values()):
+        return False
+    for name in kept if names is None else names:
+        file = checkpoint / name
+        if name not in kept:
+            raise ValueError(f"{file} is not listed in {checkpoint / STATE_FILE}; {_advice(checkpoint)}")
+        if sha256_of(file) != kept[name]["sha256"]:
+            raise ValueError(f"{file} was changed after it was written (its SHA-256 differs); {_advice(checkpoint)}")
+    return True
+
+
+def _advice(checkpoint: Path) -> str:
+    return f"delete {checkpoint} to go on from the checkpoint before it"
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], path: Path) -> None:

@@ -32,7 +32,8 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints; the last step always makes one.
         keep_last: how many checkpoints are kept.
         resume: go on from the run folder's newest checkpoint (from the start where it has none).
-        overwrite: delete the run that output_dir holds.
+        accept_changed_data: resume although the data is not what the run was trained on; a line says what changed.
+        overwrite: delete the run that output_dir holds; to be given on the command line, not in a file.
         log_every: steps between lines of progress; metrics.jsonl has every step.
         preview_every: steps between pictures of samples, with measures on held-out data where the task has them; 0:
             at the end alone.
@@ -58,6 +59,7 @@ class TrainingConfig:
     checkpoint_every: int = 1000
     keep_last: int = 2
     resume: bool = False
+    accept_changed_data: bool = False
     overwrite: bool = False
     log_every: int = 10
     preview_every: int = 0

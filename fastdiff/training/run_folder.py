@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastdiff.training.checkpoint import (
 )
 from fastdiff.training.config import TrainingConfig
 
+_ALWAYS_WRITTEN = {"output_dir", "batch_size", "max_steps", "learning_rate", "checkpoint_every"}  # by any version
 _LOCKS: dict[Path, FileLock] = {}  # of this process, by folder
 
 # What may differ between a run and its continuation; everything else changes what the steps already done meant.
@@ -29,6 +31,7 @@ _FREE = {
     "checkpoint_every",
     "keep_last",
     "resume",
+    "accept_changed_data",
     "overwrite",
     "log_every",
     "preview_every",
@@ -60,33 +63,49 @@ class RunFolder:
         found = list_checkpoints(self.checkpoints)
         return found[-1] if found else None
 
-    def prepare(self, training: TrainingConfig, recipe: dict[str, Any]) -> None:
+    def prepare(self, training: TrainingConfig, recipe: dict[str, Any], check: Callable[[Path, int], object]) -> None:
         """Makes the folder ready for a run and writes config.yaml.
 
+        Args:
+            training: the recipe's part that says how to train.
+            recipe: all of it, as plain values.
+            check: called before a run goes on, with its newest checkpoint and the steps that it was planned for until
+                now; it raises where it cannot.
+
         Raises:
-            FileExistsError: it holds another run, and neither resume nor overwrite was asked for.
+            FileExistsError: it holds another run, and neither resume nor overwrite was asked for; or files that a run
+                would replace, but no run.
             PermissionError, NotADirectoryError: it cannot be written.
-            ValueError: resume with a recipe that differs where it must not.
+            ValueError: resume with a recipe that differs where it must not; a link in the place of a run's file; and
+                what `check` raises.
             TrainingError: another process trains in it.
         """
         self._check_writable()
         self._lock()
+        self._check_links()
         if self.config.exists() or self.latest() is not None:
             if training.overwrite:
                 self._check_is_run()
                 self._clear()
             elif training.resume:
-                self._check_same(recipe)
-                if (latest := self.latest()) and step_of(latest) >= training.max_steps:
-                    return  # there is nothing to do: what was done stays described as it was
+                planned = self._check_same(recipe)
+                latest = self.latest()
+                if latest is not None:
+                    check(latest, planned)
+                    if step_of(latest) >= training.max_steps:
+                        return  # there is nothing to do: what was done stays described as it was
             else:
                 raise FileExistsError(
                     f"training.output_dir: got {str(self.path)!r}, which holds a run already; pass "
                     "--training.resume true, --training.overwrite true or another folder"
                 )
+        else:
+            self._check_free()
         self.checkpoints.mkdir(exist_ok=True)
         remove_leftovers(self.checkpoints)
-        write_atomically(self.config, yaml.safe_dump(recipe, sort_keys=False))
+        # an order of this one call: whoever trains by this file again has not given it
+        stored = {**recipe, "training": {**recipe["training"], "overwrite": False}}
+        write_atomically(self.config, yaml.safe_dump(stored, sort_keys=False))
 
     def _lock(self) -> None:
         """Keeps other processes out until `unlock`, or until this one ends; the same process may come again."""
@@ -133,28 +152,55 @@ class RunFolder:
             )
         return content
 
+    def _files(self) -> tuple[Path, ...]:
+        """What a run writes beside its checkpoints and config.yaml."""
+        pictures = (self.loss_picture, self.samples_picture)
+        return (self.metrics, self.validation, *pictures, self.path / "evaluation.json")
+
+    def _check_links(self) -> None:
+        """Raises ValueError where a file of the run is a link: what it names would be replaced or deleted."""
+        named = (self.config, self.checkpoints, *self._files())
+        for path in (*named, *self.checkpoints.glob("step_*")):
+            if path.is_symlink():
+                raise ValueError(
+                    f"training.output_dir: got {str(self.path)!r}, whose {path.relative_to(self.path)} is a link to "
+                    f"{str(path.readlink())!r}; expected a run's own; move it here, or make the whole folder a link"
+                )
+
+    def _check_free(self) -> None:
+        """Raises FileExistsError where a folder without a run has a file that a run writes."""
+        for path in self._files():
+            if path.exists():
+                raise FileExistsError(
+                    f"training.output_dir: got {str(self.path)!r}, which holds {path.name} but no run; expected a new "
+                    "folder, or a run's; move it away, or pass another folder"
+                )
+
     def _check_is_run(self) -> None:
         """Raises ValueError where a config.yaml or a checkpoint is not one that fastdiff.train wrote: it is kept."""
-        if self.config.exists():
-            self._read_config()
+        kept = "nothing was deleted; pass another training.output_dir"
+        if self.config.exists() and not self._read_config()["training"].keys() >= _ALWAYS_WRITTEN:
+            raise ValueError(
+                f"training.overwrite: got true, and {str(self.config)!r} is not one that fastdiff.train wrote; {kept}"
+            )
         for checkpoint in list_checkpoints(self.checkpoints):
             if not (checkpoint / STATE_FILE).is_file():
                 raise ValueError(
-                    f"training.overwrite: got {str(checkpoint)!r}, which is not a checkpoint of fastdiff.train; "
-                    "nothing was deleted; pass another training.output_dir"
+                    f"training.overwrite: got {str(checkpoint)!r}, which is not a checkpoint of fastdiff.train; {kept}"
                 )
 
     def _clear(self) -> None:
         for checkpoint in list_checkpoints(self.checkpoints):
             remove_checkpoint(checkpoint)
-        pictures, evaluation = (self.loss_picture, self.samples_picture), self.path / "evaluation.json"
-        for path in (self.metrics, self.validation, *pictures, evaluation, self.config):
+        for path in (*self._files(), self.config):
             path.unlink(missing_ok=True)
 
-    def _check_same(self, recipe: dict[str, Any]) -> None:
+    def _check_same(self, recipe: dict[str, Any]) -> int:
+        """The steps that the run was planned for; raises ValueError for a recipe that differs where it must not."""
         if not self.config.exists():
             raise FileNotFoundError(f"{self.config} is missing; a run cannot be resumed without it")
-        old, new = _flatten(self._read_config()), _flatten(recipe)
+        before = self._read_config()
+        old, new = _flatten(before), _flatten(recipe)
         for key in sorted(old.keys() | new.keys()):
             free = key.startswith("sampling.") or key.removeprefix("training.") in _FREE
             if not free and old.get(key) != new.get(key):
@@ -162,6 +208,8 @@ class RunFolder:
                     f"{key}: got {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
                     f"{old.get(key)!r}; resume with the same value or pass another training.output_dir"
                 )
+        planned = before["training"].get("max_steps")
+        return planned if isinstance(planned, int) and planned > 0 else recipe["training"]["max_steps"]
 
 
 def locate(path: str | Path) -> tuple[RunFolder, Path | None]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import importlib.util
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,30 +17,6 @@ from torch import nn
 
 from fastdiff.device import computes_bf16
 from fastdiff.training.config import TrainingConfig
-
-_TRACKER_PACKAGES = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-    "comet_ml": ("comet_ml",),
-    "aim": ("aim",),
-    "clearml": ("clearml",),
-    "dvclive": ("dvclive",),
-    "swanlab": ("swanlab",),
-    "trackio": ("trackio",),
-}
-
-
-def check_trackers(names: list[str]) -> None:
-    """Raises where accelerate does not know a tracker, or its package is not installed."""
-    for name in names:
-        if name not in _TRACKER_PACKAGES:
-            raise ValueError(f"training.trackers: got {name!r}; expected one of {', '.join(_TRACKER_PACKAGES)}")
-        packages = _TRACKER_PACKAGES[name]
-        if not any(importlib.util.find_spec(package) for package in packages):
-            raise ModuleNotFoundError(
-                f"training.trackers: got {name!r}, whose package is not installed; run: pip install {packages[0]}"
-            )
 
 
 def resolve_precision(config: TrainingConfig) -> str:
@@ -94,17 +69,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def run_config_for_trackers(recipe: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """A recipe as flat names and plain values, which is what trackers accept."""
-    flat: dict[str, int | float | str | bool] = {}
-    for key, value in recipe.items():
-        if isinstance(value, dict):
-            flat |= run_config_for_trackers(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
 
 
 @dataclass

@@ -1,10 +1,13 @@
 """What a trainer needs to know of what it trains."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from fastdiff.training.provenance import DataSet
 
 Batch = dict[str, Tensor]
 
@@ -49,6 +52,14 @@ class Task(Protocol):
 
     def preview(self, model: nn.Module, path: Path) -> None:
         """Draws samples of `model` (the averaged weights, eval mode) as a picture at `path`."""
+        ...
+
+    def data_sets(self) -> Mapping[str, DataSet]:
+        """The data by the section of the recipe that names it, {} for none: a run knows what it was trained on.
+
+        The trainer keeps their records in each checkpoint, and refuses to resume with other data. What a task's
+        command evaluates it passes to `fastdiff.tasks.run.Run.check_data`.
+        """
         ...
 
     def facts(self) -> dict[str, Any]:

@@ -14,18 +14,18 @@ from fastdiff.errors import TrainingError
 from fastdiff.training import checkpoint as checkpoints
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.ema import Ema
+from fastdiff.training.provenance import check_data, records_of
 from fastdiff.training.randomness import derive_seed
 from fastdiff.training.run_folder import MetricsLog, RunFolder
-from fastdiff.training.schedule import learning_rate
+from fastdiff.training.schedule import learning_rate, rate_jump
 from fastdiff.training.setup import (
-    check_trackers,
     keep_freed_memory,
     make_accelerator,
     parameter_groups,
-    run_config_for_trackers,
     stop_on_signals,
 )
 from fastdiff.training.task import Task, to_device
+from fastdiff.training.trackers import Trackers, check_trackers
 
 _GLOBAL_RNG = 1  # purpose of the seed given to torch's own generator at each step
 
@@ -39,12 +39,14 @@ class Outcome:
         finished: whether max_steps were reached; False after a signal or `stop_at`.
         checkpoint: the newest checkpoint.
         samples_per_second: over the steps of this process's life, checkpoints and pictures left out.
+        interrupted: whether a signal ended it.
     """
 
     steps: int
     finished: bool
     checkpoint: Path
     samples_per_second: float
+    interrupted: bool = False
 
 
 class Trainer:
@@ -60,7 +62,7 @@ class Trainer:
     """
 
     def __init__(self, task: Task, config: TrainingConfig):
-        check_trackers(config.trackers)
+        check_trackers(config)
         self.task, self.config = task, config
         self.folder = RunFolder(config.output_dir)
         self.accelerator = make_accelerator(config, task.partial_gradients)
@@ -79,10 +81,13 @@ class Trainer:
         )
         self.ema = Ema(task.model, config.ema_decay)
         # The last thing that a bad argument can stop: with `overwrite` it deletes the run that is there.
-        self._on_main(lambda: self.folder.prepare(config, task.recipe()))
+        self._on_main(self._prepare)
         self.steps_done = self._restore(optimizer) if config.resume else 0
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
         self._log = MetricsLog(self.folder.metrics, self.steps_done) if self.accelerator.is_main_process else None
+        self._trackers: Trackers | None = None
+        self._interrupted = False
+        self._started: int | None = None  # the step that `train` began with
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, gradient norm: not yet read
 
     def _on_main(self, action) -> None:
@@ -100,14 +105,30 @@ class Trainer:
         if failed:
             raise TrainingError("the first process could not go on; its message says why")
 
+    def _prepare(self) -> None:
+        self._data = records_of(self.task.data_sets())
+        self.folder.prepare(self.config, self.task.recipe(), self._check_resumed)
+
+    def _check_resumed(self, newest: Path, planned: int) -> None:
+        """Raises ValueError where the files or the data of the run to go on with changed; says what else does."""
+        state = checkpoints.read_state(newest)
+        checkpoints.check_files(newest, state)
+        check_data(
+            state, self._data, repr(str(self.folder.path)), self.config.accept_changed_data,
+            "--training.accept_changed_data true",
+        )  # fmt: skip
+        said = rate_jump(self.config, planned, state["step"])
+        if said is not None:
+            print(said, file=sys.stderr)
+
     def _restore(self, optimizer: torch.optim.Optimizer) -> int:
         newest = self.folder.latest()
         if newest is None:
             return 0
         state = checkpoints.read_state(newest)
-        checkpoints.load_weights(self.task.model, newest / "model.safetensors")
-        checkpoints.load_weights(self.ema.module, newest / "ema.safetensors")
-        checkpoints.load_optimizer(optimizer, self.names, newest / "optimizer.safetensors")
+        checkpoints.load_weights(self.task.model, newest / checkpoints.WEIGHTS)
+        checkpoints.load_weights(self.ema.module, newest / checkpoints.AVERAGED)
+        checkpoints.load_optimizer(optimizer, self.names, newest / checkpoints.OPTIMIZER)
         return state["step"]
 
     def train(self, stop_at: int | None = None, seconds: float | None = None) -> Outcome:
@@ -129,7 +150,7 @@ class Trainer:
             return self._end(0.0)
         end = config.max_steps if stop_at is None else min(stop_at, config.max_steps)
         if config.trackers:
-            self.accelerator.init_trackers(config.project, run_config_for_trackers(self.task.recipe()))
+            self._trackers = Trackers(self.accelerator, config.project, self.task.recipe())
         self._progress = tqdm(
             total=config.max_steps,
             initial=start,
@@ -137,6 +158,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self.accelerator.is_main_process,
         )
+        self._started = start
         self._seconds, self._timed_steps, self._clock = 0.0, 0, time.perf_counter()
         deadline = float("inf") if seconds is None else self._clock + seconds
         self._smooth_loss, self._smoothed = 0.0, 0
@@ -152,6 +174,8 @@ class Trainer:
                 if stopped or self._due(config.checkpoint_every):
                     self._save()
                 if stopped:
+                    # of another process's signal there is no knowing, but without a time limit nothing else stops one
+                    self._interrupted = signals.received or seconds is None
                     break
                 if config.preview_every and step + 1 < config.max_steps and self._due(config.preview_every):
                     self._pictures()
@@ -168,6 +192,8 @@ class Trainer:
         if self._log is not None:
             self._log.close()
             self.folder.unlock()
+        if self._trackers is not None:
+            self._trackers.finish()
         # A barrier sends no tensors. Without it gloo's thread may still hold the last one when its process group is
         # freed, and then each waits for the other: the thread for Python's lock, the main thread for the thread.
         self.accelerator.wait_for_everyone()
@@ -175,7 +201,9 @@ class Trainer:
         self.model = self.accelerator.unwrap_model(self.model)
         self.accelerator.free_memory()
         self.accelerator.end_training()
-        return Outcome(self.steps_done, self.steps_done >= self.config.max_steps, self.folder.latest(), rate)
+        return Outcome(
+            self.steps_done, self.steps_done >= self.config.max_steps, self.folder.latest(), rate, self._interrupted
+        )
 
     def _due(self, every: int) -> bool:
         return self.steps_done == self.config.max_steps or (every > 0 and self.steps_done % every == 0)
@@ -186,7 +214,8 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, step, _GLOBAL_RNG, accelerator.process_index))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        batches = [self.task.batch(step, slots) for slots in self._slots()]
+        with self._kept_when_data_fails():
+            batches = [self.task.batch(step, slots) for slots in self._slots()]
         total = torch.tensor(sum(self.task.weight(batch) for batch in batches), dtype=torch.float64)
         total = accelerator.reduce(total.to(accelerator.device), "sum") if accelerator.num_processes > 1 else total
         # DistributedDataParallel averages gradients over processes; the loss is a sum over them, divided by `total`
@@ -203,6 +232,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)
         return loss, norm
+
+    @contextlib.contextmanager
+    def _kept_when_data_fails(self):
+        """Makes a checkpoint of the steps done before an error of the data ends the run: a file that has gone, say.
+
+        Not with several processes: the others wait in a step that will not be.
+        """
+        try:
+            yield
+        except Exception:
+            if self._started is not None and self.accelerator.num_processes == 1 and self.steps_done > self._started:
+                if self._pending:
+                    self._flush(False)
+                self._save()
+                tqdm.write(f"stopped after step {self.steps_done}; {self._last_whole()}", file=sys.stderr)
+            raise
 
     def _slots(self) -> list[range]:
         """This process's slots of the global batch, one range an accumulation step."""
@@ -256,9 +301,9 @@ class Trainer:
             self._smoothed += 1
         self._progress.update(len(lines))
         self._progress.set_postfix_str(f"loss {self._smooth_loss:.4f}, {rate:.0f} {self.task.unit}/s")
-        if self.config.trackers:
+        if self._trackers is not None:
             for line in lines:
-                self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+                self._trackers.log({k: v for k, v in line.items() if k != "step"}, line["step"])
         if self._log is not None:
             with self._writing(f"the metrics of step {lines[-1]['step']}"):
                 self._log.append(lines)
@@ -272,14 +317,15 @@ class Trainer:
 
         def write(folder: Path) -> None:
             self.task.save(model, folder)
-            checkpoints.save_weights(self.ema.module, folder / "ema.safetensors")
-            checkpoints.save_optimizer(self.optimizer, self.names, folder / "optimizer.safetensors")
+            checkpoints.save_weights(self.ema.module, folder / checkpoints.AVERAGED)
+            checkpoints.save_optimizer(self.optimizer, self.names, folder / checkpoints.OPTIMIZER)
 
         state = {
             "seed": self.config.seed,
             "processes": self.accelerator.num_processes,
             "torch": torch.__version__,
             "task": self.task.facts(),
+            "data": self._data,
         }
         with self._writing(f"the checkpoint of step {self.steps_done}"):
             self._log.flush_to_disk()
@@ -289,8 +335,8 @@ class Trainer:
     def _writing(self, what: str):
         try:
             yield
-        except checkpoints.WRITE_ERRORS as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())
             raise TrainingError(
                 f"{what} could not be written to {self.folder.path} ({reason}); {self._last_whole()}"
             ) from None
@@ -305,7 +351,9 @@ class Trainer:
             log = MetricsLog(self.folder.validation, self.steps_done - 1)
             log.append([{"step": self.steps_done, **measures}])
             log.close()
-            self.accelerator.log({f"validation_{name}": value for name, value in measures.items()}, self.steps_done)
+            if self._trackers is not None:
+                values = {f"validation_{name}": value for name, value in measures.items()}
+                self._trackers.log(values, self.steps_done)
             text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items())
             tqdm.write(f"step {self.steps_done}: {text}", file=sys.stderr)
 

@@ -6,7 +6,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from fastdiff.visualization.figures import any_names, save_figure
 
+
+@any_names()
 def save_loss_curve(
     metrics: str | Path, path: str | Path, *, decay: float | None = None, validation: str | Path | None = None
 ) -> Path:
@@ -48,9 +51,7 @@ def save_loss_curve(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    path = Path(path)
-    figure.savefig(path, dpi=150, format="png")
-    return path
+    return save_figure(figure, path)
 
 
 def moving_average(values: list[float], decay: float) -> list[float]:

@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastdiff.data.images import to_bytes
-from fastdiff.visualization.figures import save_figure
+from fastdiff.visualization.figures import any_names, save_figure, shown, width_of
 
 _BACKGROUND = 255
 
 
+@any_names()
 def save_sample_grid(
     images: Tensor,
     labels: Tensor | Sequence[int],
@@ -47,7 +48,7 @@ def save_sample_grid(
         rows += [(label, members[start : start + columns]) for start in range(0, len(members), columns)]
     columns = max(len(members) for _, members in rows)
     firsts = [
-        (index, class_names[label])
+        (index, shown(class_names[label]))
         for index, (label, _) in enumerate(rows)
         if index == 0 or rows[index - 1][0] != label
     ]
@@ -85,7 +86,7 @@ def _draw(
     """
     height, width = sheet.shape[:2]
     inch = max(0.45, min(1.0, image_size[1] / 64)) / image_size[1]  # a pixel: small images are enlarged
-    left = 0.2 + 0.095 * max(len(name) for _, name in rows)
+    left = 0.2 + 0.095 * max(width_of(name) for _, name in rows)
     top, edge = 0.4 if title else 0.1, 0.1
     title_width = 0.2 + 0.07 * len(title or "")  # at 9 points; a narrow sheet gets room for it at its right
     total_width, total_height = max(width * inch + left + edge, title_width), height * inch + top + edge

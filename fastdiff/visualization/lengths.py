@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from fastdiff.files import write_atomically
+from fastdiff.visualization.figures import any_names, png_of
 
 # Okabe & Ito's colours, which colour-blind readers tell apart, without their yellow, too light on white; markers tell
 # the rules apart without colour
@@ -55,6 +56,7 @@ class RuleTradeoff:
     published: tuple[float, float] | None = None
 
 
+@any_names()
 def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: str | Path, *, title: str = "") -> Path:
     """Writes a PNG with a panel per rule: bound against true length. A dot's area is the number of equal answers.
 
@@ -105,6 +107,7 @@ def save_length_predictions(rules: Sequence[BoundsOfRule], window: int, path: st
     return _save(figure, Path(path))
 
 
+@any_names()
 def save_length_tradeoff(
     rules: Sequence[RuleTradeoff], path: str | Path, *, coverage: float, exact: float | None = None, title: str = ""
 ) -> Path:
@@ -178,8 +181,7 @@ def _style(axes: Axes) -> None:
 
 def _save(figure: Figure, path: Path) -> Path:
     """The whole picture or the one that was there before; 128 colours are plenty, and a third of the bytes."""
-    drawn, picture = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, dpi=130, format="png")
+    drawn, picture = io.BytesIO(png_of(figure, 130, path)), io.BytesIO()
     Image.open(drawn).convert("RGB").quantize(128).save(picture, format="png", optimize=True)
     write_atomically(path, picture.getvalue())
     return path

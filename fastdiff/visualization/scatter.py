@@ -6,7 +6,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fastdiff.visualization.figures import any_names, save_figure
 
+
+@any_names()
 def save_length_scatter(
     predicted: Sequence[float], lengths: Sequence[int], path: str | Path, *, title: str | None = None
 ) -> Path:
@@ -38,6 +41,4 @@ def save_length_scatter(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
-    path = Path(path)
-    figure.savefig(path, dpi=150, format="png")
-    return path
+    return save_figure(figure, path)

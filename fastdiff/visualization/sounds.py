@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastdiff.files import write_atomically
-from fastdiff.visualization.figures import save_figure
+from fastdiff.visualization.figures import any_names, save_figure, shown
 
 _RANGE = 60  # dB below the loudest that are drawn
 
@@ -37,6 +37,7 @@ def save_wav(waveforms: Tensor, sampling_rate: int, path: str | Path, *, gap: fl
     return Path(path)
 
 
+@any_names()
 def save_spectrograms(
     waveforms: Tensor,
     sampling_rate: int,
@@ -75,7 +76,7 @@ def save_spectrograms(
             image, origin="lower", aspect="auto", extent=extent, vmin=-_RANGE, vmax=0, cmap="magma", rasterized=True
         )
         if names is not None:
-            axes.set_title(names[index], fontsize=9)
+            axes.set_title(shown(names[index]), fontsize=9)
         axes.tick_params(labelsize=8)
     for axes in panels.flat[len(rows) :]:
         axes.set_visible(False)

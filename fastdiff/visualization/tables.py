@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fastdiff.files import write_atomically
-from fastdiff.visualization.figures import REAL, SYNTHETIC, save_figure
+from fastdiff.visualization.figures import REAL, SYNTHETIC, any_names, save_figure, shown
 
 _BINS = 20
 _MOST_BARS = 12  # categories with a bar of their own; the rarer ones share one
@@ -33,6 +33,7 @@ def save_table_csv(table: Mapping[str, np.ndarray], path: str | Path) -> Path:
     return Path(path)
 
 
+@any_names()
 def save_marginals(
     real: Mapping[str, np.ndarray],
     synthetic: Mapping[str, np.ndarray],
@@ -66,7 +67,7 @@ def save_marginals(
     for axes, name in zip(panels.flat, real, strict=False):
         draw = _draw_categories if real[name].dtype == object else _draw_numbers
         note = draw(axes, real[name], synthetic[name])
-        axes.set_title(f"{name}\n{note}" if note else name, fontsize=8.5)
+        axes.set_title(f"{shown(name)}\n{note}" if note else shown(name), fontsize=8.5)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels.flat[len(real) :]:
@@ -113,15 +114,15 @@ def _draw_numbers(axes: Axes, real: np.ndarray, synthetic: np.ndarray) -> str:
 def _draw_categories(axes: Axes, real: np.ndarray, synthetic: np.ndarray) -> str:
     names, counts = np.unique(real.astype(str), return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    shown = [str(name) for name in names[order]]
-    others = len(shown) > _MOST_BARS
-    shown = shown[: _MOST_BARS - 1] if others else sorted(shown)
-    places = np.arange(len(shown) + others)
+    kept = [str(name) for name in names[order]]
+    others = len(kept) > _MOST_BARS
+    kept = kept[: _MOST_BARS - 1] if others else sorted(kept)
+    places = np.arange(len(kept) + others)
     for values, colour, side in ((real, REAL, -0.2), (synthetic, SYNTHETIC, 0.2)):
-        shares = [float((values.astype(str) == name).mean()) for name in shown]
+        shares = [float((values.astype(str) == name).mean()) for name in kept]
         shares += [1 - sum(shares)] if others else []
         axes.bar(places + side, shares, 0.4, color=colour, alpha=0.6)
-    labels = [*shown, "others"] if others else shown
+    labels = [shown(name) for name in kept] + (["others"] if others else [])
     steep = sum(map(len, labels)) > 24
     axes.set_xticks(places, labels, rotation=40 if steep else 0, ha="right" if steep else "center")
     axes.yaxis.set_major_formatter("{x:.0%}")

@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from fastdiff.visualization.figures import any_names, monospace, save_figure
+
 _COLUMNS, _LINE, _CHARACTER = (
     110,
     0.19,
@@ -32,6 +34,7 @@ class TextSample:
     steps: Sequence[int]
 
 
+@any_names()
 def save_text_samples(samples: Sequence[TextSample], path: str | Path, *, title: str | None = None) -> Path:
     """Writes a PNG of texts, one below the other: prompts grey, new tokens from dark (first step) to light (last).
 
@@ -54,9 +57,7 @@ def save_text_samples(samples: Sequence[TextSample], path: str | Path, *, title:
             _draw(figure, line, 1 - (row + 0.5) * _LINE / height)
             row += 1
         row += 1
-    path = Path(path)
-    figure.savefig(path, dpi=130, format="png")
-    return path
+    return save_figure(figure, path, dpi=130)
 
 
 def _lines(sample: TextSample) -> list[list[tuple[int, str, object]]]:
@@ -85,6 +86,5 @@ def _lines(sample: TextSample) -> list[list[tuple[int, str, object]]]:
 def _draw(figure: Figure, line: list[tuple[int, str, object]], y: float) -> None:
     for column, text, colour in line:
         x = (0.2 + column * _CHARACTER) / figure.get_figwidth()
-        # "$" would begin mathematics; other unprintable characters would warn
-        shown = "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$")
-        figure.text(x, y, shown, color=colour, family="monospace", fontsize=9, va="center")
+        drawn = "".join(c if c.isprintable() else "·" for c in text)
+        figure.text(x, y, drawn, color=colour, family=monospace(), fontsize=9, va="center")

@@ -4,12 +4,14 @@ import os
 import shutil
 import sys
 import time
-import unicodedata
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from torch import Tensor
+
+from fastdiff.data.tokenization import decode_ids
+from fastdiff.visualization.terminal import cell_width, in_encoding, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +26,10 @@ Piece = tuple[str, bool]  # text, and whether it is new since the last picture
 class DenoisingView:
     """A streamer for `fastdiff.generation.generate(..., streamer=view)` that shows the text as it takes shape.
 
-    On a terminal the text is redrawn in place, masks as "░", tokens that are new since the last picture highlighted
-    (not where NO_COLOR is set); elsewhere a line is printed every few steps. Use it in a `with` block: at its end, and
-    at an error or Ctrl-C, the terminal is as before.
+    On a terminal the text is redrawn in place, masks as "░" (where the encoding lacks it, "_"), tokens that are new
+    since the last picture highlighted (not where NO_COLOR is set); elsewhere a line is printed every few steps. Control
+    characters and marks of direction are written as escapes. Use it in a `with` block: at its end, and at an error or
+    Ctrl-C, the terminal is as before.
 
     Args:
         tokenizer: turns tokens into text; special tokens are left out.
@@ -51,6 +54,7 @@ class DenoisingView:
     ) -> None:
         self.tokenizer, self.mask_token_id, self.attention_mask = tokenizer, mask_token_id, attention_mask
         self.stream = sys.stdout if stream is None else stream
+        self.mask_sign = MASK if in_encoding(MASK, self.stream) == MASK else "_"
         self.rows, self.every, self.keep = rows, every, keep
         self.in_place = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.in_place and not os.environ.get("NO_COLOR")
@@ -109,7 +113,7 @@ class DenoisingView:
         counter = f"[step {step + 1}, {left} masked]"
         if not self.in_place:
             texts = ["".join(text for text, _ in row) for row in pieces]
-            self._write("".join(f"{counter} {' '.join(text.split())}\n" for text in texts))
+            self._write("".join(f"{counter} {printable(' '.join(text.split()))}\n" for text in texts))
             return
         width, height = shutil.get_terminal_size()
         lines = [line for row in pieces for line in wrapped(row, max(width - 1, 2))]
@@ -127,7 +131,7 @@ class DenoisingView:
         return "\r" + (f"\x1b[{self._lines}A" if self._lines else "") + _CLEAR_BELOW
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)
+        self.stream.write(in_encoding(text, self.stream))
         self.stream.flush()
 
     def pieces(self, tokens: Sequence[int], before: Sequence[int]) -> list[Piece]:
@@ -144,7 +148,7 @@ class DenoisingView:
             while end < len(tokens) and (tokens[end] == self.mask_token_id) == masked:
                 end += 1
             if masked:
-                pieces.append((MASK * (end - start), False))
+                pieces.append((self.mask_sign * (end - start), False))
             else:
                 new = [before[i] != tokens[i] for i in range(start, end)]
                 pieces += self._decoded(list(tokens[start:end]), new, first=start == 0)
@@ -153,7 +157,7 @@ class DenoisingView:
 
     def _decoded(self, run: list[int], new: list[bool], first: bool) -> list[Piece]:
         def text(tokens: list[int]) -> str:
-            decoded = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            decoded = decode_ids(self.tokenizer, tokens)
             return lead + decoded if decoded else ""
 
         # SentencePiece decoders drop the space before a text, which inside of a row is one between words
@@ -172,18 +176,16 @@ class DenoisingView:
 
 
 def wrapped(pieces: Sequence[Piece], width: int) -> list[list[Piece]]:
-    """Pieces as lines of at most `width` cells; control characters left out, tabs one space."""
+    """Pieces as lines of at most `width` cells; what a terminal would obey as escapes, tabs one space."""
     lines: list[list[Piece]] = [[]]
     used = 0
     for text, new in pieces:
-        for character in text.replace("\r\n", "\n").replace("\t", " "):
+        for character in printable(text.replace("\r\n", "\n").replace("\t", " ")):
             if character == "\n":
                 lines.append([])
                 used = 0
                 continue
             cells = cell_width(character)
-            if cells < 0:
-                continue
             if used + cells > width:
                 lines.append([])
                 used = 0
@@ -194,13 +196,3 @@ def wrapped(pieces: Sequence[Piece], width: int) -> list[list[Piece]]:
                 line.append((character, new))
             used += cells
     return lines
-
-
-def cell_width(character: str) -> int:
-    """Cells that a character takes on a terminal: 0, 1 or 2; -1 for a control character."""
-    category = unicodedata.category(character)
-    if category == "Cc":
-        return -1
-    if category in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -20,7 +20,7 @@ struct RowTemperature {
 };
 RowTemperature row_temperature(const TokenSampleParams& p, int64_t r) {
   const double t = p.temperatures != nullptr ? double(p.temperatures[r]) : p.temperature;
-  if (t == 0) return {Temper::kZero, 1};
+  if (!(t > 0)) return {Temper::kZero, 1};  // a raw call's negative number or NaN too, as on GPUs
   const double inverse = 1 / t;
   return {t == 1 ? Temper::kOne : Temper::kOther, inverse < FLT_MAX ? float(inverse) : FLT_MAX};
 }

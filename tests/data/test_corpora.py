@@ -282,3 +282,12 @@ def test_an_empty_corpus(tmp_path, content):
 def test_a_configuration_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         TextDataConfig(**options)
+
+
+@pytest.mark.parametrize(("language", "most"), [("kn", 10), ("te", 10), ("en_IN", 10), ("tr", 15)])
+def test_numbers_that_a_language_has_no_words_for(language, most):
+    config = TextDataConfig(name="numbers", sample="pairs", languages=["en", language], max_digits=18)
+    with pytest.raises(ValueError, match=rf"max_digits: got 18; num2words has words of {language} for {most} digits"):
+        open_corpus(config)
+    config = TextDataConfig(name="numbers", sample="pairs", languages=[language], max_digits=most, num_pairs=200)
+    assert all(pair.answer.strip() for pair in open_corpus(config).read())

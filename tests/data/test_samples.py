@@ -13,6 +13,7 @@ from fastdiff.data.samples import (
     Samples,
     Split,
     paragraphs,
+    plain_line,
     sentence_ends,
     sentence_pair,
     tail_start,
@@ -144,3 +145,26 @@ def test_nothing_left():
         Split(Samples(corpus([Pair("", "x")]), "pairs"), 0.1)
     with pytest.raises(ValueError, match="found nothing"):
         Split(Samples(corpus([]), "documents"), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("line", "plain"),
+    [
+        ("O'er-run, Sir!", "oer run sir"),
+        ("नमस्ते, दुनिया!", "नमस्ते दुनिया"),
+        ("สวัสดี (ครับ)", "สวัสดี ครับ"),
+        ("Cafe\u0301, NA\u0308IVE.", "cafe\u0301 na\u0308ive"),
+        ("می\u200cخواهم؟", "می\u200cخواهم"),
+        ("क्\u200dष", "क्\u200dष"),
+    ],
+)
+def test_plain_lines_keep_what_letters_are_made_of(line, plain):
+    assert plain_line(line) == plain
+
+
+@pytest.mark.parametrize("text", ["ACGT" * 250, "天地玄黄宇宙洪荒" * 125, "e\u0301" * 500])
+def test_the_end_of_a_line_without_spaces_is_held_out(text):
+    pieces = [(piece.held_out, piece.sample) for piece in Split(Samples(corpus([text]), "documents"), 0.1)]
+    assert [held_out for held_out, _ in pieces] == [False, True] and "".join(part for _, part in pieces) == text
+    assert len(pieces[1][1]) == pytest.approx(100, abs=1) and pieces[1][1][0] != "\u0301"
+    assert tail_start("x", 0.1) == 1 and tail_start("  x ", 0.5) == 4

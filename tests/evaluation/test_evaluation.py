@@ -118,3 +118,16 @@ def test_shifted_images_are_moved_not_changed():
     assert moved.shape == images.shape
     assert torch.equal(moved.flatten(1).sort().values, images.flatten(1).sort().values)
     assert len({tuple(torch.nonzero(image[0] > 0)[0].tolist()) for image in moved}) == 9  # offsets -1, 0, 1 each way
+
+
+def test_a_cache_that_cannot_be_written_is_known_before_training(tmp_path, monkeypatch):
+    from fastdiff.data import DataConfig, load_data
+    from fastdiff.evaluation import classifier
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(classifier, "_train", lambda *_: pytest.fail("trained before the cache was tried"))
+    data = load_data(DataConfig(name="digits"))
+    for check in (classifier.load_or_train_classifier, classifier.check_classifier_cache):
+        with pytest.raises(PermissionError, match="the cache .* cannot be written .*; set FASTDIFF_CACHE to a folder"):
+            check(data)

@@ -8,8 +8,9 @@ import shutil
 import pytest
 import torch
 from language_runs import make_runs
+from tokenizers_of_kinds import with_holes
 
-from fastdiff import evaluate
+from fastdiff import evaluate, generate
 from fastdiff.data.text import load_text_data
 from fastdiff.evaluation.likelihood import likelihood_bound
 from fastdiff.generation import MaskedDiffusionGenerationConfig
@@ -136,3 +137,20 @@ def test_the_old_evaluation_survives_a_full_disk(pairs_run, tmp_path, capsys, mo
         evaluate.main([str(pairs_run), "--num-pairs", "0", "--output", str(output)])
     assert exit_.value.code == 2 and capsys.readouterr().err.strip().endswith("scores.json: No space left on device")
     assert output.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_a_tokenizer_whose_ids_have_holes(tmp_path_factory, tmp_path, capsys):
+    """Seven tokens with ids up to 40: the run generates and is evaluated, and texts have no id without a token."""
+    with_holes().save_pretrained(tmp_path / "words")
+    rows = [{"prompt": "red " * (i % 5 + 1), "answer": "cat " * (i % 7 + 1)} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = RECIPE | {"tokenizer": {"name": str(tmp_path / "words")}}
+    for make in make_runs(tmp_path_factory, recipe):
+        run = make(name="jsonl", path=str(tmp_path / "pairs.jsonl"), sample="pairs")
+        evaluate.main([str(run), "--num-pairs", "5"])
+        generate.main([str(run), "--prompt", "red cat", "--temperature", "1", "--output", str(tmp_path / "out.jsonl")])
+    tokens = json.loads((tmp_path / "out.jsonl").read_text())["tokens"]
+    assert set(tokens) <= {0, 1, 2, 4, 7, 40}
+    loaded = load_language_model(run, device="cpu")
+    assert loaded.model.config.vocab_size == 41 and not loaded.model.config.add_special_tokens
+    assert "error: " not in capsys.readouterr().err

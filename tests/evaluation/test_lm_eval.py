@@ -13,6 +13,7 @@ from evaluation.enumerated import exact, expected_sum
 from language_runs import byte_tokenizer, tiny_model
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from tokenizers_of_kinds import bert_like
 
 from fastdiff import evaluate
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
@@ -277,3 +278,30 @@ def test_the_bound_of_the_whole_text_agrees_with_likelihood_bound(model):
     with_end = torch.cat([torch.tensor([2]), ids])
     maskable = torch.arange(len(with_end)) > 0
     assert -value / len(ids) == pytest.approx(exact(model, [with_end], [maskable]), rel=0.06)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_what_a_tokenizer_puts_behind_a_text_scores_no_choice(adds):
+    """A template [CLS] … [SEP]: choices are scored, not one same token; contexts are what training had."""
+    tokenizer = bert_like()
+    fields = dict(mask_token_id=4, pad_token_id=0, bos_token_id=2, eos_token_id=3, add_special_tokens=adds)
+    harness = FastdiffLM(tiny_model(13, **fields).double(), tokenizer, num_draws=2)
+    red, cat, runs = tokenizer.convert_tokens_to_ids(["red", "cat", "runs"])
+    assert harness._encode_pair("red cat", " runs") == ([2] * adds + [red, cat], [runs])
+    assert harness.prefix_token_id == (2 if adds else 3)
+    first, second = harness.loglikelihood(requests(("red cat", " runs"), ("red cat", " to")), disable_tqdm=True)
+    assert first[0] != second[0]
+    assert harness.codec.encode_prompt("red cat") == harness.tok_encode("red cat")
+
+
+def test_a_context_word_that_is_the_mask_token_is_not_filled():
+    model = tiny_model(280, mask_token_id=50).double()
+    lm = FastdiffLM(model, byte_tokenizer(mask_token=None), num_draws=2)
+    context, config = [20, 50, 30], MaskedDiffusionGenerationConfig(max_new_tokens=2)
+    given = lm.codec.as_given(context)
+    decoded = generate(model, torch.tensor([given]), None, config).sequences[0, 3:].tolist()
+    ((_, greedy),) = lm._loglikelihood_tokens([(None, context, decoded)], True)
+    assert greedy
+    word = byte_tokenizer().decode([50])
+    answers = lm.generate_until(requests((word * 2, {"max_gen_toks": 2})), disable_tqdm=True)
+    assert len(answers) == 1

@@ -244,7 +244,7 @@ def test_settings_survive_saving(tmp_path):
             r"config.qgfd: got unknown keys \['step', 'alhpa'\]; expected some of steps, alpha, ",
         ),
         ({"alpha": 1.5}, r"config.qgfd.alpha: got 1.5; expected a number in \[0, 1\]"),
-        ({"steps": "two"}, "config.qgfd.steps: got 'two'; expected an int >= 0"),
+        ({"steps": "two"}, "config.qgfd.steps: got 'two'; expected an int from 0"),
         ({"transition": "keys"}, "config.qgfd.transition: got 'keys'; expected 'attention' or 'key'"),
         ([1], r"config.qgfd: got \[1\]; expected a dict"),
     ],

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from fastdiff.models import MaskedDiffusionLM, MaskedDiffusionLMConfig
 from fastdiff.nn import annealed_attention_mask
@@ -127,8 +136,8 @@ def test_diffugpt_layout(tmp_path, kept):
         state = {k: v for k, v in state.items() if k not in ("embed_tokens.weight", "lm_head.weight") or k == kept}
     save_file(state, tmp_path / "model.safetensors")
     theirs.config.save_pretrained(tmp_path)
-    tokenizer = {"mask_token": {"content": "<mask>"}, "added_tokens_decoder": {"17": {"content": "<mask>"}}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    words = Tokenizer(models.WordLevel({"<mask>" if i == 17 else f"w{i}": i for i in range(60)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, mask_token="<mask>").save_pretrained(tmp_path)
     model = MaskedDiffusionLM.from_pretrained(tmp_path, pad_token_id=0)
     assert model.config.mask_token_id == 17 and model.config.vocab_size == 60 and model.config.logit_shift
     torch.testing.assert_close(ours(model, tokens()), theirs_bidirectional(theirs, tokens()), **TOLERANCE)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from qgfd_models import ADAPTERS, MODALITIES, adapter_config, qgfd_config, tokenizer, write_checkpoints
+from tokenizers_of_kinds import with_holes
 from transformers import AutoFeatureExtractor, AutoImageProcessor, T5EncoderModel, ViTModel, Wav2Vec2Model
 
 from fastdiff.data import TableSchema
@@ -279,3 +280,13 @@ def test_frames_of_different_sizes_are_refused():
     one_line(ValueError, "channels: got 2; expected 1", lambda: ImageProcessor((8, 8), 2))
     white = ImageProcessor((2, 2), 3)([np.full((5, 5), 255, dtype=np.uint8)])["pixel_values"]
     assert torch.equal(white, torch.ones(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"decoder": "head"}])
+def test_ids_without_text_are_never_decoded_to(options):
+    words = with_holes()  # 7 tokens in a vocabulary of 41
+    model, _, _ = create_qgfd_model("text", None, small(text=TextAdapterConfig(**options)), processor=words)
+    adapter = model.adapters["text"]
+    assert adapter.config.vocab_size == 41 and len(adapter.config.silent_token_ids) == 41 - 7
+    ids = adapter.decode(torch.randn(4, 50, adapter.latent_dim))["input_ids"]
+    assert set(ids.flatten().tolist()) <= set(words.get_vocab().values())

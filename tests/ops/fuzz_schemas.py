@@ -2,9 +2,9 @@
 
     python tests/ops/fuzz_schemas.py LIBRARY --calls 50000 --seed 0
 
-LIBRARY is the built module (fastdiff/_C.*.so, or the one that `make fuzz` builds with AddressSanitizer and UBSan); it is
+LIBRARY is the built module: fastdiff/_C.*.so, or the one that `make fuzz` builds with AddressSanitizer and UBSan. It is
 loaded without the package, so that nothing but the checks in csrc stands between a call and a kernel. Half of the calls
-are right, and must succeed; in the others one to three operands are wrong, and the call must end in a value or in one
+are right and must succeed. In the others one to three operands are wrong, and the call must end in a value or in one
 line. A call is drawn from (seed, index) alone: --only INDEX makes it again. The last line is a JSON object of counts.
 """
 
@@ -25,6 +25,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 EXTREMES = (0, -1, 1, 2**31 - 1, -(2**31), 2**58 + 1, 2**63 - 1, -(2**63))
 NUMBERS = (0.0, -1.0, float("nan"), float("inf"), -float("inf"), 1e300, 5e-324)
+# how torch refuses a call before any kernel sees it, in several lines
+DISPATCHER = ("Declaration: ", "Could not run", "There were no tensor arguments")
 Operands = dict[str, Any]
 
 
@@ -137,10 +139,12 @@ def sampling(rng: random.Random) -> Operands:
         return whole(rng, rows, low=0, high=2**40)
 
     return {
-        "logits": floats(rng, batch, length, vocab, dtype=dtype), "hidden": floats(rng, batch, length, dim, dtype=dtype),
+        "logits": floats(rng, batch, length, vocab, dtype=dtype),
+        "hidden": floats(rng, batch, length, dim, dtype=dtype),
         "weight": floats(rng, vocab, dim, dtype=dtype), "bias": maybe(rng, lambda: floats(rng, vocab, dtype=dtype)),
         "temperatures": maybe(rng, lambda: torch.rand(rows, generator=_GENERATOR).mul(2).round(decimals=1)),
-        "temperature": rng.choice((0.0, 1.0, 0.3)), "top_k": rng.choice((0, 1, 5, 5000)), "top_p": rng.choice((1.0, 0.9, 0.1)),
+        "temperature": rng.choice((0.0, 1.0, 0.3)), "top_k": rng.choice((0, 1, 5, 5000)),
+        "top_p": rng.choice((1.0, 0.9, 0.1)),
         "suppress_tokens": maybe(rng, lambda: some_ids(rng, vocab, 5)),
         "end_token_ids": some_ids(rng, vocab, 3), "excluded_ids": some_ids(rng, vocab, 3),
         "seeds": maybe(rng, number), "seed": rng.randint(-(2**40), 2**40), "steps": maybe(rng, number),
@@ -163,7 +167,8 @@ def unmask(rng: random.Random) -> Operands:
         return whole(rng, 1, low=0, high=2**40)
 
     return {
-        "token_ids": whole(rng, batch, length, low=mask - 1, high=mask + 1), "token": whole(rng, entries, low=0, high=9),
+        "token_ids": whole(rng, batch, length, low=mask - 1, high=mask + 1),
+        "token": whole(rng, entries, low=0, high=9),
         **{name: floats(rng, entries, dtype=torch.float32) for name in ("log_prob", "entropy", "margin")},
         "rows": rows, "block_start": maybe(rng, per_row), "block_end": maybe(rng, per_row),
         "active": maybe(rng, lambda: whole(rng, batch, low=0, high=2).bool()), "rule": rng.randint(0, 4),
@@ -177,7 +182,8 @@ def unmask(rng: random.Random) -> Operands:
 def cross_entropy(rng: random.Random) -> Operands:
     rows, vocab = rng.randint(0, 6), rng.choice((1, 2, 33, 1024, 2100))
     return {
-        "logits": floats(rng, rows, vocab, dtype=rng.choice(FLOATS)), "targets": whole(rng, rows, low=-3, high=vocab + 3),
+        "logits": floats(rng, rows, vocab, dtype=rng.choice(FLOATS)),
+        "targets": whole(rng, rows, low=-3, high=vocab + 3),
         "row_weight": maybe(rng, lambda: floats(rng, rows, dtype=torch.float32)),
         "suppress_tokens": maybe(rng, lambda: some_ids(rng, vocab, 3)), "label_smoothing": rng.choice((0.0, 0.1)),
         "want_grad": rng.random() < 0.5,
@@ -301,9 +307,7 @@ def run(calls: int, seed: int, first: int = 0, place: mmap.mmap | None = None) -
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             assert not is_right, f"call {index}, {describe(name, arguments)} is right and was refused: {error}"
             words = str(error).partition("\nException raised from")[0].strip()
-            is_torchs = (
-                "Declaration: " in words or "Could not run" in words or "There were no tensor arguments" in words
-            )  # the dispatcher's own refusal
+            is_torchs = any(start in words for start in DISPATCHER)
             is_line = is_torchs or (words and "\n" not in words)
             assert is_line, f"call {index}, {describe(name, arguments)}: refused with {error}"
             counts[f"{name}: refused"] += 1

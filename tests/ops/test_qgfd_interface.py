@@ -310,7 +310,7 @@ BAD = {
         lambda: call(key=Q[:, :3], enable_gqa=True),
     ),
     "lengths-differ": (ValueError, "query: got 5 rows, with 3 of key.*transition='key'", lambda: call(key=SHORT)),
-    "steps-below": (ValueError, "steps: got -1; expected an int >= 0", lambda: call(steps=-1)),
+    "steps-below": (ValueError, "steps: got -1; expected an int from 0", lambda: call(steps=-1)),
     "steps-float": (ValueError, "steps: got 1.5; expected an int", lambda: call(steps=1.5)),
     "steps-bool": (ValueError, "steps: got True; expected an int", lambda: call(steps=True)),
     "alpha-above": (ValueError, r"alpha: got 1.5; expected a number in \[0, 1\]", lambda: call(alpha=1.5)),

@@ -1,5 +1,6 @@
 """The command `fastdiff`: it lists the commands, runs each of them, and names the nearest one to a wrong name."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,19 @@ def test_a_module_calls_itself_as_it_was_called():
 def test_the_package_is_the_command():
     done = subprocess.run([sys.executable, "-m", "fastdiff", "info"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"fastdiff {__version__} on Python")
+
+
+def test_the_list_of_commands_needs_no_torch():
+    code = """
+import sys
+from fastdiff.__main__ import main
+main(["--help"])
+main(["--version"])
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+import fastdiff
+assert fastdiff.ops.adaln and "torch" in sys.modules  # imported when it is asked for
+assert fastdiff.use_backend and fastdiff.backends.requested() == "auto" and fastdiff.load
+"""
+    env = {name: value for name, value in os.environ.items() if name != "FASTDIFF_BACKEND"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ FLOORS = (
     ("ops",),
     ("kernels",),
     ("recipes", "device"),
+    ("arguments",),
     ("files", "errors", "backends", "shipped", "lazy", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

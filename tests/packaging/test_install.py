@@ -89,6 +89,8 @@ def test_info_names_every_backend_and_its_reasons():
         "CPU features: ",
     ):
         assert line in done.stdout
+    reasons = [line for line in done.stdout.splitlines() if "cannot run" in line]
+    assert len(reasons) == len(set(reasons))  # of operators that are alike it is said once
     assert "triton     cannot run: the tensors are on 'cpu'" in done.stdout or "GPU: none" not in done.stdout
 
 

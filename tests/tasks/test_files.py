@@ -55,3 +55,53 @@ def test_a_reader_that_has_gone_is_no_traceback():
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
+
+
+@pytest.mark.parametrize("error", ["ours", "rust"])
+def test_a_full_disk_while_tokens_are_prepared_is_one_line(tmp_path, monkeypatch, capsys, error):
+    import errno
+
+    from fastdiff.cli import command
+    from fastdiff.data import TextDataConfig, TokenizerConfig, load_text_data
+    from fastdiff.data.token_files import TokenFileWriter
+
+    def full(*_, **__):
+        if error == "ours":  # without a name, as writing to an open file raises it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise Exception("No space left on device (os error 28)")  # as tokenizers and safetensors raise it
+
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(TokenFileWriter, "add", full)
+    (tmp_path / "a.txt").write_text("Shall I compare thee to a summer's day?\n" * 9)
+    config = TextDataConfig(name="text_folder", path=str(tmp_path), max_length=8, min_length=4)
+    main = command(lambda argv: load_text_data(config, TokenizerConfig(name="characters")))
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2
+    assert said == (
+        f"error: {tmp_path / 'cache' / 'tokens'}: No space left on device; free some space, or set FASTDIFF_CACHE to a "
+        "folder of another disk"
+    )
+    assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
+
+
+def test_ctrl_c_while_a_folder_is_cleared_away_leaves_nothing(tmp_path, monkeypatch):
+    import shutil
+    import signal
+
+    rmtree = shutil.rmtree
+
+    def slow(path, **options):
+        if list(path.glob("*")):
+            os.kill(os.getpid(), signal.SIGINT)  # a second Ctrl-C, while what the first one left is removed
+        rmtree(path, **options)
+
+    def fill(folder):
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder_atomically(tmp_path / "new", fill)
+    assert not list(tmp_path.iterdir())

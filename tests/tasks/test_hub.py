@@ -113,3 +113,16 @@ def test_what_cannot_be_uploaded(runs, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     fails("push_to_hub: x: http://127.0.0.1:9 cannot be reached", run.push_to_hub, "x", kind=ConnectionError)
     assert not hub.repositories
+
+
+def test_links_that_lead_nowhere_and_names_no_file_has_are_no_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    for path in ("loop", "gone", "loop/model", str(tmp_path / "gone")):
+        with pytest.raises(FileNotFoundError, match="(loop|gone): got a link to '(loop|nowhere)', which leads nowhere"):
+            fastdiff.load(path)
+    with pytest.raises(FileNotFoundError, match="path: got 'x{40}' and more, 300 characters"):
+        fastdiff.load("x" * 300)
+    with pytest.raises(FileNotFoundError, match="x: no such folder in"):  # longer than any name on the hub
+        fastdiff.load("x" * 100)

@@ -89,3 +89,33 @@ def test_bad_names_are_one_line(toy, tmp_path, capsys, monkeypatch):
             fastdiff.load(path)
     with pytest.raises(ValueError, match="weights: got 'best'"):
         fastdiff.load(tmp_path, weights="best")
+
+
+def test_a_kind_of_ones_own_gets_the_checks_of_data_and_files(run, toy, tmp_path, monkeypatch, capsys):
+    from toy_kind.task import ToyTask
+
+    class Numbers:
+        def __init__(self, name):
+            self.name = name
+
+        def record(self):
+            return {"fingerprint": self.name, "class_names": [self.name]}
+
+    arguments = ["--training.output_dir", str(run), str(tmp_path / "toy.yaml"), "--data.mean", "5"]
+    arguments += ["--training.resume", "true", "--training.schedule", "cosine", "--training.max_steps"]
+    monkeypatch.setattr(ToyTask, "data_sets", lambda self: {"data": Numbers("a")})
+    train.main([*arguments, "61"])
+    monkeypatch.setattr(ToyTask, "data_sets", lambda self: {"data": Numbers("b")})
+    assert "data: got other data" in (text := last_line(train.main, [*arguments, "62"], capsys))
+    assert "class 'a' gone, class 'b' new" in text
+    with pytest.raises(ValueError, match="pass --accept-changed-data"):
+        fastdiff.load(run).check_data({"data": Numbers("b")})
+    weights = run / "checkpoints" / "step_61" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    assert "ema.safetensors was changed after it was written" in fails(sample.main, [run], capsys)
+
+
+def last_line(main, arguments, capsys) -> str:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    return capsys.readouterr().err.strip().splitlines()[-1]

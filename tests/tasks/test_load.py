@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,6 +284,40 @@ def test_import_stays_light():
     heavy = {"transformers", "diffusers", "huggingface_hub", "jsonargparse", "yaml", "matplotlib", "PIL"}
     assert "fastdiff" in loaded and not heavy & set(loaded)
     assert not [name for name in loaded if name.startswith(("fastdiff.tasks", "fastdiff.training", "fastdiff.models"))]
+
+
+def test_saving_mixes_no_files(runs, tmp_path):
+    dit = fastdiff.load(runs / "dit", device="cpu")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".git").mkdir()
+    dit.save_pretrained(tmp_path / "mine")
+    dit.save_pretrained(tmp_path / "mine")  # again, as people do
+    before = {path: path.read_bytes() for path in (runs / "dit").rglob("*") if path.is_file()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    for folder, run in (
+        (tmp_path / "other", dit),
+        (runs / "dit", dit),
+        (dit.source, dit),  # a checkpoint, whose files stay as they were written
+        (tmp_path / "mine", fastdiff.load(runs / "masked_lm", device="cpu")),
+    ):
+        with pytest.raises(FileExistsError, match="directory: got .*, which holds .*; expected a new or empty folder"):
+            run.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_files_of_a_saved_model_lie_with_it(runs, tmp_path, monkeypatch, capsys):
+    from fastdiff import sample
+    from fastdiff.tasks.results import results_folder
+
+    fastdiff.load(runs / "dit", device="cpu").save_pretrained(tmp_path / "saved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sample.main([str(tmp_path / "saved"), "--labels", "0", "--images-per-label", "1"])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "saved" / "samples-seed-0.png")
+    assert not list(Path().iterdir())
+    assert results_folder("owner/model", None) == Path()
 
 
 def test_texts_of_digits_are_names_where_all_texts_are_names():

@@ -122,3 +122,15 @@ def test_what_does_not_fit():
     fails("sampler: got 'euler'", image.sample, sampler="euler")
     several = run_of("video", "tabular")
     fails("modality: got None; this model has video, tabular", several.sample)
+
+
+def test_what_is_finished_is_handed_over_batch_by_batch():
+    from fastdiff.tasks.qgfd.samples import draw_samples
+
+    run, kept = run_of("audio"), []
+    labels = torch.arange(230) % 2
+    options = QGFDSamplingConfig(num_inference_steps=1)
+    drawn = draw_samples(run.model, "audio", 230, options, labels=labels, keep=kept.append)
+    assert [len(samples) for samples in kept] == [100, 200] and len(drawn) == 230
+    assert torch.equal(kept[1].labels, labels[:200])
+    assert torch.equal(kept[0].batch["input_values"], drawn.batch["input_values"][:100])

@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 import fastdiff
 from fastdiff import train
+from fastdiff.training.checkpoint import read_state
+from fastdiff.training.provenance import check_data
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,24 @@ def test_a_length_head_is_read(old_runs):
         run.sample()
 
 
+def test_classes_that_moved_are_refused(old_runs):
+    state = read_state(old_runs / "dit" / "checkpoints" / "step_2")
+    names = state["task"]["class_names"]
+    with pytest.raises(ValueError, match="data: got other data .*another order of class names"):
+        check_data(state, {"data": {"class_names": names[::-1]}}, "'x'", False, "--accept")
+    check_data(state, {"data": {"class_names": names}}, "'x'", False, "--accept")
+
+
 @pytest.mark.parametrize("kind", ["dit", "masked_lm", "qgfd"])
 def test_training_goes_on(old_runs, kind, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
     run = old_runs / kind
     train.main([str(run / "config.yaml"), "--training.resume", "true", "--training.max_steps", "3",
                 "--training.output_dir", str(run)])  # fmt: skip
-    assert "trained 3 steps" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "trained 3 steps" in captured.out
+    # they kept no record, which is said once; from now on there is one
+    assert captured.err.count("cannot be checked") == 1
+    state = json.loads((run / "checkpoints" / "step_3" / "trainer_state.json").read_text())
+    assert list(state["data"]) == ["tabular_data" if kind == "qgfd" else "data"] and "sha256" in state
     assert fastdiff.load(run).step == 3

@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fastdiff import evaluate, sample, train
+from fastdiff import evaluate, generate, sample, train
 from fastdiff.recipes import load_recipe, parse_recipe
 from fastdiff.tasks.dit.recipe import DiTRecipe
 from fastdiff.tasks.dit.task import DiTTask
@@ -75,9 +73,18 @@ def test_overrides_and_round_trip(tiny_yaml, tmp_path, digits):
         (["--training.seed", str(2**64)], r"training.seed: got 18446744073709551616; expected at most 184"),
         (["--sampling.num_inference_steps", "0"], r"sampling.num_inference_steps: got 0; expected at least 1"),
         (["--model.norm_eps", "-1"], r"DiTConfig.norm_eps: got -1.0; expected a finite number"),
-        (["--training.max_steps", "many"], r"training.max_steps.*Expected.*int.*many"),
+        (["--training.max_steps", "many"], r"training.max_steps: got many; expected a whole number;"),
+        (["--training.max_steps", "1.5"], r"training.max_steps: got 1.5; expected a whole number;"),
+        (["--training.max_steps"], r"--training.max_steps: got no value; expected one;"),
+        (["--training.resume", "maybe"], r"training.resume: got maybe; expected true or false;"),
+        (["--training.trackers", "5"], r"training.trackers: got 5; expected a list, as in \[a, b\];"),
+        (["--sampling.sampler", "[1]"], r"sampling.sampler: got \[1\]; expected one of 'euler'.* or null;"),
+        (["--model.input_size", "[a]"], r"model.input_size: got \['a'\]; expected a whole number or a tuple with 2"),
         (["--training.max_steps", "0"], r"training.max_steps: got 0; expected at least 1"),
-        (["--training.schedule", "sudden"], r"training.schedule.*Expected.*cosine.*sudden"),
+        (
+            ["--training.schedule", "sudden"],
+            r"training.schedule: got sudden; expected one of 'cosine', 'constant', 'constant_then_linear';",
+        ),
         (
             ["--model.num_classes", "3"],
             r"model.num_classes: got 3; the data set digits has 10; set --model.num_classes",
@@ -111,7 +118,7 @@ def test_bad_options(tiny_yaml, tmp_path, capsys, arguments, message):
         ("training: 5", r"bad.yaml: training: got 5; expected fields below it"),
         ("training:", r"bad.yaml: training: got None; expected fields below it"),
         ("- 5", r"bad.yaml: got \[5\]; expected the sections task, model, diffusion"),
-        ("training: {learning_rate: fast}", r"training.learning_rate.*float.*fast"),
+        ("training: {learning_rate: fast}", r"training.learning_rate: got fast; expected a number"),
         ("data: {name: digits}\ntraining: [5", r"bad.yaml, line [23], column \d+: not valid YAML"),
         ("modle: {depth: 2}", r"bad.yaml: there is no section 'modle'; expected task, model, diffusion"),
     ],
@@ -163,7 +170,7 @@ def test_unknown_tasks(tmp_path, content, message):
         ("task: {name: 1}", r"words.yaml: task has fields below it; expected one value, as in task: VALUE"),
         ("sampling: {generaton: {}}", r"no field sampling.generaton; did you mean sampling.generation\?"),
         ("sampling: {generation: {temprature: 1}}", r"temprature: masked diffusion decoding has no such option"),
-        ("task: dit", r"task.*masked_lm.*dit"),
+        ("task: dit", r"words.yaml is not a recipe of this version: task: got dit; expected 'masked_lm'"),
     ],
 )
 def test_bad_recipes_of_language_models(tmp_path, content, message):
@@ -173,21 +180,38 @@ def test_bad_recipes_of_language_models(tmp_path, content, message):
         load_recipe(MaskedLMRecipe, path)
 
 
-def test_help_lists_every_field():
-    done = subprocess.run(
-        [sys.executable, "-m", "fastdiff.train", "dit_mnist", "--help"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0
-    for text in (
-        "--training.max_steps",
-        "--model.hidden_size",
-        "--diffusion.prediction_type",
-        "--data.folder",
-        "--sampling.guidance_scale",
-        "optimizer steps",
-        "the run's folder",
+def help_of(arguments, capsys) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        train.main(arguments)
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_has_a_line_for_every_field_of_the_recipe(capsys):
+    text = help_of(["qgfd_image", "--help"], capsys)
+    for line in (
+        "--training.max_steps 3000 .* optimizer steps",
+        "--image.condition_dropout 0.1 ",
+        "--image_data.name mnist5k ",
+        "--sampling.guidance_scale 1.5 ",
     ):
-        assert text in done.stdout
+        assert re.search(line, text), line
+    assert "--audio" not in text and "--text_data" not in text  # what the recipe has not
+    fields = re.findall(r"^  --([\w.]+) ", text, re.MULTILINE)
+    assert len(fields) == len(set(fields)) and len(text.splitlines()) < len(fields) + 30
+    assert max(map(len, text.splitlines()[6:])) <= 120
+    for name in fields:  # each is an option
+        assert name.partition(".")[0] in {
+            "backbone",
+            "diffusion",
+            "objective",
+            "image",
+            "image_data",
+            "training",
+            "sampling",
+        }
+    every = help_of(["dit_mnist", "--help-all"], capsys)
+    assert "--training.max_steps MAX_STEPS" in every and "the run's folder" in every and "--data.folder" in every
 
 
 @pytest.fixture
@@ -278,9 +302,20 @@ def test_sample_command_refuses(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no config.yaml and no config.json" in failure(sample, [tmp_path / "empty"], capsys)
     assert "expected one of euler" in failure(sample, [run, "--sampler", "ddim"], capsys)
-    assert "guidance_scale" in failure(sample, [run, "--guidance-scale", "much"], capsys)
     assert "guidance_scale: got nan" in failure(sample, [run, "--guidance-scale", ".nan"], capsys)
     assert "nrecognized" in failure(sample, [run, "--guidance-scal", "2"], capsys)
+    assert "--guidance-scale: got much; expected a number;" in failure(
+        sample, [run, "--guidance-scale", "much"], capsys
+    )
+    assert "--weights: got 'best'; expected one of 'ema', 'model'" in failure(
+        sample, [run, "--weights", "best"], capsys
+    )
+    for arguments in ([run, "--labels", "1", "2"], ["--labels", "1", "2", run]):
+        assert "arguments: 2; expected one value for an option, several with commas" in failure(
+            sample, arguments, capsys
+        )
+    nope = failure(generate, ["--watch", tmp_path / "nope" / "x", "--prompt", "a"], capsys)
+    assert f"error: {tmp_path / 'nope' / 'x'}: no such folder" in nope
     assert "nrecognized arguments: --num-pairs" in failure(evaluate, [run, "--num-pairs", "3"], capsys)
     assert "--num-samples: got 1; expected at least 2" in failure(evaluate, [run, "--num-samples", "1"], capsys)
     for device in ("foo", "cuda:99", "meta"):
@@ -363,3 +398,48 @@ def test_the_folder_of_a_run_may_begin_with_a_dash(tiny_yaml, tmp_path, monkeypa
     (tmp_path / "-run").mkdir()
     (tmp_path / "-run" / "config.yaml").write_text(tiny_yaml.read_text())
     assert load_recipe(DiTRecipe, Path("-run") / "config.yaml").model.depth == 2
+
+
+def test_finished_samples_are_kept_when_drawing_is_stopped(run, monkeypatch, capsys):
+    from fastdiff.tasks.dit import run as module
+    from fastdiff.visualization import grids
+
+    calls, titles, draw = [], [], module.sample_classes
+
+    def stopped(*arguments, **options):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(module, "sample_classes", stopped)
+    monkeypatch.setattr(grids, "_draw", lambda sheet, rows, size, path, title: titles.append((title, path)))
+    with pytest.raises(SystemExit) as exit_:
+        sample.main([str(run), "--images-per-label", "25"])  # 250: three batches
+    assert exit_.value.code == 130 and len(calls) == 2
+    assert titles[0][0].endswith(", 100 of 250 samples") and titles[0][1] == run / "samples-seed-0.png"
+
+
+def test_writing_what_is_finished_takes_a_tenth_of_the_time_at_most(monkeypatch):
+    from fastdiff.tasks import results
+
+    clock, written = [0.0], []
+    monkeypatch.setattr(results.time, "monotonic", lambda: clock[0])
+
+    def write(drawn):
+        written.append(drawn)
+        clock[0] += 1  # as long as a batch
+
+    keep = results.AsTheyCome(write)
+    for drawn in range(30):
+        clock[0] += 1
+        keep(drawn)
+    assert written == [0, 9, 18, 27]
+
+
+def test_help_of_a_run_has_its_values_and_samplers(run, capsys):
+    with pytest.raises(SystemExit):
+        sample.main([str(run), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 means none (default: 1.5)" in text and "denoising steps (default: 2)" in text
+    assert "(of this run euler, dpm-solver++, renoise; default: euler)" in text and "ddpm, ddim" not in text

@@ -1,8 +1,10 @@
 """What stops a run: each ends with one line, and the last whole checkpoint stays."""
 
+import dataclasses
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import yaml
 
 from fastdiff.tasks.dit.run import load_run
 from fastdiff.training import TrainingError, checkpoint
+from fastdiff.training.schedule import learning_rate, rate_jump
 
 
 def one_line(error) -> str:
@@ -253,3 +256,129 @@ def test_resume_from_damaged_files_is_one_line(make_trainer, tmp_path, file, con
     with pytest.raises(ValueError, match=message) as error:
         make_trainer(tmp_path / "run", "--training.max_steps", 4, "--training.resume", "true")
     one_line(error)
+
+
+def test_overwrite_is_of_the_command_line_alone(make_trainer, tiny_yaml, tmp_path):
+    from fastdiff.recipes import parse_recipe
+    from fastdiff.tasks.dit.recipe import DiTRecipe
+
+    make_trainer(tmp_path / "run", "--training.overwrite", "true", "--training.max_steps", 1).train()
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert stored["training"]["overwrite"] is False  # who trains by this file again has not asked for it
+    content = yaml.safe_load(tiny_yaml.read_text())
+    content["training"]["overwrite"] = True
+    tiny_yaml.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="tiny.yaml: training.overwrite: got true; expected it on the command line"):
+        parse_recipe(DiTRecipe, [str(tiny_yaml)])
+    assert parse_recipe(DiTRecipe, [str(tiny_yaml), "--training.overwrite", "true"]).training.overwrite
+
+
+def test_overwrite_of_another_projects_folder_is_refused(make_trainer, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("training: {epochs: 3}\n")
+    with pytest.raises(ValueError, match="mine/config.yaml' is not one that fastdiff.train wrote; nothing was deleted"):
+        make_trainer(folder, "--training.overwrite", "true")
+    (folder / "config.yaml").unlink()
+    (folder / "metrics.jsonl").write_text("mine")
+    for options in ([], ["--training.overwrite", "true"]):
+        with pytest.raises(FileExistsError, match="holds metrics.jsonl but no run"):
+            make_trainer(folder, *options)
+    assert (folder / "metrics.jsonl").read_text() == "mine"
+
+
+def test_a_run_whose_files_are_links_is_left_alone(make_trainer, tmp_path):
+    other, run = tmp_path / "other", tmp_path / "run"
+    make_trainer(other, "--training.max_steps", 1).train()
+    shutil.copytree(other, run)
+    before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    for name in ("checkpoints", "checkpoints/step_1", "metrics.jsonl", "config.yaml"):
+        own, aside = run / name, tmp_path / "aside"
+        own.rename(aside)
+        own.symlink_to(other / name)
+        for way in ("resume", "overwrite"):
+            options = (f"--training.{way}", "true", "--training.max_steps", 9, "--training.checkpoint_every", 1)
+            with pytest.raises(ValueError, match=f"training.output_dir: got .*run', whose {name} is a link to .*other"):
+                make_trainer(run, *options)
+        own.unlink()
+        aside.rename(own)
+    assert {path: path.stat().st_mtime_ns for path in other.rglob("*")} == before
+    (tmp_path / "link").symlink_to(other)  # a folder that is a link as a whole is a run's
+    assert make_trainer(tmp_path / "link", "--training.resume", "true", "--training.max_steps", 2).train().steps == 2
+
+
+def test_a_rate_that_jumps_is_said(make_trainer, tmp_path, capsys):
+    make_trainer(tmp_path / "run", "--training.max_steps", 8).train()
+    capsys.readouterr()
+    trainer = make_trainer(tmp_path / "run", "--training.resume", "true", "--training.max_steps", 16)
+    said = capsys.readouterr().err
+    rate = f"{learning_rate(trainer.config, 8):.3g}"
+    assert "training.max_steps: got 16, and the run was planned for 8" in said and f"to {rate} at step 9" in said
+    trainer.folder.unlock()
+    constant = dataclasses.replace(trainer.config, schedule="constant")
+    assert rate_jump(constant, 8, 8) is None and rate_jump(trainer.config, 16, 8) is None
+
+
+def test_a_second_ctrl_c_waits_for_the_checkpoint(tmp_path):
+    """SIGINT's own action would leave a checkpoint that is not whole, SIGTERM's a half-written folder."""
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+from fastdiff.training import checkpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def write(folder):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+    (folder / "model.safetensors").write_bytes(b"whole")
+checkpoint.write_checkpoint(Path(sys.argv[1]), 2, {"task": {}}, write, keep_last=1)
+print("not reached")
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert done.returncode != 0 and "not reached" not in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
+    assert checkpoint.read_state(tmp_path / "step_2")["step"] == 2
+    checkpoint.check_files(tmp_path / "step_2", checkpoint.read_state(tmp_path / "step_2"))
+
+
+@pytest.mark.parametrize("method", ["start", "log", "finish"])
+def test_a_tracker_that_fails_is_said_once_and_training_goes_on(make_trainer, tmp_path, monkeypatch, capsys, method):
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*_, **__):
+        raise ConnectionError("the server has gone")
+
+    monkeypatch.setattr(TensorBoardTracker, method, fail)
+    options = ("--training.trackers", "[tensorboard]", "--training.max_steps", 4, "--training.log_every", 1)
+    outcome = make_trainer(tmp_path / "run", *options).train()
+    said = capsys.readouterr().err
+    assert outcome.finished and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert said.count("the tracker tensorboard failed") == 1 and "ConnectionError: the server has gone" in said
+
+
+@pytest.mark.parametrize("project", ["../../x", "/x", "..", "", "a\\b"])
+def test_a_trackers_project_stays_in_its_folder(make_trainer, tmp_path, project):
+    options = ("--training.trackers", "[tensorboard]", "--training.project", project)
+    with pytest.raises(ValueError, match="training.project: got .*; expected a name without /"):
+        make_trainer(tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_are_kept_when_the_data_fails(make_trainer, tmp_path, curve, same_files, capsys):
+    trainer = make_trainer(tmp_path / "run")
+    batch = trainer.task.batch
+
+    def gone(step, slots):
+        if step == 7:
+            raise ValueError("a.png cannot be decoded")
+        return batch(step, slots)
+
+    trainer.task.batch = gone
+    with pytest.raises(ValueError, match="a.png cannot be decoded"):
+        trainer.train()
+    assert steps_in(tmp_path / "run") == [5, 7] and "stopped after step 7; last whole" in capsys.readouterr().err
+    trainer.folder.unlock()
+    resumed = make_trainer(tmp_path / "run", "--training.resume", "true").train()
+    whole = make_trainer(tmp_path / "whole").train()
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    same_files(resumed.checkpoint, whole.checkpoint)

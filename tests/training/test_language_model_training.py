@@ -291,7 +291,7 @@ def test_texts_that_a_run_shows(make_task, prose):
         assert sorted(sample.steps) == [0, 0, 1, 1, 2, 2, 3, 3] and len(sample.pieces) == 8 and len(sample.prompt) >= 16
     prompts = yaml.safe_dump(["The crow", ""])
     shown = make_task(*documents(prose), "--sampling.prompts", prompts).samples(task.model)
-    assert [sample.prompt for sample in shown] == ["The crow", task.tokenizer.bos_token]
+    assert [sample.prompt for sample in shown] == ["The crow", task.tokenizer.eos_token]
     stop = yaml.safe_dump({"max_new_tokens": 8, "block_length": 4, "stop_strings": ["e"]})
     assert all(
         len(s.pieces) == 8 for s in make_task(*documents(prose), "--sampling.generation", stop).samples(task.model)

@@ -356,7 +356,7 @@ def test_data_that_changed_since_training_is_not_measured_by(train_run, tmp_path
     table.write_text("\n".join(["x,y,kind", *lines]) + "\n")
     run = train_run("tabular", tabular_data={"name": "csv", "path": str(table)})
     table.write_text("\n".join(["x,y,kind", *lines, "77,1,a"]) + "\n")
-    assert "its content has changed" in failure(evaluate, [run], capsys)
+    assert "23 examples and 8 held-out ones, not 22 and 8" in failure(evaluate, [run], capsys)
 
 
 def test_commands_name_what_is_for_other_runs(train_run, capsys):

@@ -8,6 +8,7 @@ import torch
 from language_runs import byte_tokenizer
 
 from fastdiff.visualization import DenoisingView, watch
+from fastdiff.visualization import terminal as terminal_text
 
 MASK = 3
 
@@ -168,3 +169,17 @@ def test_spaces_of_sentencepiece_words():
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     view = DenoisingView(PreTrainedTokenizerFast(tokenizer_object=words), MASK, stream=io.StringIO())
     assert "".join(text for text, _ in view.pieces([1, MASK, 2, 1], [1] * 4)) == "to░ be to"
+
+
+def test_what_a_terminal_obeys_is_shown(tokenizer, terminal):
+    """Control characters and marks of direction, in place and in lines; joiners and marks of letters as they are."""
+    text = "a\x9b31m\x1b[2J\u202eb\u2066c\x07 क्\u200dष"
+    ids = torch.tensor(tokenizer(text)["input_ids"])[None]
+    stream = io.StringIO()
+    for place in (terminal, stream):
+        with DenoisingView(tokenizer, MASK, stream=place) as view:
+            view(ids, 0)
+    shown = r"a\x9b31m\x1b[2J\u202eb\u2066c\x07 क्" + "\u200dष"
+    assert stream.getvalue() == f"[step 1, 0 masked] {shown}\n"
+    assert terminal.text().rsplit("\n", 1)[0].replace("\n", "") == shown
+    assert terminal_text.printable("tab\tline\n\ud800\u2028é你") == "tab\tline\n\\ud800\\u2028é你"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.device import evaluating
-from fastdiff.generation.canvas import Canvas, padded
+from fastdiff.generation.canvas import Canvas, as_seen, padded
 from fastdiff.generation.checks import check_encoder_inputs, check_prompts
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.ops import eos_log_prob, lm_head_sample
@@ -52,6 +52,7 @@ def probe_window(
 ) -> Probe:
     """See `LengthPredictor.probe`; likeliest: whether `end_is_likeliest` is wanted."""
     mask = check_window(model, input_ids, attention_mask, window)
+    input_ids = as_seen(input_ids, model.config.mask_token_id)
     encoder_mask = check_encoder_inputs(model, len(input_ids), None, encoder_attention_mask, encoder_hidden_states)
     canvas = Canvas(input_ids, mask, window, model.config.mask_token_id, model.config.pad_token_id)
     offsets = torch.arange(window, device=input_ids.device) - int(model.config.logit_shift)

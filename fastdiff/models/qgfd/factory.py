@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastdiff.data.tokenization import ids_without_text, vocabulary_size
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.models.qgfd.adapters import MODALITIES, AudioProcessor, ImageProcessor, VideoProcessor
 from fastdiff.models.qgfd.adapters.base import AdapterConfig
@@ -73,6 +74,9 @@ def create_qgfd_model(
         processors[name] = _prepare(name, adapter, processors.get(name))
         adapters[name] = adapter
     model = QGFDModel(dataclasses.replace(config, **adapters))
+    if processors.get("text") is not None:
+        text = model.config.text
+        text.silent_token_ids = ids_without_text(processors["text"], text.vocab_size)
     return model, processors if several else processors[names[0]], model.diffusion
 
 
@@ -139,7 +143,7 @@ def _prepare_text(config: Any, tokenizer: Any) -> Any:
                 "config.text.tokenizer"
             )
         return None
-    config.vocab_size = len(tokenizer)
+    config.vocab_size = vocabulary_size(tokenizer)
     if tokenizer.pad_token_id is not None:
         config.pad_token_id = tokenizer.pad_token_id
     return tokenizer

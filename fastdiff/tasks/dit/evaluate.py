@@ -8,11 +8,11 @@ import torch
 from fastdiff.errors import section
 from fastdiff.files import output_path, write_atomically
 from fastdiff.tasks.dit.run import load_run
-from fastdiff.tasks.options import SamplingOptions, at_least
+from fastdiff.tasks.options import DataOptions, SamplingOptions, at_least
 
 
 @dataclass
-class EvaluateOptions(SamplingOptions):
+class EvaluateOptions(DataOptions, SamplingOptions):
     """Scores samples: class accuracy and Fréchet distance under a small classifier, which is trained once on the real
     images and cached, and the distance to the nearest training image; beside them the same numbers of real held-out
     images.
@@ -42,6 +42,7 @@ def evaluate_images(path: str, options: EvaluateOptions) -> None:
     output = output_path(options.output, run.folder.path / "evaluation.json")
     with section("data"):
         data = load_data(run.recipe.data)
+    run.check_data({"data": data}, options.accept_changed_data)
     classifier = load_or_train_classifier(data)
     sampling = options.applied_to(run.sampling)
     labels = torch.arange(options.num_samples) % len(run.class_names)

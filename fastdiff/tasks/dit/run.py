@@ -1,7 +1,7 @@
 """Runs of diffusion transformers, loaded to sample from."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -113,12 +113,19 @@ class DiTRun(Run):
         return to_pil(images) if output_type == "pil" else images
 
     def draw(
-        self, labels: Sequence[int] | Tensor, sampling: SamplingConfig, *, batch_size: int = 100, progress: bool = False
+        self,
+        labels: Sequence[int] | Tensor,
+        sampling: SamplingConfig,
+        *,
+        batch_size: int = 100,
+        progress: bool = False,
+        keep: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Samples of these labels: float32 [N, C, H, W] on the CPU, latents where it is a model of latents.
 
         Sample i depends on its label and on seed + i alone, whatever `batch_size` (rounding aside). The network runs
-        in the precision that the run would train in on this device (`fastdiff.device.autocast_dtype`).
+        in the precision that the run would train in on this device (`fastdiff.device.autocast_dtype`). `keep` gets the
+        samples drawn so far, [n, C, H, W], after each batch but the last (`fastdiff.tasks.results.AsTheyCome`).
 
         Raises:
             ValueError: a sampler that does not fit the run, or a label out of range.
@@ -143,6 +150,8 @@ class DiTRun(Run):
                 )
                 parts.append(images.cpu())
                 bar.update(len(part))
+                if keep is not None and start + batch_size < len(labels):
+                    keep(torch.cat(parts))
         return torch.cat(parts)
 
     def decoded(self, samples: Tensor) -> Tensor:  # [N, C, H, W], float32, as `draw` gives them

@@ -115,6 +115,10 @@ class DiTTask:
         )
         save_sample_grid(images.cpu(), labels, names, path, title=sampling.described())
 
+    def data_sets(self) -> dict[str, ImageData]:
+        """The images."""
+        return {"data": self.data}
+
     def facts(self) -> dict[str, Any]:
         """The classes' names, by label."""
         return {"class_names": list(self.data.class_names)}

@@ -31,11 +31,12 @@ class LengthHeadRun(Run):
 
     def usage(self) -> str:
         return (
+            "import torch\n"
             "from fastdiff.generation.length import LengthPredictor\n"
             'lm = fastdiff.load("THE_LANGUAGE_MODEL")  # the one that the head was trained on\n'
             f'predictor = LengthPredictor(lm.model, window={self.about["window"]}, rule="{self.model.kind}", '
             "head=run.model)\n"
-            'prompt = lm.tokenizer("a prompt", return_tensors="pt").input_ids.to(lm.model.device)\n'
+            'prompt = torch.tensor([lm.codec.encode("a prompt")], device=lm.model.device)\n'
             "print(predictor(prompt).bounds)  # tokens"
         )
 

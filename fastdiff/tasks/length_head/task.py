@@ -61,7 +61,10 @@ class LengthHeadTask:
         source = loaded.recipe.data if recipe.data is None else recipe.data
         if data is None:
             with section("data"):
-                data = text_of_run(loaded) if recipe.data is None else load_text_data(source, loaded.tokenizer)
+                if recipe.data is None:
+                    data = text_of_run(loaded, recipe.training.accept_changed_data)
+                else:
+                    data = load_text_data(source, loaded.tokenizer)
         self.data, self.pad_token_id = data, loaded.tokenizer.pad_token_id or 0
         self.window = source.max_length if recipe.window is None else recipe.window
         self.windows = dataclasses.replace(
@@ -180,6 +183,10 @@ class LengthHeadTask:
         title = f"{self.config.head}: {len(lengths)} held-out answers, RMSE {_rmse(predicted, lengths):.2f} tokens"
         save_length_scatter(predicted.tolist(), lengths.tolist(), path, title=title)
 
+    def data_sets(self) -> dict[str, TextData]:
+        """The pairs, which may be those of the language model's run."""
+        return {"data": self.data}
+
     def facts(self) -> dict[str, Any]:
         """What was trained, on which model and pairs."""
         return {
@@ -188,8 +195,6 @@ class LengthHeadTask:
             "run": self.config.run,
             "model_hash": self.model_hash,
             "window": self.window,
-            "data": self.data.name,
-            "data_fingerprint": self.data.fingerprint,
         }
 
     def recipe(self) -> dict[str, Any]:

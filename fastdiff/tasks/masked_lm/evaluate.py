@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from fastdiff.tasks.masked_lm.run import (
     load_language_model,
     load_length_predictor,
 )
-from fastdiff.tasks.results import with_earlier
+from fastdiff.tasks.results import results_folder, with_earlier
 from fastdiff.training.run_folder import locate
 
 _PAIRS, _DRAWS, _ROWS = 500, 128, 32
@@ -31,7 +30,10 @@ _ONLY_RULES = ("window", "length_heads", "length_expansion_pairs")
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """Share of held-out pairs whose generated answer is the reference, letter by letter, and its standard error."""
+    """Share of held-out pairs whose generated answer is the reference, letter by letter, and its standard error.
+
+    Both are tokens, decoded in the same way, special tokens written out.
+    """
 
     accuracy: float
     standard_error: float
@@ -62,8 +64,8 @@ def evaluate_language_model(path: str, options: EvaluateOptions) -> None:
         from fastdiff.integrations import lm_eval as harness
 
         manager = harness.find_tasks(tasks, options.lm_eval_include_path)
-    default = Path("evaluation.json") if recipe is None else locate(path)[0].path / "evaluation.json"
-    output = output_path(options.output, default)  # before work that would be lost
+    folder = results_folder(path, None if recipe is None else locate(path)[0])
+    output = output_path(options.output, folder / "evaluation.json")  # before work that would be lost
     loaded = load_language_model(path, weights=options.weights, device=options.device)
     results: dict[str, Any] = {"model": path, "step": loaded.step, "weights": options.weights}
     tables = []
@@ -92,7 +94,7 @@ def evaluate_language_model(path: str, options: EvaluateOptions) -> None:
 def exact_match(
     generator: TextGenerator, data: TextData, num_pairs: int, *, batch_size: int = 32, progress: bool = False
 ) -> ExactMatch:
-    """Generates answers to held-out prompts, evenly spaced over them, and compares their texts with the references.
+    """Generates answers to held-out prompts, evenly spaced over them, and compares them with the references.
 
     Raises:
         ValueError: the data has no pairs, or a prompt is too long for the model.
@@ -101,14 +103,17 @@ def exact_match(
     if part.conditions is None:
         raise ValueError("exact match: this run's data has no pairs")
     indices = evenly_spaced(len(part.targets), num_pairs).tolist()
-    rows = [part.conditions.document(i).tolist() for i in indices]
+    codec = generator.codec
+    rows = [codec.as_given(part.conditions.document(i).tolist()) for i in indices]
     for index, row in zip(indices, rows, strict=True):
         generator.check(row, f"held-out prompt {index}")
     prompts, right = [generator.decode(row) for row in rows], 0
     with tqdm(total=len(rows), unit="answer", desc="exact match", disable=not progress) as bar:
         for batch in generator.generate(prompts, rows, batch_size=batch_size):
-            references = (part.targets.document(indices[answer.row]).tolist() for answer in batch)
-            right += sum(answer.text == generator.decode(ids) for answer, ids in zip(batch, references, strict=True))
+            for answer in batch:
+                reference = part.targets.document(indices[answer.row]).tolist()
+                pair = (codec.decode(ids, special_tokens=True) for ids in (answer.tokens, reference))
+                right += answer.tokens == reference or len({*pair}) == 1
             bar.update(len(batch))
     share, done = right / len(rows), generator.statistics
     error = math.sqrt(share * (1 - share) / max(len(rows) - 1, 1))
@@ -119,7 +124,7 @@ def _held_out(
     loaded: LanguageModel, options: EvaluateOptions, config: Any, decoding: dict[str, Any], results: dict[str, Any]
 ) -> str:
     """Measures the held-out text, notes it in `results` and gives the table."""
-    recipe, data, rows = loaded.recipe, text_of_run(loaded), options.batch_size or _ROWS
+    recipe, data, rows = loaded.recipe, text_of_run(loaded, options.accept_changed_data), options.batch_size or _ROWS
     bound = likelihood_bound(
         loaded.model,
         **likelihood_arguments(recipe, loaded.model.config, data, options.likelihood_samples),

@@ -26,7 +26,8 @@ from fastdiff.training.run_folder import locate
 # Fields of `LengthOptions` and the options of the command that set them.
 _OPTIONS = {"window": "window", "coverage": "coverage", "num_pairs": "num_pairs", "heads": "length_heads",
             "expansion_pairs": "length_expansion_pairs", "batch_size": "batch_size", "seed": "seed"}  # fmt: skip
-_USED = {"weights", "device", "output", "length", *_OPTIONS.values()}  # any other one that is given is refused
+# any other one that is given is refused
+_USED = {"weights", "device", "output", "length", "accept_changed_data", *_OPTIONS.values()}
 RESAMPLES = 1000
 
 
@@ -79,7 +80,7 @@ def evaluate_lengths(path: str, given: EvaluateOptions) -> None:
         raise PermissionError(f"{loaded.source} cannot be written; the calibrations belong there")
     options = dataclasses.replace(options, window=options.window or recipe.data.max_length)
     predictors = make_predictors(loaded, options)
-    calibration, test = held_out_halves(loaded, text_of_run(loaded), options)
+    calibration, test = held_out_halves(loaded, text_of_run(loaded, given.accept_changed_data), options)
     rules = compare(predictors, calibration, test, loaded, options)
     calibrations = "calibrations: none saved, since they are for the averaged weights"
     if given.weights == "ema":  # that generate --length auto reads

@@ -3,15 +3,15 @@
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastdiff.data.text_config import LengthFormat
-from fastdiff.files import output_path, write_atomically
-from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
+from fastdiff.files import RecordFile, output_path
+from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig, TextGenerator
 from fastdiff.generation.config import merged_options
 from fastdiff.tasks.masked_lm.run import (
     DEFAULT_NEW_TOKENS,
@@ -21,6 +21,7 @@ from fastdiff.tasks.masked_lm.run import (
     load_length_predictor,
 )
 from fastdiff.tasks.options import GenerationOptions, RunOptions, at_least
+from fastdiff.visualization.terminal import printable
 
 _WATCHED = 3  # sequences shown by --watch
 
@@ -32,15 +33,16 @@ class GenerateOptions(RunOptions):
 
     Attributes:
         prompt: text to continue; may be repeated; the tokenizer's mask token in it (<mask> where it has none) is filled
-        prompt_file: prompts, one on each line; or .jsonl, one object on each line with the field "prompt"
-        unconditional: an empty prompt begins a text (BoS); without --prompt, one such
+        prompt_file: prompts, one on each line; or .jsonl, one object on each line with the field "prompt"; blank lines
+            are left out
+        unconditional: an empty prompt begins a text; without --prompt, one such
         chat: each prompt is a user's message, put into the tokenizer's chat template
         num_samples: number of samples for each prompt
         batch_size: samples decoded at once; it does not change them
         length_format: needed for --length auto with a checkpoint whose config does not say how answers ended in
             training
         watch: show the text as it takes shape
-        output: a .jsonl file to write the samples to
+        output: a .jsonl file to write the samples to, each batch as it is done
         dtype: float32, bfloat16 or float16; default: as stored
     """
 
@@ -65,20 +67,22 @@ class GenerateOptions(RunOptions):
 
 def generate_text(path: str, options: GenerateOptions) -> None:
     """Prints samples as they are done, and writes them to a file where one is named."""
-    records: list[dict[str, Any]] = []
-    output = None if options.output is None else output_path(options.output, Path(options.output))
+    path_of_output = None if options.output is None else output_path(options.output, Path(options.output))
+    output = None if path_of_output is None else RecordFile(path_of_output)
     try:
-        _generate(path, options, output, records)
-    except KeyboardInterrupt:
-        if output is not None and records:
-            _save(output, records)
-            print(f"interrupted; {len(records)} finished samples are in {output}", file=sys.stderr)
-        else:
-            print("interrupted", file=sys.stderr)
+        _generate(path, options, output)
+    except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, or who read the text has gone, as `head` does
+        stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else "the output was closed"
+        if output is not None and output.count:
+            print(f"{stopped}; {output.count} finished samples are in {options.output}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print(stopped, file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            raise
         raise SystemExit(130) from None
 
 
-def _generate(path: str, options: GenerateOptions, output: Path | None, records: list[dict[str, Any]]) -> None:
+def _generate(path: str, options: GenerateOptions, output: RecordFile | None) -> None:
     prompts = read_prompts(options.prompt, options.prompt_file, options.unconditional)
     recipe = language_model_recipe(path)
     defaults = decoding_defaults(path, recipe)
@@ -98,10 +102,8 @@ def _generate(path: str, options: GenerateOptions, output: Path | None, records:
         )
     generator = TextGenerator(loaded.model, loaded.tokenizer, config, predictor)
     with_recipe = recipe is not None and recipe.data.sample == "pairs"
-    _print_samples(generator, prompts, options, decoding, records, apart=with_recipe)
-    if output is not None:
-        _save(output, records)
-    print(_statistics(generator) + ("" if output is None else f"; written to {output}"))
+    _print_samples(generator, prompts, options, decoding, output, apart=with_recipe)
+    print(_statistics(generator) + ("" if output is None else f"; written to {options.output}"))
 
 
 def _print_samples(
@@ -109,10 +111,10 @@ def _print_samples(
     prompts: list[str],
     options: GenerateOptions,
     decoding: dict[str, Any],
-    records: list[dict[str, Any]],
+    output: RecordFile | None,
     apart: bool,
 ) -> None:
-    """Prints and records each sample when it is done. `apart`: prompts are not part of the text."""
+    """Writes and prints each batch when it is done. `apart`: prompts are not part of the text."""
     rows = generator.encode(prompts, chat=options.chat, unconditional=options.unconditional)
     # a prompt that is not part of the text stands on a line of its own
     apart = options.chat or generator.has_encoder or apart
@@ -124,6 +126,8 @@ def _print_samples(
         for batch in generator.generate(prompts, rows, **sizes, streamer=begin):
             if view is not None:
                 view.finish()
+            if output is not None:  # before they are printed, which a pipe may end
+                output.add([_record(sample, decoding) for sample in batch])
             for sample in batch:
                 if several:
                     print(f"--- prompt {sample.row + 1}, sample {sample.copy + 1}")
@@ -131,9 +135,12 @@ def _print_samples(
                 print(printable(before + ("\n" if apart else "") + sample.text), flush=True)
                 if not sample.text and generator.config.max_new_tokens:
                     print("(no text: it begins with an end token)", file=sys.stderr)
-                filled = {} if sample.filled is None else {"filled": sample.filled}
-                records.append({"prompt": sample.prompt, **filled, "text": sample.text, "tokens": sample.tokens,
-                                "sample": sample.copy, "seed": decoding["seed"], "options": decoding})  # fmt: skip
+
+
+def _record(sample: Continuation, decoding: dict[str, Any]) -> dict[str, Any]:
+    filled = {} if sample.filled is None else {"filled": sample.filled}
+    return {"prompt": sample.prompt, **filled, "text": sample.text, "tokens": sample.tokens,
+            "sample": sample.copy, "seed": decoding["seed"], "options": decoding}  # fmt: skip
 
 
 def _statistics(generator: TextGenerator) -> str:
@@ -176,11 +183,11 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
                 f"--prompt-file: got {file!r}, which is not a file; expected prompts, one per line, or JSONL"
             )
         try:
-            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+            text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 at byte {error.start}; expected a text in UTF-8") from None
-        lines = text.removesuffix("\n").split("\n") if text else []
-        prompts += _json_prompts(file, lines) if path.suffix == ".jsonl" else lines
+        lines = {number: line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+        prompts += _json_prompts(file, lines) if path.suffix == ".jsonl" else lines.values()
     if not prompts and unconditional and file is None:
         prompts = [""]
     if not prompts:
@@ -188,12 +195,12 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
     return prompts
 
 
-def _json_prompts(file: str, lines: Sequence[str]) -> list[str]:
+def _json_prompts(file: str, lines: Mapping[int, str]) -> list[str]:
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines.items():
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ValueError(f'{file}, line {number}: expected an object with the text field "prompt"')
@@ -205,14 +212,3 @@ def _view(generator: Any) -> Any:
     from fastdiff.visualization.watch import DenoisingView
 
     return DenoisingView(generator.tokenizer, generator.mask_token_id, rows=_WATCHED, keep=False)
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which a model may generate and a terminal would obey."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() or not c.isascii() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
-def _save(output: Path, records: Sequence[dict[str, Any]]) -> None:
-    write_atomically(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -14,22 +14,24 @@ from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 from fastdiff.tasks.masked_lm.run import LanguageModel
 
 
-def text_of_run(loaded: LanguageModel) -> TextData:
+def text_of_run(loaded: LanguageModel, accept_changed: bool = False) -> TextData:
     """A run's text, in its own tokenizer; the token files of its training where they are still there.
 
-    Raises what `fastdiff.data.load_text_data` raises.
+    With `accept_changed` also a text that is not what the run was trained on, with a line on stderr.
+
+    Raises what `fastdiff.data.load_text_data` raises, and ValueError where the text is not what it was.
     """
     from fastdiff.data.text import load_text_data
     from fastdiff.data.tokenization import tokenizer_fingerprint
 
-    recipe = loaded.recipe
-    if recipe.model.init_from is None:
-        with section("data"):
-            data = load_text_data(recipe.data, recipe.tokenizer)
-        if tokenizer_fingerprint(data.tokenizer) == tokenizer_fingerprint(loaded.tokenizer):
-            return data
+    recipe, data = loaded.recipe, None
     with section("data"):
-        return load_text_data(recipe.data, loaded.tokenizer)
+        if recipe.model.init_from is None:
+            data = load_text_data(recipe.data, recipe.tokenizer)
+        if data is None or tokenizer_fingerprint(data.tokenizer) != tokenizer_fingerprint(loaded.tokenizer):
+            data = load_text_data(recipe.data, loaded.tokenizer)
+    loaded.check_data({"data": data}, accept_changed)
+    return data
 
 
 def windows_of_pairs(

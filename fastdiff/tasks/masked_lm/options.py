@@ -3,17 +3,17 @@
 import dataclasses
 from typing import Any, Literal
 
-from fastdiff.tasks.options import GenerationOptions, RunOptions, at_least
+from fastdiff.tasks.options import DataOptions, GenerationOptions, RunOptions, at_least
 
 
 @dataclasses.dataclass
-class EvaluateOptions(RunOptions):
+class EvaluateOptions(DataOptions, RunOptions):
     """Measures a language model: Monte-Carlo likelihood bound of the held-out text, exact match of generated answers
     where it has pairs, and lm-eval tasks; with --length, instead of these, how every rule bounds the lengths of
     held-out answers. Decoding options that are not given are those of the run's recipe (sampling.generation).
 
     Attributes:
-        output: path of the JSON; default: evaluation.json in the run's folder
+        output: path of the JSON; default: evaluation.json in the folder of the run or saved model
         held_out: the held-out text of the run
         likelihood_samples: draws of the bound; default: the recipe's
         num_pairs: held-out prompts answered; 0 for none (default: 500; with --length 2000, half to calibrate)

@@ -90,7 +90,8 @@ class TextSamplingConfig:
     """How a run's samples are generated, where a command does not say otherwise.
 
     Attributes:
-        prompts: prompts of samples.png; where empty, held-out ones if the data has pairs. An empty prompt is BoS.
+        prompts: prompts of samples.png; where empty, held-out ones if the data has pairs. An empty one begins a
+            text.
         generation: options of `fastdiff.generation.MaskedDiffusionGenerationConfig`.
     """
 

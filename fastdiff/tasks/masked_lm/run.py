@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from fastdiff.data.tokenization import load_saved_tokenizer, vocabulary_size
 from fastdiff.device import check_device, check_dtype
-from fastdiff.errors import one_line
 from fastdiff.files import read_json
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.hub import local_folder
@@ -20,6 +20,7 @@ from fastdiff.training.run_folder import locate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastdiff.data.text_codec import TextCodec
     from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig, Streamer
     from fastdiff.generation.length import LengthPredictor
     from fastdiff.models.masked_lm import MaskedDiffusionLM
@@ -95,6 +96,13 @@ class LanguageModel(Run):
             prompts, rows, num_samples=num_samples, batch_size=batch_size, streamer=make_streamer
         )
         return [sample for batch in batches for sample in batch]
+
+    @property
+    def codec(self) -> "TextCodec":
+        """Text to ids and back, as training had them: `run.codec.encode_prompt("…")`, `run.codec.decode(ids)`."""
+        from fastdiff.data.text_codec import TextCodec
+
+        return TextCodec(self.tokenizer, self.model.config)
 
     def usage(self) -> str:
         return 'print(run.generate("", seed=0)[0].text)'
@@ -212,17 +220,17 @@ def load_language_model(
     recipe = None if found.folder is None else load_recipe(MaskedLMRecipe, found.folder.config)
     source = found.source
     config = read_model_config(source, {})
-    tokenizer = _tokenizer(source, config)
+    tokenizer = load_saved_tokenizer(source, str(config.get("model_type")))
     if found.state is None:
         model = MaskedDiffusionLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **fields)
     else:
         file = source / found.weights_file
         tensors, config = read_tensors(file), MaskedDiffusionLM.config_class.from_pretrained(source)
         model = build_masked_lm(MaskedDiffusionLM, config, tensors, dtype, file)
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= model.config.vocab_size:
+    size = vocabulary_size(tokenizer)
+    if size > model.config.vocab_size:
         raise ValueError(
-            f"{path}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} ids; expected the "
+            f"{path}: its tokenizer has ids up to {size - 1}, its model {model.config.vocab_size} ids; expected the "
             "tokenizer that the model was trained with"
         )
     decoding = saved_decoding(source) if recipe is None else recipe.sampling.generation
@@ -263,18 +271,3 @@ def load_length_predictor(
     return LengthPredictor(
         loaded.model, window=window, length_format=length_format, calibration=calibration, coverage=config.coverage
     )
-
-
-def _tokenizer(source: str | Path, config: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, Qwen2Tokenizer
-
-    # Dream's own class is code in its repository; what it does is Qwen2's tokenizer.
-    is_dream = str(config.get("model_type")).lower() == "dream"
-    kind = Qwen2Tokenizer if is_dream else AutoTokenizer
-    try:
-        options = {} if is_dream else {"trust_remote_code": False}
-        return kind.from_pretrained(str(source), **options)
-    except Exception as error:  # transformers and tokenizers raise what they like on missing and damaged files
-        raise FileNotFoundError(
-            f"{source}: no tokenizer that can be loaded (tokenizer.json, tokenizer_config.json): {one_line(error)}"
-        ) from error

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastdiff.data.text_codec import TextCodec
 from fastdiff.data.text_parts import TextPart
 from fastdiff.device import autocast
 from fastdiff.generation import MaskedDiffusionGenerationConfig, TextGenerator
@@ -17,18 +18,19 @@ if TYPE_CHECKING:
 _SHOWN, _PROMPT_TOKENS = 6, 16  # held-out prompts shown, and their length where the text has none of its own
 
 
-def sample_prompts(tokenizer: "PreTrainedTokenizerBase", given: Sequence[str], held_out: TextPart) -> list[list[int]]:
-    """Token ids of the prompts given (an empty one is BoS); without any, of the first held-out ones.
+def sample_prompts(codec: TextCodec, given: Sequence[str], held_out: TextPart) -> list[list[int]]:
+    """Token ids of the prompts given (an empty one begins a text); without any, of the first held-out ones.
 
     Documents have no prompts: beginnings are taken at even distances from their tokens.
     """
     if given:
-        return [tokenizer.encode(text, add_special_tokens=False) or [tokenizer.bos_token_id] for text in given]
+        return [codec.encode_prompt(text) or list(codec.start) for text in given]
     if held_out.conditions is not None:
-        return [held_out.conditions.document(i).tolist() for i in range(min(_SHOWN, len(held_out.conditions)))]
+        shown = range(min(_SHOWN, len(held_out.conditions)))
+        return [codec.as_given(held_out.conditions.document(i).tolist()) for i in shown]
     step = max(held_out.targets.num_tokens // _SHOWN, 1)
     starts = range(0, held_out.targets.num_tokens - _PROMPT_TOKENS + 1, step)
-    return [held_out.targets.window(start, _PROMPT_TOKENS).tolist() for start in starts]
+    return [codec.as_given(held_out.targets.window(start, _PROMPT_TOKENS).tolist()) for start in starts]
 
 
 def draw_samples(
@@ -58,7 +60,7 @@ def draw_samples(
     room = min(max_length if pairs else max(max_length - taken, 1), model.config.max_position_embeddings - taken)
     config = MaskedDiffusionGenerationConfig(**{"max_new_tokens": room, **options})
     generator = TextGenerator(model, tokenizer, config)
-    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    texts = [generator.codec.decode(prompt, special_tokens=True) for prompt in prompts]
     with autocast(model.head_weight.device, dtype):
         (drawn,) = generator.generate(texts, prompts, batch_size=len(prompts), cut=pairs, record_steps=True)
     arrow = " → " if pairs else ""

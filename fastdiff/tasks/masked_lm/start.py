@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastdiff.data.tokenization import vocabulary_size
 from fastdiff.models.masked_lm import MaskedDiffusionLM
 from fastdiff.models.masked_lm_config import SIZES, MaskedDiffusionLMConfig
 from fastdiff.tasks.masked_lm.recipe import LanguageModelConfig, MaskedLMRecipe
@@ -42,7 +43,7 @@ def _config(wanted: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, **f
     shape = SIZES[wanted.size] | {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
     return MaskedDiffusionLMConfig(
         architecture=wanted.architecture,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         max_position_embeddings=wanted.max_position_embeddings,
         position_embedding=wanted.position_embedding,
         timestep_embedding=wanted.timestep_embedding,
@@ -69,6 +70,7 @@ def _adapt(model: MaskedDiffusionLM, wanted: LanguageModelConfig, length_format:
         extended.load_state_dict(model.state_dict(), strict=False)  # lacks what is new
         model, config = extended, extended.config
     config.length_format, config.dropout = length_format, wanted.dropout
+    config.add_special_tokens = False  # from here on texts are what `load_text_data` makes of them
     for module in model.modules():  # blocks and attention keep their own copy
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = wanted.dropout

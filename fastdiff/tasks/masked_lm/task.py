@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdiff.data.stream import EpochStream
 from fastdiff.data.text import TextData, load_text_data
 from fastdiff.data.text_batches import document_windows, window_length
+from fastdiff.data.text_codec import TextCodec
 from fastdiff.device import autocast, autocast_dtype
 from fastdiff.diffusion.masked import MaskedDiffusion
 from fastdiff.errors import section
@@ -183,16 +184,20 @@ class MaskedLMTask:
         return draw_samples(
             model,
             self.tokenizer,
-            sample_prompts(self.tokenizer, sampling.prompts, self.data.held_out),
+            sample_prompts(TextCodec(self.tokenizer, self.model.config), sampling.prompts, self.data.held_out),
             {"seed": training.seed, **sampling.generation},
             max_length=self.config.data.max_length,
             pairs=self.pairs,
             dtype=autocast_dtype(training.mixed_precision, model.head_weight.device.type),
         )
 
+    def data_sets(self) -> dict[str, TextData]:
+        """The text."""
+        return {"data": self.data}
+
     def facts(self) -> dict[str, Any]:
-        """What was trained on."""
-        return {"kind": "masked_lm", "data": self.data.name, "data_fingerprint": self.data.fingerprint}
+        """Nothing but the kind: tokenizer and data have places of their own."""
+        return {"kind": "masked_lm"}
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values, tuples as lists."""

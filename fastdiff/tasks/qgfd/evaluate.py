@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from fastdiff.device import autocast_dtype
+from fastdiff.evaluation.classifier import check_classifier_cache
 from fastdiff.evaluation.features import batches_of, compare_with_real, encode_batches
 from fastdiff.files import output_path, write_atomically
 from fastdiff.recipes import load_recipe
-from fastdiff.tasks.options import SamplingOptions, at_least
+from fastdiff.tasks.options import DataOptions, SamplingOptions, at_least
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.run import QGFDRun, load_run
 from fastdiff.tasks.qgfd.samples import Samples, draw_samples, label_count, table_columns
@@ -22,7 +23,7 @@ _REAL = 4000  # real training examples that the Fréchet distance is taken of, a
 
 
 @dataclass
-class EvaluateOptions(SamplingOptions):
+class EvaluateOptions(DataOptions, SamplingOptions):
     """Measures each modality: class accuracy and Fréchet distance under a small classifier (images), a classifier
     trained on synthetic rows and tested on real ones (tables), or a Fréchet distance in the encoder's space beside that
     of held-out examples.
@@ -61,7 +62,9 @@ def evaluate_qgfd(path: str, options: EvaluateOptions) -> None:
     # one of several has a file of its own: the others' numbers stay
     name = "evaluation.json" if modalities == run.recipe.modalities else f"evaluation_{options.modality}.json"
     output = output_path(options.output, run.folder.path / name)
-    sources = {name: run.source_of(name) for name in modalities}
+    sources = {name: run.source_of(name, options.accept_changed_data) for name in modalities}
+    if "image" in sources:
+        check_classifier_cache(sources["image"].data)
     report = measure_run(run, sources, sampling)
     details = {"run": str(run.folder.path), "step": run.step, "weights": options.weights}
     write_atomically(output, json.dumps({**details, **report}, indent=1) + "\n")

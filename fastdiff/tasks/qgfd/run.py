@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fastdiff.data import TableSchema
+from fastdiff.data.tokenization import load_saved_tokenizer
 from fastdiff.device import autocast_dtype, check_device
 from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.models.pretrained import read_config
@@ -18,7 +19,6 @@ from fastdiff.tasks.labels import labels_of
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.sources import Source, load_source
 from fastdiff.tasks.run import Run, check_count, find, sampling_keys, stored_sampling
-from fastdiff.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ class QGFDRun(Run):
     """A QGFD model and what its samples are shown with.
 
     Attributes:
-        facts: of each modality: "class_names"; of a run also "data" and "fingerprint".
+        facts: of each modality: "class_names".
         tokenizer: of text, else None.
         schema: of a table, else None.
         sampling: how samples are denoised where nobody says otherwise.
@@ -49,19 +49,15 @@ class QGFDRun(Run):
     sampling: QGFDSamplingConfig = field(default_factory=QGFDSamplingConfig)
     mixed_precision: str = "auto"
 
-    def source_of(self, modality: str) -> Source:
-        """The data that a modality was trained on.
+    def source_of(self, modality: str, accept_changed: bool = False) -> Source:
+        """The data that a modality was trained on; with `accept_changed` also other data, with a line on stderr.
 
         Raises what `load_source` raises, and ValueError where it is not what it was, or this is not a run.
         """
         if self.recipe is None:
             raise ValueError("modality: got a model without a recipe; expected a run, which names its data")
         source = load_source(self.recipe, modality, self.tokenizer)
-        if source.data.fingerprint != self.facts[modality]["fingerprint"]:
-            raise ValueError(
-                f"{modality}_data: the data set {source.data.name} is not what the run {str(self.folder.path)!r} was "
-                "trained on: its content has changed; bring the old data back, or train anew"
-            )
+        self.check_data({f"{modality}_data": source.data}, accept_changed)
         return source
 
     def sample(
@@ -169,9 +165,7 @@ def load_run(path: str | Path, *, weights: str = "ema", device: torch.device | s
     """Loads a run of `task: qgfd`, or a saved model; arguments and errors are those of `fastdiff.load`."""
     device = check_device(device)
     found = find(path, "qgfd", weights)
-    model = QGFDModel.from_pretrained(found.source)
-    if found.weights == "ema":
-        load_weights(model, found.source / found.weights_file)
+    model = QGFDModel.from_pretrained(found.source, weights=found.weights_file)
     if found.folder is not None:
         recipe = load_recipe(QGFDRecipe, found.folder.config)
         facts, sampling, precision = found.state["task"]["modalities"], recipe.sampling, recipe.training.mixed_precision
@@ -194,9 +188,7 @@ def _processors(folder: Path, model: QGFDModel) -> dict[str, Any]:
     """The tokenizer of text and the columns of a table, where the model has these modalities."""
     tokenizer = None
     if "text" in model.adapters:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = load_saved_tokenizer(folder)
     schema = TableSchema.from_pretrained(folder) if "tabular" in model.adapters else None
     return {"tokenizer": tokenizer, "schema": schema}
 

@@ -1,5 +1,6 @@
 """`fastdiff.sample` on a QGFD model."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from fastdiff.device import autocast_dtype
 from fastdiff.files import output_path
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.labels import parse_labels
-from fastdiff.tasks.options import SamplingOptions, at_least
-from fastdiff.tasks.qgfd.recipe import QGFDRecipe
+from fastdiff.tasks.options import DataOptions, SamplingOptions, at_least
+from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.run import QGFDRun, load_run
 from fastdiff.tasks.qgfd.samples import (
     SUFFIXES,
+    Samples,
     Shown,
     default_labels,
     draw_samples,
@@ -22,12 +24,14 @@ from fastdiff.tasks.qgfd.samples import (
     sampling_title,
     save_samples,
 )
+from fastdiff.tasks.results import AsTheyCome, results_folder
 from fastdiff.training.run_folder import locate
 
 
 @dataclass
-class SampleOptions(SamplingOptions):
+class SampleOptions(DataOptions, SamplingOptions):
     """Draws samples as the modality wants: a picture (PNG), and beside it, under the same name, TXT, WAV, GIF or CSV.
+    Finished samples are in the files while others are drawn.
 
     Attributes:
         modality: the one to draw, of a run with several; default: each of them
@@ -37,7 +41,7 @@ class SampleOptions(SamplingOptions):
         length: length of each sample, in tokens, audio samples or frames
         prompt: prompt for text models that take one; default: held-out prompts
         output: path of the PNG; other files get the same name with their own suffix; default: samples-seed-N.png in the
-            run's folder
+            folder of the run or saved model (of a model on the hub: in the current folder)
     """
 
     modality: str | None = None
@@ -89,21 +93,31 @@ def sample_qgfd(path: str, options: SampleOptions) -> None:
             )
     if options.length is not None and len(modalities) > 1:
         raise ValueError(f"--length: got {options.length}, whose unit differs by modality; say which with --modality")
-    folder = Path() if run.folder is None else run.folder.path
-    output = output_path(options.output, folder / f"samples-seed-{sampling.seed}.png")
+    output = output_path(options.output, results_folder(path, run.folder) / f"samples-seed-{sampling.seed}.png")
     wanted = [(name, *_wanted(run, name, options)) for name in modalities]
     for name, shown, count, labels in wanted:
-        samples = draw_samples(
-            run.model, name, count, sampling, labels=labels, prompts=shown.prompts, length=options.length,
-            dtype=autocast_dtype(run.mixed_precision, next(run.model.parameters()).device.type),
-            progress=True,
-        )  # fmt: skip
         stem: Path = output.with_suffix("") if output.suffix in SUFFIXES else output
         alone = len(modalities) == 1
         stem = stem if alone else stem.with_name(f"{stem.name}_{name}")
-        title = sampling_title(samples, sampling, run.step, None if alone else name)
-        for path in save_samples(samples, run.model, name, shown, stem, title):
+        write = functools.partial(_write, run, sampling, name, shown, stem, count, alone)
+        samples = draw_samples(
+            run.model, name, count, sampling, labels=labels, prompts=shown.prompts, length=options.length,
+            dtype=autocast_dtype(run.mixed_precision, next(run.model.parameters()).device.type),
+            progress=True, keep=AsTheyCome(write),
+        )  # fmt: skip
+        for path in write(samples):
             print(path)
+
+
+def _write(
+    run: QGFDRun, sampling: QGFDSamplingConfig, name: str, shown: Shown, stem: Path, count: int, alone: bool,
+    samples: Samples,
+) -> list[Path]:  # fmt: skip
+    """Writes the samples of a modality drawn so far, of `count` in all: the paths."""
+    title = sampling_title(samples, sampling, run.step, None if alone else name)
+    if len(samples) < count:
+        title += f", {len(samples)} of {count} samples"
+    return save_samples(samples, run.model, name, shown, stem, title)
 
 
 def _wanted(run: QGFDRun, modality: str, options: SampleOptions) -> tuple[Shown, int, torch.Tensor | None]:
@@ -116,7 +130,8 @@ def _wanted(run: QGFDRun, modality: str, options: SampleOptions) -> tuple[Shown,
     if options.labels is not None and not label_count(run.model, modality):
         raise ValueError(f"--labels: the run's {modality} is not conditioned on classes; leave it out")
     if modality == "tabular" or (conditional and options.prompt is None):
-        shown = Shown.of_source(run.source_of(modality))  # real rows to draw beside the samples', held-out prompts
+        # real rows to draw beside the samples', held-out prompts
+        shown = Shown.of_source(run.source_of(modality, options.accept_changed_data))
     else:
         prompts = encode_prompts(run.tokenizer, [options.prompt]) if conditional else None
         shown = Shown(names, run.tokenizer, conditional, run.schema, prompts=prompts)

@@ -1,7 +1,7 @@
 """Samples of QGFD models as files that people look at or listen to."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.data import TableSchema, TabularData
-from fastdiff.data.tokenization import encode_texts
+from fastdiff.data.tokenization import check_text, decode_ids, encode_texts
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.files import write_atomically
@@ -110,6 +110,7 @@ def draw_samples(
     length: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    keep: Callable[[Samples], object] | None = None,
 ) -> Samples:
     """Draws `count` samples and decodes them; sample i depends on its condition and on seed + i alone.
 
@@ -118,6 +119,7 @@ def draw_samples(
         prompts: prompts of conditional text, cycled through.
         length: length of a sample, in the modality's unit; None is the model's.
         dtype: dtype of autocast; None is float32.
+        keep: gets the samples drawn so far after each batch but the last (`fastdiff.tasks.results.AsTheyCome`).
 
     Raises ValueError for conditions, length or sampler that do not fit the model.
     """
@@ -145,7 +147,14 @@ def draw_samples(
             parts.append({name: value.float().cpu() if value.is_floating_point() else value.cpu()
                           for name, value in batch.items()})  # fmt: skip
             bar.update(size)
-    return Samples({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, labels, bool(conditions))
+            if keep is not None and start + size < count:
+                keep(_joined(parts, labels, bool(conditions)))
+    return _joined(parts, labels, bool(conditions))
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], labels: Tensor | None, guided: bool) -> Samples:
+    batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Samples(batch, None if labels is None else labels[: len(next(iter(batch.values())))], guided)
 
 
 def save_samples(
@@ -161,6 +170,8 @@ def save_samples(
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> dict[str, Tensor]:
     """Texts to condition on, as `Shown.prompts` has them. Raises ValueError for one without tokens."""
+    for text in texts:
+        check_text(text)
     rows = encode_texts(tokenizer, list(texts))
     for text, ids in zip(texts, rows, strict=True):
         if not ids:
@@ -178,7 +189,7 @@ def texts_of(samples: Samples, shown: Shown) -> list[str]:
         ids = [token for token, seen in zip(ids, mask, strict=True) if seen]
         if shown.ends and shown.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(shown.tokenizer.eos_token_id)]
-        texts.append(shown.tokenizer.decode(ids, skip_special_tokens=True))
+        texts.append(decode_ids(shown.tokenizer, ids))
     return texts
 
 
@@ -213,7 +224,7 @@ def _text_files(samples: Samples, model: QGFDModel, shown: Shown, stem: Path, ti
     texts, prompts = texts_of(samples, shown), [""] * len(samples)
     if shown.prompts is not None:
         rows = zip(shown.prompts["condition_ids"], shown.prompts["condition_mask"], strict=True)
-        given = [shown.tokenizer.decode(ids[mask].tolist()) + " → " for ids, mask in rows]
+        given = [decode_ids(shown.tokenizer, ids[mask].tolist(), special_tokens=True) + " → " for ids, mask in rows]
         prompts = [given[index % len(given)] for index in range(len(samples))]
     pieces = [TextSample(prompt, [text], [0]) for prompt, text in zip(prompts, texts, strict=True)]
     png = save_text_samples(pieces[: _UNLABELLED["text"]], _suffixed(stem, ".png"), title=title)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.data import EpochStream
+from fastdiff.data import EpochStream, LabelledData
 from fastdiff.data.images import flip_some
 from fastdiff.data.stream import share
 from fastdiff.data.text_batches import window_length
@@ -46,6 +46,10 @@ class QGFDTask:
             adapters = load_adapters(recipe.objective.adapters_from, recipe)
         tokenizer = None if adapters is None else adapters.tokenizer
         self.sources = {name: load_source(recipe, name, tokenizer) for name in recipe.modalities}
+        if recipe.evaluated_after_training and "image" in self.sources:
+            from fastdiff.evaluation.classifier import check_classifier_cache
+
+            check_classifier_cache(self.sources["image"].data)  # that training ends with
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             self.model = build_model(recipe, self.sources)
@@ -165,17 +169,14 @@ class QGFDTask:
         shown = {name: Shown.of_source(source) for name, source in self.sources.items()}
         preview_samples(model, shown, self.config, path)
 
+    def data_sets(self) -> dict[str, LabelledData]:
+        """The data of each modality."""
+        return {f"{name}_data": source.data for name, source in self.sources.items()}
+
     def facts(self) -> dict[str, Any]:
-        """For each modality, the data set, its fingerprint and its classes' names."""
-        modalities = {
-            name: {
-                "data": source.data.name,
-                "fingerprint": source.data.fingerprint,
-                "class_names": list(source.data.class_names),
-            }
-            for name, source in self.sources.items()
-        }
-        return {"kind": "qgfd", "modalities": modalities}
+        """For each modality, its classes' names."""
+        names = {name: {"class_names": list(source.data.class_names)} for name, source in self.sources.items()}
+        return {"kind": "qgfd", "modalities": names}
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values, tuples as lists."""

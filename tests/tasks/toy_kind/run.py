@@ -1,6 +1,5 @@
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -8,9 +7,8 @@ import torch
 from fastdiff.files import output_path, write_atomically
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.options import RunOptions
-from fastdiff.tasks.run import Run
-from fastdiff.training.checkpoint import load_weights, read_state
-from fastdiff.training.run_folder import locate, locate_checkpoint
+from fastdiff.tasks.run import Run, find
+from fastdiff.training.checkpoint import load_weights
 from toy_kind.recipe import ToyRecipe
 from toy_kind.task import Bell, save_bell
 
@@ -28,14 +26,10 @@ class ToyRun(Run):
 
 
 def load_run(path, *, weights="ema", device=None):
-    model = Bell()
-    if not locate(path)[0].config.is_file():  # a folder of save_pretrained
-        load_weights(model, Path(path) / "model.safetensors")
-        return ToyRun(model.eval(), Path(path))
-    folder, checkpoint = locate_checkpoint(path)
-    load_weights(model, checkpoint / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
-    recipe = load_recipe(ToyRecipe, folder.config)
-    return ToyRun(model.eval(), checkpoint, folder, recipe, read_state(checkpoint)["step"])
+    found, model = find(path, "toy", weights), Bell()  # a run, a checkpoint or a folder of save_pretrained
+    load_weights(model, found.source / found.weights_file)
+    recipe = None if found.folder is None else load_recipe(ToyRecipe, found.folder.config)
+    return ToyRun(model=model.eval(), **found.origin, recipe=recipe)
 
 
 @dataclass

@@ -54,6 +54,9 @@ class ToyTask:
     def preview(self, model, path: Path):
         path.write_bytes(b"a picture")
 
+    def data_sets(self):
+        return {}  # numbers that are drawn
+
     def facts(self):
         return {"kind": "toy"}
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdiff.data.tokenization import has_tokenizer
+
 MODALITIES = ("text", "image", "audio", "video", "tabular")
 # Encoders of a square grid of patches after any number of class tokens.
 _IMAGE = (
@@ -14,7 +16,6 @@ _IMAGE = (
 )  # fmt: skip
 # Encoders of a waveform through strided convolutions.
 _AUDIO = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")  # how their names begin
 # Parameters that the states of the last layer do not depend on, and that would never get a gradient.
 _UNUSED = ("pooler", "mask_token", "masked_spec_embed", "head.")
 _UNUSED_OF = {"clip_vision_model": ("post_layernorm",)}
@@ -95,11 +96,7 @@ def load_processor(name: str, modality: str) -> Any:
     auto = {"text": AutoTokenizer, "audio": AutoFeatureExtractor}.get(modality, AutoImageProcessor)
     what = {"text": "a tokenizer", "audio": "a feature extractor"}.get(modality, "an image processor")
     folder = Path(name).expanduser()
-    if (
-        modality == "text"
-        and folder.is_dir()
-        and not any(f.name.startswith(_TOKENIZER_FILES) for f in folder.iterdir())
-    ):
+    if modality == "text" and folder.is_dir() and not has_tokenizer(folder):
         # transformers would make a tokenizer that knows no words
         raise FileNotFoundError(
             f"backbone_name: got {name!r}, which has no tokenizer; expected a folder with one beside the model"

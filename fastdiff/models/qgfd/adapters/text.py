@@ -1,7 +1,7 @@
 """Text: token embeddings of one's own, or the states of a Hugging Face text encoder (T5's in TorchDire)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -50,6 +50,8 @@ class TextAdapterConfig(AdapterConfig):
         context_share: With token_posterior: training tells the denoiser some tokens of a sample, a share drawn from 0
             to this, and asks for the others. All tokens of a sample have one noise level, and come out of it at about
             the same time: without this, context is seldom of use in training.
+        silent_token_ids: Ids that the tokenizer has no token for, as in padded vocabularies: never decoded to.
+            `create_qgfd_model` fills it in.
         conditional: Condition on a text: batches may have "condition_ids" and "condition_mask".
     """
 
@@ -60,6 +62,7 @@ class TextAdapterConfig(AdapterConfig):
     decoder: Literal["nearest", "head"] | None = None
     token_posterior: bool = False
     context_share: float = 0.0
+    silent_token_ids: list[int] = field(default_factory=list)
     conditional: bool = False
 
     def __post_init__(self) -> None:
@@ -129,7 +132,11 @@ class TextAdapter(Adapter):
 
     def decode(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """{"input_ids", "attention_mask"}: the likeliest token at each place, padding where `mask` is False."""
-        ids = self._logits(tokens, mask).argmax(-1)
+        logits = self._logits(tokens, mask)
+        if self.config.silent_token_ids:
+            silent = torch.tensor(self.config.silent_token_ids, device=logits.device)
+            logits = logits.index_fill(-1, silent, -torch.inf)
+        ids = logits.argmax(-1)
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
         return {"input_ids": ids.masked_fill(~mask, self.config.pad_token_id), "attention_mask": mask.long()}

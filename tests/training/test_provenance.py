@@ -1,0 +1,214 @@
+"""A run knows its data and its files: what changed since is refused, by name, unless it is accepted knowingly."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from training.qgfd_recipes import BASE, SMALL
+
+from fastdiff import evaluate, train
+from fastdiff.files import fingerprint_of_files
+from fastdiff.tasks.dit.run import load_run
+from fastdiff.training.provenance import changes_of
+
+RESUME = ("--training.resume", "true", "--training.max_steps", "3")
+ACCEPT = ("--training.accept_changed_data", "true")
+
+
+def failure(command, arguments, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        command.main([str(a) for a in arguments])
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 2 and text.startswith("error: "), text
+    return text
+
+
+def write(path, recipe, folder, **training):
+    fields = {
+        "max_steps": 2,
+        "checkpoint_every": 2,
+        "output_dir": str(folder),
+        "device": "cpu",
+        "mixed_precision": "no",
+    }
+    recipe = {**recipe, "training": {**recipe.get("training", {}), **fields, **training}}
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path, tiny_yaml):
+    """A folder of two classes, and the recipe of a run on it."""
+    folder, noise = tmp_path / "pictures", np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for index in range(4):
+            Image.fromarray(noise.integers(0, 255, (8, 8), np.uint8)).save(folder / name / f"{index}.png")
+    data = {"name": "image_folder", "folder": str(folder), "image_size": 8, "channels": 1}
+    tiny = yaml.safe_load(tiny_yaml.read_text())
+    recipe = {**tiny, "data": data, "model": {**tiny["model"], "num_classes": 2}}
+    train.main([str(write(tmp_path / "recipe.yaml", recipe, tmp_path / "run"))])
+    return folder
+
+
+def test_a_renamed_class_is_refused_on_resume_and_in_evaluation(pictures, tmp_path, capsys):
+    (pictures / "dog").rename(pictures / "ant")  # now it sorts first: every label would move by one
+    for command, arguments, option in (
+        (train, [tmp_path / "recipe.yaml", *RESUME], "--training.accept_changed_data true"),
+        (evaluate, [tmp_path / "run", "--num-samples", "2"], "--accept-changed-data"),
+    ):
+        text = failure(command, arguments, capsys)
+        assert "data: got other data than the run" in text and f"pass {option} to go on" in text
+        assert "(class 'dog' gone, class 'ant' new)" in text
+    assert not (tmp_path / "run" / "checkpoints" / "step_3").exists()
+
+
+def test_files_that_were_added_are_refused_or_accepted_knowingly(pictures, tmp_path, capsys):
+    shutil.copy(pictures / "cat" / "0.png", pictures / "cat" / "9.png")
+    text = failure(train, [tmp_path / "recipe.yaml", *RESUME], capsys)
+    assert "(7 examples and 2 held-out ones, not 6 and 2)" in text
+    train.main([str(tmp_path / "recipe.yaml"), *RESUME, *ACCEPT])
+    captured = capsys.readouterr()
+    assert "data: going on with data that changed: 7 examples" in captured.err and "trained 3 steps" in captured.out
+    # from then on this is the run's data
+    train.main([str(tmp_path / "recipe.yaml"), "--training.resume", "true", "--training.max_steps", "4"])
+    assert "changed" not in capsys.readouterr().err
+
+
+def test_content_of_files_counts_and_their_times_and_place_do_not(pictures, tmp_path, capsys):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(pictures, moved)
+    shutil.rmtree(pictures)
+    moved.rename(pictures)
+    for path in pictures.rglob("*.png"):
+        os.utime(path, (1, 1))
+    train.main([str(tmp_path / "recipe.yaml"), *RESUME])
+    first, second = pictures / "cat" / "0.png", pictures / "dog" / "0.png"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    text = failure(train, [tmp_path / "recipe.yaml", "--training.resume", "true"], capsys)
+    assert "(the same number of examples with other content)" in text
+
+
+def test_large_folders_are_told_by_sizes(tmp_path, monkeypatch):
+    from fastdiff import files
+
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_bytes(b"12")
+    whole = fingerprint_of_files(paths)
+    paths[0].write_bytes(b"34")
+    assert fingerprint_of_files(paths) != whole
+    monkeypatch.setattr(files, "_CONTENT_READ", 3)
+    by_size = fingerprint_of_files(paths)
+    monkeypatch.setattr(files, "sha256_of", lambda path: pytest.fail("read although it is large"))
+    paths[0].write_bytes(b"12")
+    assert fingerprint_of_files(paths) == by_size
+    paths[0].write_bytes(b"123")
+    assert fingerprint_of_files(paths) != by_size
+
+
+def test_renamed_categories_of_a_table(tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    lines = [f"{i},{'ab'[i % 2]}" for i in range(30)]
+    table.write_text("\n".join(["x,kind", *lines]))
+    recipe = {**BASE, "tabular": SMALL, "tabular_data": {"name": "csv", "path": str(table)}}
+    arguments = [write(tmp_path / "recipe.yaml", recipe, tmp_path / "run"), *RESUME]
+    train.main([str(arguments[0])])
+    table.write_text(table.read_text().replace("b", "A"))
+    text = failure(train, arguments, capsys)
+    assert "tabular_data: got other data" in text and "column 'kind': category 'b' gone, category 'A' new" in text
+    table.write_text("\n".join(["x,kind", *(f"{2 * i},{'ab'[i % 2]}" for i in range(30))]))
+    assert "column 'x' has 2" in failure(train, arguments, capsys)  # in other units: standardised, the rows are equal
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """Pairs, a run of a language model on them and one of a length head on that: (pairs, recipe, recipe)."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{i}", "answer": "xyz"[: i % 3 + 1]} for i in range(30)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {
+        "task": "masked_lm",
+        "model": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 24},
+        "tokenizer": {"name": "characters"},
+        "data": {"name": "jsonl", "path": str(pairs), "sample": "pairs", "min_length": 2, "max_length": 4},
+        "objective": {"likelihood_samples": 2},
+        "sampling": {"prompts": ["p1"], "generation": {"max_new_tokens": 4, "block_length": 4}},
+    }  # fmt: skip
+    recipes = [write(tmp_path / "model.yaml", model, tmp_path / "model", batch_size=4)]
+    head = {"task": "length_head", "run": str(tmp_path / "model")}
+    recipes.append(write(tmp_path / "head.yaml", head, tmp_path / "head", batch_size=4))
+    for recipe in recipes:
+        train.main([str(recipe)])
+    return pairs, *recipes
+
+
+def test_text_and_tokenizer(answers, tmp_path, capsys):
+    pairs, model, head = answers
+    whole = pairs.read_text()
+    pairs.write_text(whole.replace("p1", "p9", 1))
+    for recipe in (model, head):
+        text = failure(train, [recipe, *RESUME], capsys)
+        assert "data: got other data than the run" in text and "other content" in text
+    assert "pass --accept-changed-data" in failure(evaluate, [tmp_path / "model", "--num-pairs", "0"], capsys)
+    pairs.write_text(whole.replace("p1", "é1", 1))  # a character that the tokenizer did not know
+    assert "(another tokenizer" in failure(train, [model, *RESUME], capsys)
+    train.main([str(head), *RESUME, *ACCEPT])  # its tokenizer is the language model's own
+    assert "going on with data that changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.json"])
+def test_a_flipped_bit_is_found_when_the_file_is_read(make_trainer, tmp_path, name):
+    make_trainer(tmp_path / "run", "--training.max_steps", 2).train()
+    file = tmp_path / "run" / "checkpoints" / "step_2" / name
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} was changed after it was written \(its SHA-256 differs\); delete"):
+        make_trainer(tmp_path / "run", "--training.max_steps", 3, "--training.resume", "true")
+    reads = {"model.safetensors": "model", "ema.safetensors": "ema", "config.json": "ema"}
+    if name not in reads:
+        load_run(tmp_path / "run")  # whoever draws samples does not read the optimizer
+        return
+    with pytest.raises(ValueError, match="was changed"):
+        load_run(tmp_path / "run", weights=reads[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update(step=1), "not the trainer state of step_2"),
+        (lambda state: state.update(files={}), "not the trainer state of step_2"),
+        (lambda state: state["files"].pop("ema.safetensors"), "trainer_state.json was changed after it was written"),
+        (lambda state: state.update(seed=5), "trainer_state.json was changed after it was written"),
+        (lambda state: state["files"].update(a={}), "not a whole trainer state"),
+    ],
+)
+def test_a_changed_state_is_refused(make_trainer, tmp_path, change, message):
+    make_trainer(tmp_path / "run", "--training.max_steps", 2).train()
+    file = tmp_path / "run" / "checkpoints" / "step_2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "run", "--training.max_steps", 3, "--training.resume", "true")
+    with pytest.raises(ValueError, match=message):
+        load_run(tmp_path / "run")
+
+
+def test_what_changed_is_said_in_words():
+    record = {"class_names": ["a", "b"], "columns": {"x": "1 ± 2", "y": ["u", "v"]}, "tokenizer": "1"}
+    assert changes_of(record, dict(record)) == []
+    assert changes_of({}, record) == []  # what only one of them has
+    assert changes_of(record, {**record, "class_names": ["b", "a"]}) == ["another order of class names"]
+    assert changes_of(record, {**record, "columns": {"x": ["1"], "y": ["u", "v"]}}) == ["column 'x' has categories now"]
+    assert changes_of(record, {**record, "columns": {"x": "1 ± 2"}}) == ["column 'y' gone"]
+    many = {"class_names": list("acdefg"), "tokenizer": "2"}
+    assert changes_of(record, many) == ["class 'b' gone, class 'c', 'd', 'e', … new", "another tokenizer"]
