@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_forward_stats(Tensor x, FASTDIFF_ADALN_
 template <class Backend>
 void adaln_forward_out(Tensor x, FASTDIFF_ADALN_FORWARD, Tensor out) {
   check_device(out, x, "out");
-  check_output(out, "out", {x, shift, scale, weight, bias});
+  check_output(out, "out", {&x}, {&shift, &scale, &weight, &bias});
   run_forward<Backend>({x, nullptr, {}, shift, scale, weight, bias, rms, eps, out_dtype}, nullptr, out, nullptr, nullptr);
 }
 

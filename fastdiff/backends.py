@@ -79,7 +79,7 @@ class use_backend:
     whole process. `with use_backend("triton"):` gives back at its end what was chosen before the call. A function that
     torch.compile compiles as a whole (fullgraph=True) is called under it, and does not call it.
 
-    Raises ValueError for an unknown name, at the call; the operators raise `BackendError` where that backend cannot run.
+    Raises ValueError at the call for an unknown name. The operators raise `BackendError` where that backend cannot run.
     """
 
     def __init__(self, name: str):

@@ -93,10 +93,8 @@ __device__ __forceinline__ void load_chunk(const AdaLNBackwardParams& p, const S
 }
 
 // Rows that were clipped are held in few registers or streamed: the longest rows that are held leave none for it.
-template <class X>
-constexpr bool can_clip(int vec, int chunks) {
-  return sizeof(X) == sizeof(__half) && vec * chunks != kLargeHeld;
-}
+template <class X, int kVec, int kChunks>
+constexpr bool kCanClip = sizeof(X) == sizeof(__half) && kVec * kChunks != kLargeHeld;
 
 // Where residual + gate * branch was clipped, its gradient is 0.
 template <class X, int kVec>
@@ -126,7 +124,7 @@ __device__ __forceinline__ void write_gradients(const AdaLNBackwardParams& p, co
     for (int j = 0; j < kVec; ++j) {
       grad[j] = row.rstd * (row.grad_xhat[i][j] - mean_grad - row.xhat[i][j] * mean_grad_xhat) + other[j];
     }
-    if constexpr (can_clip<X>(kVec, kChunks)) {
+    if constexpr (kCanClip<X, kVec, kChunks>) {
       if (p.residual_in) clip_gradient<X>(p, s.gate, row.at, column, grad);
     }
     store(static_cast<X*>(p.grad_x) + row.at + column, grad);

@@ -217,7 +217,9 @@ def test_leading_shapes_and_layouts(row):
             everywhere = m.detach().expand(2, 3, 4, 40).contiguous().requires_grad_()
             results = [gated_residual_adaln(x, x, t, t, t) for t in (m, everywhere)]
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-            (grad,), (exact,) = (torch.autograd.grad(r[1].square().sum(), t) for r, t in zip(results, (m, everywhere)))
+            grad, exact = (
+                torch.autograd.grad(r[1].square().sum(), t)[0] for r, t in zip(results, (m, everywhere), strict=True)
+            )
             torch.testing.assert_close(grad, exact.sum_to_size(m.shape), rtol=1e-4, atol=1e-3)
         wide = randn(2, 12, 80).to(row.device)[..., ::2]
         assert torch.equal(adaln(wide, wide, None), adaln(wide.contiguous(), wide.contiguous(), None))
