@@ -59,17 +59,17 @@ inline void check_double(std::initializer_list<const Modulation*> modulations, s
                   "float64 goes with float64 only: cast the operands");
 }
 
-// An output that the caller gave: it may be an operand as a whole, which is read before it is written; a part of one
-// would be written while others read it.
-inline void check_output(const Tensor& out, const char* name, std::initializer_list<OptionalTensor> read) {
-  const Span span = span_of(out);
-  for (const OptionalTensor& t : read) {
-    if (!t) continue;
+// An output that the caller gave: the stream or the branch itself, whose rows are read before they are written, or apart
+// from everything that is read.
+inline void check_output(const Tensor& out, const char* name, std::initializer_list<const Tensor*> streams,
+                         std::initializer_list<const OptionalTensor*> others) {
+  for (const Tensor* t : streams) {
     check_device(*t, out, "an operand");
-    const Span other = span_of(*t);
-    const bool whole = other.begin == span.begin && other.end == span.end && t->scalar_type() == out.scalar_type();
-    if (!whole) check_apart(out, name, *t, "an operand");
+    const bool same = t->const_data_ptr() == out.const_data_ptr() && t->scalar_type() == out.scalar_type() &&
+                      t->numel() == out.numel() && t->is_contiguous();
+    if (!same) check_apart(out, name, *t, "an operand");
   }
+  for (const OptionalTensor* t : others) check_apart(out, name, *t, "an operand");
 }
 
 // ------------------------------------------------------------------------------------------------ forward
@@ -80,6 +80,7 @@ struct ForwardArguments {
   bool rms;
   double eps;
   std::optional<ScalarType> out_dtype;
+  bool saturate = false;
 };
 
 template <class Backend>
@@ -111,6 +112,8 @@ void run_forward(const ForwardArguments& a, Tensor* residual_out, Tensor& out, T
   p.dim = s.dim;
   p.eps = a.eps;
   p.rms = a.rms;
+  p.saturate = a.saturate;
+  STD_TORCH_CHECK(a.eps >= 0, "eps is ", a.eps, "; expected 0 or more");
   check_double({&p.gate, &p.shift, &p.scale}, {p.x_dtype, p.out_dtype, a.branch ? p.branch_dtype : p.x_dtype});
   if (s.batch * s.tokens > 0) Backend::forward(p, a.x);
 }
@@ -143,41 +146,42 @@ std::tuple<Tensor, Tensor, Tensor> adaln_forward_stats(Tensor x, FASTDIFF_ADALN_
 template <class Backend>
 void adaln_forward_out(Tensor x, FASTDIFF_ADALN_FORWARD, Tensor out) {
   check_device(out, x, "out");
-  check_output(out, "out", {x, shift, scale, weight, bias});
+  check_output(out, "out", {&x}, {&shift, &scale, &weight, &bias});
   run_forward<Backend>({x, nullptr, {}, shift, scale, weight, bias, rms, eps, out_dtype}, nullptr, out, nullptr, nullptr);
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> gated_forward(Tensor residual, Tensor branch, Tensor gate, FASTDIFF_ADALN_FORWARD) {
+std::tuple<Tensor, Tensor> gated_forward(Tensor residual, Tensor branch, Tensor gate, FASTDIFF_ADALN_FORWARD,
+                                         bool saturate) {
   Tensor sum = empty_like(residual, residual.scalar_type());
   Tensor out = empty_like(residual, out_dtype.value_or(residual.scalar_type()));
-  run_forward<Backend>({residual, &branch, gate, shift, scale, weight, bias, rms, eps, out_dtype}, &sum, out, nullptr,
-                       nullptr);
+  run_forward<Backend>({residual, &branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate}, &sum, out,
+                       nullptr, nullptr);
   return {sum, out};
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_forward_stats(Tensor residual, Tensor branch, Tensor gate,
-                                                               FASTDIFF_ADALN_FORWARD) {
+                                                               FASTDIFF_ADALN_FORWARD, bool saturate) {
   Tensor sum = empty_like(residual, residual.scalar_type());
   Tensor out = empty_like(residual, out_dtype.value_or(residual.scalar_type()));
   Tensor mean = empty(residual, {rms ? 0 : residual.size(0) * residual.size(1)}, compute_type(residual));
   Tensor rstd = empty(residual, {residual.size(0) * residual.size(1)}, compute_type(residual));
-  run_forward<Backend>({residual, &branch, gate, shift, scale, weight, bias, rms, eps, out_dtype}, &sum, out, &mean,
-                       &rstd);
+  run_forward<Backend>({residual, &branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate}, &sum, out,
+                       &mean, &rstd);
   return {sum, out, mean, rstd};
 }
 
 template <class Backend>
-void gated_forward_out(Tensor residual, Tensor branch, Tensor gate, FASTDIFF_ADALN_FORWARD, Tensor residual_out,
-                       Tensor out) {
+void gated_forward_out(Tensor residual, Tensor branch, Tensor gate, FASTDIFF_ADALN_FORWARD, bool saturate,
+                       Tensor residual_out, Tensor out) {
   check_device(out, residual, "out");
   check_device(residual_out, residual, "residual_out");
-  check_apart(out, "out", residual_out, "residual_out");
-  check_output(out, "out", {residual, branch, gate, shift, scale, weight, bias});
-  check_output(residual_out, "residual_out", {residual, branch, gate, shift, scale, weight, bias});
-  run_forward<Backend>({residual, &branch, gate, shift, scale, weight, bias, rms, eps, out_dtype}, &residual_out, out,
-                       nullptr, nullptr);
+  const OptionalTensor a_gate = gate, sum = residual_out;
+  check_output(out, "out", {&residual, &branch}, {&a_gate, &shift, &scale, &weight, &bias, &sum});
+  check_output(residual_out, "residual_out", {&residual, &branch}, {&a_gate, &shift, &scale, &weight, &bias});
+  run_forward<Backend>({residual, &branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate},
+                       &residual_out, out, nullptr, nullptr);
 }
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -188,11 +192,20 @@ struct BackwardArguments {
   const Tensor* branch;
   OptionalTensor gate, shift, scale, weight, bias;
   bool rms, need_modulation, need_affine;
+  const OptionalTensor residual_in;
 };
 
 struct Gradients {
   Tensor x, branch, gate, shift, scale, weight, bias;
 };
+
+// The least common multiple. Where there are no tokens, frames may be any numbers.
+inline int64_t common_frames(int64_t a, int64_t b) {
+  int64_t result = 0;
+  const bool fits = a == 0 || b == 0 || !__builtin_mul_overflow(a / std::gcd(a, b), b, &result);
+  STD_TORCH_CHECK(fits, "the frames of the modulations do not fit; expected numbers that divide N");
+  return result;
+}
 
 // The gradient of a modulation, [B, frames, D]: in the operand's dtype where that is its own shape.
 inline Tensor modulation_gradient(const OptionalTensor& m, const Tensor& x, int64_t frames, bool needed) {
@@ -215,7 +228,7 @@ Gradients run_backward(const BackwardArguments& a) {
   p.gate = modulation(a.gate, a.x, s, "gate");
   p.scale = modulation(a.scale, a.x, s, "scale");
   const Modulation shift = modulation(a.shift, a.x, s, "shift");
-  const int64_t frames = std::lcm(std::lcm(frames_of(a.gate), frames_of(a.shift)), frames_of(a.scale));
+  const int64_t frames = common_frames(common_frames(frames_of(a.gate), frames_of(a.shift)), frames_of(a.scale));
   const ScalarType branch_type = a.branch ? a.branch->scalar_type() : a.x.scalar_type();
   Gradients g{empty_like(a.x, a.x.scalar_type()),
               a.branch ? empty_like(a.x, branch_type) : empty(a.x, {0}, branch_type),
@@ -247,6 +260,12 @@ Gradients run_backward(const BackwardArguments& a) {
     p.branch = a.branch->const_data_ptr();
     p.branch_dtype = dtype_of(*a.branch, "branch");
     p.grad_branch = g.branch.mutable_data_ptr();
+  }
+  if (a.residual_in) {
+    check_like(*a.residual_in, a.x, "residual_in");
+    STD_TORCH_CHECK(a.branch && p.x_dtype == DType::kFloat16 && a.residual_in->scalar_type() == ScalarType::Half,
+                    "residual_in does not fit; expected float16, as the stream, or None");
+    p.residual_in = a.residual_in->const_data_ptr();
   }
   check_double({&p.gate, &shift, &p.scale}, {p.x_dtype, p.out_dtype, a.branch ? p.branch_dtype : p.x_dtype});
   p.weight = affine(a.weight, a.x, "weight");
@@ -285,16 +304,16 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backward(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd,
                                                                   FASTDIFF_ADALN_BACKWARD) {
   Gradients g = run_backward<Backend>({grad_out, {}, x, mean, rstd, nullptr, {}, shift, scale, weight, bias, rms,
-                                       need_modulation, need_affine});
+                                       need_modulation, need_affine, {}});
   return {g.x, g.shift, g.scale, g.weight, g.bias};
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(
     Tensor grad_out, OptionalTensor grad_residual_out, Tensor residual_out, Tensor mean, Tensor rstd, Tensor branch,
-    Tensor gate, FASTDIFF_ADALN_BACKWARD) {
+    Tensor gate, FASTDIFF_ADALN_BACKWARD, OptionalTensor residual_in) {
   Gradients g = run_backward<Backend>({grad_out, grad_residual_out, residual_out, mean, rstd, &branch, gate, shift,
-                                       scale, weight, bias, rms, need_modulation, need_affine});
+                                       scale, weight, bias, rms, need_modulation, need_affine, residual_in});
   return {g.x, g.branch, g.gate, g.shift, g.scale, g.weight, g.bias};
 }
 

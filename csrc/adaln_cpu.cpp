@@ -21,14 +21,15 @@ STABLE_TORCH_LIBRARY(fastdiff, m) {
   m.def("adaln_forward_out(Tensor x, " FORWARD ", Tensor(a!) out) -> ()");
   m.def("adaln_backward(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, " BACKWARD
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("gated_residual_adaln_forward(Tensor residual, Tensor branch, Tensor gate, " FORWARD ") -> (Tensor, Tensor)");
+  m.def("gated_residual_adaln_forward(Tensor residual, Tensor branch, Tensor gate, " FORWARD ", bool saturate)"
+        " -> (Tensor, Tensor)");
   m.def("gated_residual_adaln_forward_stats(Tensor residual, Tensor branch, Tensor gate, " FORWARD
-        ") -> (Tensor, Tensor, Tensor, Tensor)");
+        ", bool saturate) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gated_residual_adaln_forward_out(Tensor residual, Tensor branch, Tensor gate, " FORWARD
-        ", Tensor(a!) residual_out, Tensor(b!) out) -> ()");
+        ", bool saturate, Tensor(a!) residual_out, Tensor(b!) out) -> ()");
   m.def("gated_residual_adaln_backward(Tensor grad_out, Tensor? grad_residual_out, Tensor residual_out, Tensor mean,"
         " Tensor rstd, Tensor branch, Tensor gate, " BACKWARD
-        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        ", Tensor? residual_in) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { register_adaln<Cpu>(m); }

@@ -4,14 +4,18 @@ A backend is asked for by name through `use_backend("cpu")` or the environment v
 either, `auto` takes `cuda` or `triton` on a GPU, `cpu` on a CPU, and `reference` where nothing else can run.
 A backend that was asked for by name and cannot run raises `BackendError` with its reasons.
 
-The choice is one plain global, so that torch.compile can guard on it: it holds for the whole process, threads included.
+The choice is a context variable: each thread and each asyncio task has its own, and one that starts later begins with
+FASTDIFF_BACKEND's (a task with that of the code that made it). An operator reads it once a call; its backward pass runs
+on the backend of its forward pass, whichever of autograd's threads that is in.
 """
 
-import contextlib
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -33,6 +37,7 @@ class Backend:
 
 
 Refuses = Callable[[str], str | None]
+P, R = ParamSpec("P"), TypeVar("R")
 _registry: dict[str, dict[str, Backend]] = {}
 _selected: dict[tuple, str] = {}  # what select() found before
 
@@ -50,51 +55,87 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-_requested = _checked(os.environ.get("FASTDIFF_BACKEND") or "auto", "FASTDIFF_BACKEND")
+_FIRST = _checked(os.environ.get("FASTDIFF_BACKEND") or "auto", "FASTDIFF_BACKEND")
+_choice: ContextVar[str] = ContextVar("_choice", default=_FIRST)
+_this_module = sys.modules[__name__]
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Runs the operators inside the block on one backend: "auto", "reference", "cpu", "cuda" or "triton".
-
-    Raises ValueError for an unknown name; the operators raise `BackendError` where that backend cannot run.
-    """
-    global _requested
-    before, _requested = _requested, _checked(name, "use_backend")
-    try:
-        yield
-    finally:
-        _requested = before
+def __getattr__(name: str) -> Any:
+    """`backends.current` is the context variable's value: torch.compile can guard on a module's attribute."""
+    if name == "current":
+        return _choice.get()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def requested() -> str:
     """The backend asked for: by `use_backend`, else by FASTDIFF_BACKEND, else "auto"."""
-    return _requested
+    return _this_module.current
 
 
-def select(operator: str, device: str, dtypes: tuple[torch.dtype, ...], refuses: Refuses | None = None) -> str:
+class use_backend:
+    """Runs the operators on one backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    `use_backend("triton")` holds from the call on, in this thread (or asyncio task) alone; FASTDIFF_BACKEND holds for a
+    whole process. `with use_backend("triton"):` gives back at its end what was chosen before the call. A function that
+    torch.compile compiles as a whole (fullgraph=True) is called under it, and does not call it.
+
+    Raises ValueError at the call for an unknown name. The operators raise `BackendError` where that backend cannot run.
+    """
+
+    def __init__(self, name: str):
+        self._name, self._before = _checked(name, "use_backend"), _choice.get()
+        _choice.set(name)
+
+    def __enter__(self) -> None:
+        _choice.set(self._name)
+
+    def __exit__(self, *error: object) -> None:
+        _choice.set(self._before)
+
+
+def with_this_backend(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, always run with the backend that is asked for now: what a checkpoint computes again, later, in one
+    of autograd's threads."""
+    if torch.compiler.is_compiling():  # there the choice is a constant of the compiled code
+        return function
+    name = requested()
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with use_backend(name):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def select(
+    operator: str, device: str, dtypes: tuple[torch.dtype, ...], refuses: Refuses | None = None, name: str | None = None
+) -> str:
     """The backend that runs an operator for an input on `device` ("cpu", "cuda") with these dtypes.
 
-    `refuses(backend)` is one more reason for which a backend cannot run (a head size): one sentence, or None.
+    `refuses(backend)` is one more reason for which a backend cannot run (a head size): one sentence, or None. `name` is
+    `requested()` where the caller has read it.
     """
+    name = requested() if name is None else name
     if torch.compiler.is_compiling() or refuses is not None:  # a cache would be state that the compiler has to watch
-        return _search(operator, device, dtypes, refuses)
-    key = (_requested, operator, device, dtypes)
+        return _search(name, operator, device, dtypes, refuses)
+    key = (name, operator, device, dtypes)
     found = _selected.get(key)
     if found is None:
-        found = _selected[key] = _search(operator, device, dtypes)
+        found = _selected[key] = _search(name, operator, device, dtypes)
     return found
 
 
-def _search(operator: str, device: str, dtypes: tuple[torch.dtype, ...], refuses: Refuses | None = None) -> str:
+def _search(
+    name: str, operator: str, device: str, dtypes: tuple[torch.dtype, ...], refuses: Refuses | None = None
+) -> str:
     def why(backend: str) -> str | None:
         return why_not(operator, backend, device, dtypes) or (refuses(backend) if refuses is not None else None)
 
-    if _requested != "auto":
-        reason = why(_requested)
+    if name != "auto":
+        reason = why(name)
         if reason is not None:
-            raise BackendError(f"fastdiff.{operator}: backend {_requested!r} was asked for and cannot run: {reason}")
-        return _requested
+            raise BackendError(f"fastdiff.{operator}: backend {name!r} was asked for and cannot run: {reason}")
+        return name
     for candidate in _AUTO_ORDER.get(device, ("reference",)):
         if why(candidate) is None:
             missing = _registry[operator]["cpu"].missing if candidate == "reference" and device == "cpu" else None

@@ -138,11 +138,12 @@ class Case:
     rms: bool = False
     affine: bool = True
     per_token: bool = False
+    saturate: bool = False
 
     def __str__(self) -> str:
         names = {F32: "f32", BF16: "bf16", F16: "f16"}
         words = [f"D={self.dim}", "/".join(names[t] for t in dict.fromkeys(self.dtypes))]
-        words += [word for word in ("gated", "rms", "affine", "per_token") if getattr(self, word)]
+        words += [word for word in ("gated", "rms", "affine", "per_token", "saturate") if getattr(self, word)]
         return " ".join(words)
 
 
@@ -157,6 +158,7 @@ def adaln_cases() -> list[Case]:
     for gated, rms in ((False, False), (False, True), (True, True)):
         cases.append(Case(1152, (F32, BF16, BF16), gated, rms, affine=False))
     cases.append(Case(1152, (BF16,) * 3, affine=False, per_token=True))
+    cases += [Case(dim, (F16,) * 3, saturate=True) for dim in (128, 1024, 1151, 4096, 16384)]
     return cases
 
 
@@ -171,9 +173,11 @@ def adaln_variants(case: Case, tokens: int = 64) -> list[Variant]:
     common = (m, m, *affine, case.rms)
     with recorded_launches() as variants:
         if case.gated:
-            _, _, mean, rstd = triton_kernels.gated_residual_adaln_forward_stats(x, branch, m, *common, 1e-6, output)
+            _, _, mean, rstd = triton_kernels.gated_residual_adaln_forward_stats(
+                x, branch, m, *common, 1e-6, output, case.saturate
+            )
             triton_kernels.gated_residual_adaln_backward(
-                grad_out, x, x, mean, rstd, branch, m, *common, True, case.affine
+                grad_out, x, x, mean, rstd, branch, m, *common, True, case.affine, x if case.saturate else None
             )
         else:
             triton_kernels.adaln_forward(x, *common, 1e-6, output)

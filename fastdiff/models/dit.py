@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdiff.backends import with_this_backend
 from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASSES, model_folder, read_foreign
 from fastdiff.models.dit_config import DiTConfig, preset_config
 from fastdiff.models.pretrained import CONFIG_NAME, Pretrained, naming_config
@@ -159,8 +160,9 @@ class DiT(Pretrained):
                 conditioning = shared
             conditioning = _add_conditioning(conditioning, layer_conditioning, token_conditioning, index)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                inputs = (residual, branch, gate, conditioning)
                 residual, branch, gate = checkpoint(
-                    block, residual, branch, gate, conditioning, use_reentrant=False, preserve_rng_state=False
+                    with_this_backend(block), *inputs, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 residual, branch, gate = block(residual, branch, gate, conditioning)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput
 
+from fastdiff.backends import with_this_backend
 from fastdiff.models.masked_lm_checkpoints import load_gpt2, load_masked_lm
 from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.nn import AdaLayerNorm, KeyValueCache, LanguageModelHead, TimestepEmbedding, TransformerBlock
@@ -74,7 +75,7 @@ class TransformerStack(nn.Module):
             columns = output_columns if index == len(self.layers) - 1 else None  # the layers before serve all columns
             if self.gradient_checkpointing and self.training and cache is None:
                 inputs = (x, mask, rotary, context, context_mask, None, index, columns, implementation)
-                x = self._gradient_checkpointing_func(layer.__call__, *inputs)
+                x = self._gradient_checkpointing_func(with_this_backend(layer.__call__), *inputs)
             else:
                 x = layer(x, mask, rotary, context, context_mask, cache, index, columns, implementation)
         return self.norm(x, None, None)

@@ -6,16 +6,17 @@ branch are contiguous [B, N, D], modulations keep the user's shape, weight and b
     adaln_forward(x, shift, scale, weight, bias, rms, eps, out_dtype) -> out
     adaln_forward_stats(same) -> out, mean, rstd                        statistics [B * N] in fp32
     adaln_forward_out(same, out) -> None
-    gated_residual_adaln_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype)
+    gated_residual_adaln_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate)
         -> residual_out, out
     gated_residual_adaln_forward_stats(same) -> residual_out, out, mean, rstd
     gated_residual_adaln_forward_out(same, residual_out, out) -> None
     adaln_backward(grad_out, x, mean, rstd, shift, scale, weight, bias, rms, need_modulation, need_affine)
         -> grad_x, grad_shift, grad_scale, grad_weight, grad_bias
     gated_residual_adaln_backward(grad_out, grad_residual_out, residual_out, mean, rstd, branch, gate, shift, scale,
-        weight, bias, rms, need_modulation, need_affine)
+        weight, bias, rms, need_modulation, need_affine, residual_in)
         -> grad_residual, grad_branch, grad_gate, grad_shift, grad_scale, grad_weight, grad_bias
 
+saturate: see gated_residual_adaln; residual_in is the residual where it was set and the stream is float16, else None.
 Gradients of modulations are [B, F, D] with F the least common multiple of the operands' frame counts, in the operand's
 dtype where that is the operand's own shape and in fp32 where a sum is still to be made; what is absent or not needed
 is an empty tensor.
@@ -77,15 +78,17 @@ def _fake_forward_out(x, shift, scale, weight, bias, rms, eps, out_dtype, out):
     return None
 
 
-def _fake_gated_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype):
+def _fake_gated_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate):
     return _like(residual, None), _like(residual, out_dtype)
 
 
-def _fake_gated_forward_stats(residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype):
+def _fake_gated_forward_stats(residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate):
     return (_like(residual, None), _like(residual, out_dtype), *_statistics(residual, rms))
 
 
-def _fake_gated_forward_out(residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, residual_out, out):
+def _fake_gated_forward_out(
+    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate, residual_out, out
+):
     return None
 
 
@@ -99,7 +102,7 @@ def _fake_backward(grad_out, x, mean, rstd, shift, scale, weight, bias, rms, nee
 
 def _fake_gated_backward(
     grad_out, grad_residual_out, residual_out, mean, rstd, branch, gate, shift, scale, weight, bias, rms,
-    need_modulation, need_affine,
+    need_modulation, need_affine, residual_in,
 ):  # fmt: skip
     return (
         _like(residual_out, None),
@@ -120,13 +123,14 @@ SCHEMAS = {
     "adaln_forward_out": f"(Tensor x, {_FORWARD}, Tensor(a!) out) -> ()",
     "adaln_backward": f"(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, {_BACKWARD})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "gated_residual_adaln_forward": f"(Tensor residual, Tensor branch, Tensor gate, {_FORWARD}) -> (Tensor, Tensor)",
-    "gated_residual_adaln_forward_stats": f"(Tensor residual, Tensor branch, Tensor gate, {_FORWARD})"
+    "gated_residual_adaln_forward": f"(Tensor residual, Tensor branch, Tensor gate, {_FORWARD}, bool saturate)"
+    " -> (Tensor, Tensor)",
+    "gated_residual_adaln_forward_stats": f"(Tensor residual, Tensor branch, Tensor gate, {_FORWARD}, bool saturate)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    "gated_residual_adaln_forward_out": f"(Tensor residual, Tensor branch, Tensor gate, {_FORWARD},"
+    "gated_residual_adaln_forward_out": f"(Tensor residual, Tensor branch, Tensor gate, {_FORWARD}, bool saturate,"
     " Tensor(a!) residual_out, Tensor(b!) out) -> ()",
     "gated_residual_adaln_backward": "(Tensor grad_out, Tensor? grad_residual_out, Tensor residual_out, Tensor mean,"
-    f" Tensor rstd, Tensor branch, Tensor gate, {_BACKWARD})"
+    f" Tensor rstd, Tensor branch, Tensor gate, {_BACKWARD}, Tensor? residual_in)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 

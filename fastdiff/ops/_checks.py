@@ -20,12 +20,13 @@ def choose_backend(
     Kernels have no rule for forward-mode AD, vmap or torch.func.grad; the reference is plain PyTorch. `refuses` says
     why a backend cannot run for a reason other than device and dtypes.
     """
+    name = requested()
     if not torch.compiler.is_compiling() and transformed():
-        if requested() not in ("auto", "reference"):
+        if name not in ("auto", "reference"):
             reason = "it has no rules for torch.func transforms and forward-mode AD: use 'auto' or 'reference'"
-            raise BackendError(f"fastdiff.{operator}: backend {requested()!r} was asked for and cannot run: {reason}")
+            raise BackendError(f"fastdiff.{operator}: backend {name!r} was asked for and cannot run: {reason}")
         return "reference"
-    return select(operator, device, dtypes, refuses)
+    return select(operator, device, dtypes, refuses, name)
 
 
 def transformed() -> bool:

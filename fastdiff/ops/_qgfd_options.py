@@ -103,6 +103,22 @@ class Masks:
         }
 
 
+def hide(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: QGFDOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands with zeros where key_mask hides keys and values: a weight of 0 times a NaN or an infinity is a NaN.
+
+    Where the queries make the chain, theirs at hidden places are rows of it, which pass nothing on: so their NaNs and
+    infinities (padding that another layer has spoilt) become zeros, too. On every backend, and with zero gradients.
+    """
+    if key_mask is None:
+        return query, key, value
+    hidden = ~key_mask[:, None, :, None]
+    if not options.plain and options.transition == "attention":
+        query = query.masked_fill(hidden & ~query.isfinite(), 0)
+    return query, key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+
+
 def row_intervals(masks: Masks, queries: int, keys: int, device: torch.device) -> Interval:
     """The keys that a query sees, key_mask apart: (first, one beyond the last); None where that is 0, or L_k."""
     causal = masks.is_causal or masks.prefix_length is not None

@@ -32,7 +32,8 @@ def adaln(
         x: the stream, `[B, N, D]`; `[N, D]` has B = 1, and of more dimensions the middle ones are tokens.
             float32, bfloat16 or float16 (float64 on the CPU, all operands alike, for gradient checks).
         shift, scale: `[D]`, `[1, D]`, `[B, D]` (a sample), `[B, F, D]` with F dividing N (token n belongs to frame
-            n // (N / F)), `[B, N, D]` or `[1, N, D]` (a token); None leaves it out. Strided views, such as chunks of
+            n // (N / F)), `[B, N, D]` or `[1, N, D]` (a token); beside an x of more dimensions, `[B, T, S, D]`, also
+            `[B, 1, 1, D]`, `[B, T, 1, D]` and `[B, T, S, D]`. None leaves it out. Strided views, such as chunks of
             one projection, are read in place. Their dtypes may differ from x's.
         weight, bias: the norm's own affine parameters, `[D]`, or None.
         norm: "layer" (LayerNorm) or "rms" (RMSNorm).
@@ -58,7 +59,7 @@ def adaln(
         ).view(x.shape)
         return result if out is None else out.copy_(result)
     if out is not None:
-        _check_overlap((("out", out),), (x, shift, scale))
+        _check_overlap((("out", out),), (x,), (shift, scale, weight, bias))
     args = (x3, shift, scale, weight, bias, norm == "rms", eps, out_dtype)
     if out is not None:
         IMPLEMENTATIONS[backend].adaln_forward_out(*args, out.view(x3.shape))
@@ -80,6 +81,7 @@ def gated_residual_adaln(
     norm: str = "layer",
     eps: float = 1e-6,
     gate_activation: str | None = None,
+    saturate: bool = False,
     residual_out: Tensor | None = None,  # like residual
     out: Tensor | None = None,  # like residual
 ) -> tuple[Tensor, Tensor]:  # both like residual
@@ -91,6 +93,9 @@ def gated_residual_adaln(
         gate, shift, scale: as shift and scale of `adaln`; each may have its own shape and dtype.
         weight, bias, norm, eps: as for `adaln`. The statistics are those of the stored, rounded r.
         gate_activation: None, or "tanh" to gate with tanh(gate), taken in fp32.
+        saturate: keeps a float16 r within ±65504, its largest numbers, where it would overflow to infinity, as public
+            float16 blocks clip it; the gradient is that of `torch.clip`, 0 for what was clipped. Other dtypes of
+            residual are left as they are.
         residual_out, out: written instead of new tensors (both or neither; `residual_out` may be `residual`
             itself); no gradient flows then.
 
@@ -122,13 +127,15 @@ def gated_residual_adaln(
     weight, bias = _compute(weight, residual), _compute(bias, residual)
     if backend == "reference":
         stream, normed = reference.gated_residual_adaln(
-            x3, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype
-        )
+            x3, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype,
+            saturate=saturate,
+        )  # fmt: skip
         stream, normed = stream.view(residual.shape), normed.view(residual.shape)
         return (stream, normed) if out is None else (residual_out.copy_(stream), out.copy_(normed))
-    args = (x3, branch, gate, shift, scale, weight, bias, norm == "rms", eps, out_dtype)
+    args = (x3, branch, gate, shift, scale, weight, bias, norm == "rms", eps, out_dtype, saturate)
     if out is not None:
-        _check_overlap((("out", out), ("residual_out", residual_out)), (residual, branch, gate, shift, scale))
+        others = (gate, shift, scale, weight, bias)
+        _check_overlap((("out", out), ("residual_out", residual_out)), (residual, branch), others)
         IMPLEMENTATIONS[backend].gated_residual_adaln_forward_out(
             *args, residual_out.view(x3.shape), out.view(x3.shape)
         )
@@ -176,11 +183,12 @@ class _AdaLN(torch.autograd.Function):
 
 class _GatedResidualAdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype):
+    def forward(ctx, backend, residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate):
         stream, out, mean, rstd = IMPLEMENTATIONS[backend].gated_residual_adaln_forward_stats(
-            residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
+            residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate
         )
-        ctx.save_for_backward(stream, mean, rstd, branch, gate, shift, scale, weight, bias)
+        clipped = residual if saturate and residual.dtype == torch.float16 else None  # says what was, with the branch
+        ctx.save_for_backward(stream, mean, rstd, branch, gate, shift, scale, weight, bias, clipped)
         ctx.backend, ctx.rms, ctx.out_dtype = backend, rms, out.dtype
         ctx.set_materialize_grads(False)
         return stream, out
@@ -188,7 +196,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_stream, grad_out):
-        stream, mean, rstd, branch, gate, shift, scale, weight, bias = ctx.saved_tensors
+        stream, mean, rstd, branch, gate, shift, scale, weight, bias, clipped = ctx.saved_tensors
         need = ctx.needs_input_grad
         if grad_out is None:
             grad_out = torch.zeros_like(stream, dtype=ctx.out_dtype)
@@ -198,7 +206,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
             ctx.backend
         ].gated_residual_adaln_backward(
             grad_out.contiguous(), grad_stream, stream, mean, rstd, branch, gate, shift, scale, weight, bias, ctx.rms,
-            need[3] or need[4] or need[5], need[6] or need[7],
+            need[3] or need[4] or need[5], need[6] or need[7], clipped,
         )  # fmt: skip
         return (
             None,
@@ -209,6 +217,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
             _sum_to(grad_scale, scale) if need[5] else None,
             grad_weight if need[6] else None,
             grad_bias if need[7] else None,
+            None,
             None,
             None,
             None,
@@ -293,11 +302,22 @@ def _check_modulation(name: str, m: Tensor, x: Tensor, batch: int, tokens: int, 
                 return
             if dims == 3 and (shape[1] == tokens or shape[1] > 0 and tokens % shape[1] == 0):
                 return
-            if dims == x.ndim and shape[1:] == x.shape[1:]:
-                return
+            if (
+                dims == x.ndim
+            ):  # over the first dimensions of the tokens, all of them or none: [B, T, 1, D] of [B, T, S, D]
+                own = dims - 1
+                while own > 1 and shape[own - 1] == 1:
+                    own -= 1
+                if shape[1:own] == x.shape[1:own]:
+                    return
     expected = (
         f"[{dim}], [1, {dim}], [{batch}, {dim}], [{batch}, F, {dim}] with F dividing {tokens}, or [1, {tokens}, {dim}]"
     )
+    if x.ndim > 3:
+        ones = ", ".join("1" * (x.ndim - 2))
+        expected += (
+            f", or {list(x.shape)} with 1 for the last of its middle dimensions, down to [{batch}, {ones}, {dim}]"
+        )
     raise ValueError(f"{name}: got shape {list(shape)}; expected one of {expected}")
 
 
@@ -314,15 +334,18 @@ def _check_out(x: Tensor, out: Tensor | None, name: str, grad: bool, dtype: torc
     return dtype
 
 
-def _check_overlap(outputs: tuple[tuple[str, Tensor], ...], operands: tuple[Tensor | None, ...]) -> None:
-    """An output may be an operand, or lie apart from it; what shares a part would be overwritten while it is read."""
+def _check_overlap(
+    outputs: tuple[tuple[str, Tensor], ...], streams: tuple[Tensor, ...], others: tuple[Tensor | None, ...]
+) -> None:
+    """An output may be a stream, whose rows are read before they are written, or lie apart from all that is read."""
     if torch.compiler.is_compiling():
         return  # no addresses there; functionalisation gives outputs of their own
-    ranges = [_bytes_of(t) for _, t in outputs]
-    for index, (name, _) in enumerate(outputs):
-        others = ranges[:index] + [r for r in (_bytes_of(t) for t in operands if t is not None) if r != ranges[index]]
-        if any(begin < ranges[index][1] and ranges[index][0] < end for begin, end in others):
-            raise ValueError(f"{name}: got memory that another tensor of the call shares; pass a tensor of its own")
+    for index, (name, out) in enumerate(outputs):
+        begin, end = _bytes_of(out)
+        apart = [t for t in streams if _bytes_of(t) != (begin, end) or t.dtype != out.dtype or not t.is_contiguous()]
+        for t in (*apart, *others, *(other for _, other in outputs[:index])):
+            if t is not None and _bytes_of(t)[0] < end and begin < _bytes_of(t)[1]:
+                raise ValueError(f"{name}: got memory that another tensor of the call shares; pass a tensor of its own")
 
 
 def _bytes_of(t: Tensor) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from fastdiff.ops._qgfd_options import (
     Recurrence,
     Transition,
     check_operands,
+    hide,
     isolate_sinks,
     row_intervals,
 )
@@ -60,7 +61,8 @@ def qgfd_attention(
             cosine similarity / `temperature`; w then depends on keys and values alone (`qgfd_values`).
         recurrence: "power" or "restart".
         temperature: P's scores are divided by it; > 0.
-        key_mask: True = attend. A query with nothing to attend to gives zeros and gets zero gradients.
+        key_mask: True = attend. What keys and values hold elsewhere does not matter, even NaN. A query with nothing to
+            attend to gives zeros and gets zero gradients.
         is_causal: query i sees the keys up to i + L_k − L_q (the last query sees the last key).
         cu_seqlens: B = 1, and sequences lie one after the other: the s-th from cu_seqlens[s] to cu_seqlens[s + 1].
         prefix_length: causal, but the first prefix_length keys (of each sequence) are seen by every query.
@@ -94,7 +96,7 @@ def qgfd_attention(
     masks = Masks(key_mask, is_causal, cu_seqlens, prefix_length)
     limits = {"enable_gqa": enable_gqa, "scale": scale, "hop_dropout_p": hop_dropout_p}
     check_operands(query, key, value, options, masks, **limits)
-    query, key, value = autocast(query, key, value)
+    query, key, value = hide(*autocast(query, key, value), key_mask, options)
     if options.plain and masks.sdpa_knows:
         return _sdpa(query, key, value, masks, scale, hop_dropout_p)
     if hop_dropout_p > 0:
@@ -147,6 +149,7 @@ def qgfd_values(
     masks = Masks(key_mask, is_causal, cu_seqlens, prefix_length)
     check_operands(key, key, value, options, masks)
     key, value = autocast(key, value)
+    _, key, value = hide(key, key, value, key_mask, options)
     if options.plain:
         return value
     backend = _choose(key)
@@ -198,7 +201,7 @@ def qgfd_attention_dense(
     check_operands(query, key, value, options, masks, enable_gqa=enable_gqa, scale=scale, dropout_p=dropout_p)
     if attn_mask is not None and not options.plain:
         _warn_of_leaks()
-    query, key, value = autocast(query, key, value)
+    query, key, value = hide(*autocast(query, key, value), key_mask, options)
     with torch.autocast(query.device.type, enabled=False):
         return reference.qgfd_attention(
             query, key, value, scale=scale, **options.of_attention, **masks.as_dict(), dropout_p=dropout_p

@@ -110,9 +110,10 @@ int rows_of(const AdaLNBackwardParams& p, int64_t segments, Stream stream) {
   check.rows(p.weight, DType::kFloat32).rows(p.workspace, DType::kFloat32);
   check.rows(p.grad_residual_out, p.x_dtype);
   if (p.branch) check.rows(p.branch, p.branch_dtype).rows(p.grad_branch, p.branch_dtype).modulation(p.gate);
+  check.rows(p.residual_in, p.x_dtype);
   if (!check.fits()) return launch_rows<X, 1, kStreamed>(p, segments, stream);
   if (p.dim <= kSmallHeld * 256) return launch_rows<X, kVec, kSmallHeld>(p, segments, stream);
-  if (p.dim <= kLargeHeld * 384) return launch_rows<X, kVec, kLargeHeld>(p, segments, stream);
+  if (p.dim <= kLargeHeld * 384 && !p.residual_in) return launch_rows<X, kVec, kLargeHeld>(p, segments, stream);
   return launch_rows<X, kVec, kStreamed>(p, segments, stream);
 }
 
@@ -141,7 +142,8 @@ bool accepted(const AdaLNBackwardParams& p) {
                       (!p.grad_gate || is_device_dtype(p.grad_gate_dtype)) &&
                       (!p.grad_shift || is_device_dtype(p.grad_shift_dtype)) &&
                       (!p.grad_scale || is_device_dtype(p.grad_scale_dtype));
-  return dtypes && p.dim >= 1 && p.batch >= 0 && p.tokens >= 0 && accepted(p.gate, gated) && accepted(p.scale, false);
+  return dtypes && p.dim >= 1 && p.batch >= 0 && p.tokens >= 0 && accepted(p.gate, gated) && accepted(p.scale, false) &&
+         (!p.residual_in || (gated && p.x_dtype == DType::kFloat16));
 }
 
 }  // namespace

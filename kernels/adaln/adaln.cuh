@@ -82,12 +82,17 @@ struct RowStatistics {
   float mean, correction, rstd;  // xhat = ((x - mean) - correction) * rstd
 };
 
+__device__ __forceinline__ float clip(float v, float limit) {  // a NaN stays one
+  return v > limit ? limit : v < -limit ? -limit : v;
+}
+
 // Reads the row: x, or residual + gate * branch, rounded and stored. Leaves it in `held` and returns this thread's sum.
 template <class X, int kVec, int kChunks>
 __device__ __forceinline__ float read_row(const AdaLNForwardParams& p, const ForwardRow& row,
                                           const Columns<kVec, kChunks>& columns,
                                           float (&held)[Columns<kVec, kChunks>::kHeld][kVec]) {
   float sum = 0.0f;
+  const float limit = p.saturate && p.x_dtype == DType::kFloat16 ? kFloat16Largest : __builtin_huge_valf();
   columns.each([&](int i, int64_t column) {
     load(static_cast<const X*>(p.x) + row.at + column, held[i]);
     if (p.branch) {
@@ -95,7 +100,7 @@ __device__ __forceinline__ float read_row(const AdaLNForwardParams& p, const For
       load(p.branch, p.branch_dtype, row.at + column, branch);
       load(p.gate.data, p.gate.dtype, row.gate + column, gate);
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) held[i][j] = to_float(from_float<X>(held[i][j] + gate[j] * branch[j]));
+      for (int j = 0; j < kVec; ++j) held[i][j] = to_float(from_float<X>(clip(held[i][j] + gate[j] * branch[j], limit)));
       store(static_cast<X*>(p.residual_out) + row.at + column, held[i]);
     }
 #pragma unroll

@@ -20,7 +20,8 @@ struct Modulation {
 };
 
 // Plain:  out = norm(x) * a + c,  a = weight * (1 + scale),  c = bias * (1 + scale) + shift
-// Gated (branch != nullptr): residual_out = round(x + gate * branch), then the same of residual_out.
+// Gated (branch != nullptr): residual_out = round(x + gate * branch), then the same of residual_out. With `saturate`
+// what would round beyond float16's largest number, 65504, becomes that; other dtypes are left as they are.
 struct AdaLNForwardParams {
   const void* x;       // [batch, tokens, dim] contiguous; the residual where gated
   const void* branch;  // like x, its own dtype; nullptr: plain AdaLN
@@ -41,7 +42,11 @@ struct AdaLNForwardParams {
   DType branch_dtype;
   DType out_dtype;
   bool rms;  // RMSNorm instead of LayerNorm
+  bool saturate;
 };
+
+constexpr float kFloat16Largest = 65504.0f;
+constexpr float kFloat16Overflow = 65520.0f;  // from here on rounding gives infinity
 
 // Gradients. The sums over tokens are made in two fixed-order steps, so that nothing depends on the number of
 // threads or blocks: every frame of `grad_tokens_per_frame` rows is cut into segments of `rows_per_segment` rows,
@@ -57,6 +62,9 @@ struct AdaLNBackwardParams {
   Modulation scale;
   const void* weight;
   const void* bias;
+  // [batch, tokens, dim] float16 where the forward pass saturated: the residual that it was given; else nullptr. The
+  // gradient of what was clipped is 0.
+  const void* residual_in;
   void* grad_x;       // [batch, tokens, dim] x_dtype: gradient of x, or of the residual where gated
   void* grad_branch;  // [batch, tokens, dim] branch_dtype; gated only
   void* grad_gate;    // these three: [batch, tokens / grad_tokens_per_frame, dim] contiguous, or nullptr

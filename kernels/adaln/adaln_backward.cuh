@@ -92,6 +92,24 @@ __device__ __forceinline__ void load_chunk(const AdaLNBackwardParams& p, const S
   }
 }
 
+// Rows that were clipped are held in few registers or streamed: the longest rows that are held leave none for it.
+template <class X, int kVec, int kChunks>
+constexpr bool kCanClip = sizeof(X) == sizeof(__half) && kVec * kChunks != kLargeHeld;
+
+// Where residual + gate * branch was clipped, its gradient is 0.
+template <class X, int kVec>
+__device__ __forceinline__ void clip_gradient(const AdaLNBackwardParams& p, int64_t gate_at, int64_t at, int64_t column,
+                                              float (&grad)[kVec]) {
+  float residual[kVec], branch[kVec], gate[kVec];
+  load(static_cast<const X*>(p.residual_in) + at + column, residual);
+  load(p.branch, p.branch_dtype, at + column, branch);
+  load(p.gate.data, p.gate.dtype, gate_at + column, gate);
+#pragma unroll
+  for (int j = 0; j < kVec; ++j) {
+    if (!(fabsf(residual[j] + gate[j] * branch[j]) < kFloat16Overflow)) grad[j] = 0.0f;
+  }
+}
+
 // What remains once the row's means are known: grad_x, grad_branch, and the gate's sum.
 template <class X, int kVec, int kChunks>
 __device__ __forceinline__ void write_gradients(const AdaLNBackwardParams& p, const Segment& s,
@@ -105,6 +123,9 @@ __device__ __forceinline__ void write_gradients(const AdaLNBackwardParams& p, co
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
       grad[j] = row.rstd * (row.grad_xhat[i][j] - mean_grad - row.xhat[i][j] * mean_grad_xhat) + other[j];
+    }
+    if constexpr (kCanClip<X, kVec, kChunks>) {
+      if (p.residual_in) clip_gradient<X>(p, s.gate, row.at, column, grad);
     }
     store(static_cast<X*>(p.grad_x) + row.at + column, grad);
     if (!p.branch) return;

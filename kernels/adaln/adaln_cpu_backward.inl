@@ -73,6 +73,17 @@ void input_gradient_row(const G* g, const X* x, const typename V::Scalar* a, con
   }
 }
 
+// Where residual + gate·branch was clipped, its gradient is 0. Scalar: few streams are in float16, fewer saturate.
+template <class S, class X, class B>
+void clip_gradient_row(const X* residual, const B* branch, const S* gate, int64_t dim, X* grad_x, S* kept) {
+  for (int64_t i = 0; i < dim; i++) {
+    const S sum = S(to_float(residual[i])) + gate[i] * S(to_float(branch[i]));
+    if (sum > -S(kFloat16Overflow) && sum < S(kFloat16Overflow)) continue;
+    kept[i] = 0;
+    from_float(0.0f, grad_x + i);
+  }
+}
+
 // grad_branch = gate·grad and sum_gate += Σ grad·branch for kRows rows
 template <class V, int kRows, bool kStream, class B>
 void branch_gradient_rows(const typename V::Scalar* grad, int64_t stride, const B* branch, const typename V::Scalar* gate,
@@ -135,7 +146,12 @@ void backward_block(const AdaLNBackwardParams& p, const ModulationRows<V>& rows,
   if (p.branch != nullptr)
     with_type<V>(p.branch_dtype, [&](auto type) {
       using B = typename decltype(type)::type;
-      branch_gradient_rows<V, kRows, kStream>(kept.row(0), kept.stride, static_cast<const B*>(p.branch) + at, rows.g, p.dim,
+      const B* branch = static_cast<const B*>(p.branch) + at;
+      if constexpr (sizeof(X) == sizeof(F16))
+        for (int64_t k = 0; k < (p.residual_in ? kRows : 0); k++)
+          clip_gradient_row(static_cast<const X*>(p.residual_in) + at + k * p.dim, branch + k * p.dim, rows.g, p.dim,
+                            static_cast<X*>(p.grad_x) + at + k * p.dim, kept.row(k));
+      branch_gradient_rows<V, kRows, kStream>(kept.row(0), kept.stride, branch, rows.g, p.dim,
                                      static_cast<B*>(p.grad_branch) + at, sums + kSumGate * p.dim);
     });
 }

@@ -4,9 +4,12 @@ namespace {
 
 // kStream: `out` past the caches, for outputs that would not fit; the row is kept in `near` for what comes next.
 template <class V, bool kStream, class X, class B>
-void gate_row(const X* x, const B* branch, const typename V::Scalar* g, int64_t dim, X* out, X* near) {
+void gate_row(const X* x, const B* branch, const typename V::Scalar* g, typename V::Scalar limit, int64_t dim, X* out,
+              X* near) {
+  const V low = V::set(-limit), high = V::set(limit);
   for_lanes<V>(dim, [&](int64_t i, auto n) {
-    const V sum = fma(load<V>(g + i, n), load<V>(branch + i, n), load<V>(x + i, n));
+    const V free = fma(load<V>(g + i, n), load<V>(branch + i, n), load<V>(x + i, n));
+    const V sum = min(high, max(low, free));  // a NaN stays one
     put<kStream>(sum, out + i, n);
     if constexpr (kStream) store(sum, near + i, n);
   });
@@ -91,13 +94,14 @@ void forward_block(const AdaLNForwardParams& p, const ModulationRows<V>& rows, i
   const X* x = static_cast<const X*>(p.x) + r * p.dim;
   if (p.branch != nullptr) {
     X* sum = static_cast<X*>(p.residual_out) + r * p.dim;
+    const S limit = p.saturate && p.x_dtype == DType::kFloat16 ? S(kFloat16Largest) : S(INFINITY);
     with_type<V>(p.branch_dtype, [&](auto type) {
       const auto* branch = static_cast<const typename decltype(type)::type*>(p.branch) + r * p.dim;
       for (int64_t k = 0; k < count * p.dim; k += p.dim)
         if (stream)
-          gate_row<V, true>(x + k, branch + k, rows.g, p.dim, sum + k, near + k);
+          gate_row<V, true>(x + k, branch + k, rows.g, limit, p.dim, sum + k, near + k);
         else
-          gate_row<V, false>(x + k, branch + k, rows.g, p.dim, sum + k, sum + k);
+          gate_row<V, false>(x + k, branch + k, rows.g, limit, p.dim, sum + k, sum + k);
     });
     x = stream ? near : sum;
   }

@@ -59,7 +59,10 @@ def gated_residual_adaln(
     norm: str = "layer",
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    saturate: bool = False,
 ) -> tuple[Tensor, Tensor]:  # (residual + gate * branch, adaln of that)
     compute = _compute_dtype(residual)
     stream = (residual.to(compute) + _rows(gate, residual) * branch.to(compute)).to(residual.dtype)
+    if saturate and stream.dtype == torch.float16:
+        stream = stream.clip(-65504, 65504)
     return stream, adaln(stream, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype)

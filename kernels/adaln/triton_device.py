@@ -29,11 +29,13 @@ def _load(ptr, offset, cols, mask):
 
 
 @triton.jit
-def _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, mask):
-    """x, or residual + gate * branch rounded to the residual's dtype."""
+def _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, mask, SATURATE: tl.constexpr):
+    """x, or residual + gate * branch rounded to the residual's dtype; with SATURATE within float16's numbers."""
     x = _load(x_ptr, offset, cols, mask)
     if branch_ptr is not None:
         x += _load(gate_ptr, gate_offset, cols, mask) * _load(branch_ptr, offset, cols, mask)
+        if SATURATE:  # a NaN stays one
+            x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
     return x
 
@@ -81,7 +83,7 @@ def forward_kernel(
     gate_batch_stride, gate_frame_stride, gate_tokens_per_frame,
     shift_batch_stride, shift_frame_stride, shift_tokens_per_frame,
     scale_batch_stride, scale_frame_stride, scale_tokens_per_frame,
-    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RMS: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Whole rows in registers, dim <= BLOCK. Grid: (cdiv(rows, ROWS),)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -94,7 +96,7 @@ def forward_kernel(
     shift_offset = _modulation_offset(row, tokens, shift_batch_stride, shift_frame_stride, shift_tokens_per_frame)
     scale_offset = _modulation_offset(row, tokens, scale_batch_stride, scale_frame_stride, scale_tokens_per_frame)
 
-    x = _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, mask)
+    x = _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, mask, SATURATE)
     if residual_out_ptr is not None:
         _store(residual_out_ptr, offset, cols, x, mask & stored)
     if RMS:
@@ -122,7 +124,7 @@ def forward_tiled_kernel(
     gate_batch_stride, gate_frame_stride, gate_tokens_per_frame,
     shift_batch_stride, shift_frame_stride, shift_tokens_per_frame,
     scale_batch_stride, scale_frame_stride, scale_tokens_per_frame,
-    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RMS: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows wider than BLOCK, one per program, in column tiles. Grid: (rows,).
 
@@ -141,14 +143,14 @@ def forward_tiled_kernel(
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, dim, BLOCK):
             cols = start + tile
-            total += _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, cols < dim)
+            total += _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, cols < dim, SATURATE)
         mean = tl.sum(total, axis=0) / dim
 
     total = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, dim, BLOCK):
         cols = start + tile
-        x = _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, cols < dim)
+        x = _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, cols < dim, SATURATE)
         x = tl.where(cols < dim, x - mean, 0.0)
         total += x
         squares += x * x
@@ -166,7 +168,7 @@ def forward_tiled_kernel(
     for start in range(0, dim, BLOCK):
         cols = start + tile
         mask = cols < dim
-        x = _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, mask)
+        x = _load_stream(x_ptr, branch_ptr, gate_ptr, offset, gate_offset, cols, mask, SATURATE)
         if residual_out_ptr is not None:
             _store(residual_out_ptr, offset, cols, x, mask)
         xhat = (x - mean - correction) * rstd
@@ -233,7 +235,7 @@ def row_means_kernel(
 
 @triton.jit(do_not_specialize=_SIZES + _SEGMENT_SIZES)
 def backward_kernel(
-    grad_out_ptr, grad_residual_out_ptr, x_ptr, mean_ptr, rstd_ptr, branch_ptr, gate_ptr, scale_ptr,
+    grad_out_ptr, grad_residual_out_ptr, x_ptr, mean_ptr, rstd_ptr, residual_in_ptr, branch_ptr, gate_ptr, scale_ptr,
     weight_ptr, bias_ptr, row_means_ptr, grad_x_ptr, grad_branch_ptr, sums_ptr,
     grad_gate_ptr, grad_shift_ptr, grad_scale_ptr,
     rows, tokens, dim, frame_rows, segment_rows, segments_per_frame, segments,
@@ -246,7 +248,7 @@ def backward_kernel(
     A segment lies in one frame, so all its rows have the same gate and scale (read from the cache for each row: kept,
     they would be the registers that spill). Its sums go to sums [3, segments, dim],
     or, where a frame is one segment, straight to the modulation gradients. branch is given only where the gradient of
-    the gate is wanted, row_means only where a row is wider than BLOCK.
+    the gate is wanted or the stream was saturated (as residual_in is), row_means only where a row is wider than BLOCK.
     """
     segment = tl.program_id(0)
     frame = segment // segments_per_frame
@@ -282,6 +284,10 @@ def backward_kernel(
         grad *= rstd
         if grad_residual_out_ptr is not None:
             grad += _load(grad_residual_out_ptr, offset, cols, mask)
+        if residual_in_ptr is not None:  # what was clipped has no gradient
+            total = _load(gate_ptr, gate_offset, cols, col_mask) * _load(branch_ptr, offset, cols, mask)
+            total += _load(residual_in_ptr, offset, cols, mask)
+            grad = tl.where(tl.abs(total) < 65520.0, grad, 0.0)
         _store(grad_x_ptr, offset, cols, grad, mask)
         if grad_branch_ptr is not None:
             _store(grad_branch_ptr, offset, cols, _load(gate_ptr, gate_offset, cols, col_mask) * grad, mask)

@@ -97,7 +97,9 @@ def _check_rows(x: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------------- forward
 
 
-def _launch_forward(x, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, mean, rstd) -> None:
+def _launch_forward(
+    x, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, mean, rstd, saturate=False
+) -> None:
     _, tokens, dim = x.shape
     rows = _check_rows(x)
     if rows == 0:
@@ -111,7 +113,8 @@ def _launch_forward(x, branch, gate, shift, scale, weight, bias, rms, eps, resid
             rows=rows, tokens=tokens, dim=dim, eps=eps,
             **Modulation.of(gate, tokens).arguments("gate"), **Modulation.of(shift, tokens).arguments("shift"),
             **Modulation.of(scale, tokens).arguments("scale"),
-            RMS=rms, ROWS=tile.rows, BLOCK=tile.block, **tile.launch_options(),
+            RMS=rms, SATURATE=saturate and x.dtype == torch.float16, ROWS=tile.rows, BLOCK=tile.block,
+            **tile.launch_options(),
         )  # fmt: skip
 
 
@@ -146,28 +149,34 @@ def adaln_forward_stats(x, shift, scale, weight, bias, rms, eps, out_dtype) -> t
 
 
 def gated_residual_adaln_forward_out(
-    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, residual_out, out
+    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate, residual_out, out
 ) -> None:
     """gated_residual_adaln into `residual_out` (the residual's dtype) and `out` (out_dtype), both [B, N, D]."""
-    _launch_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, None, None)
+    _launch_forward(
+        residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, None, None, saturate
+    )
 
 
 def gated_residual_adaln_forward(
-    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
+    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate
 ) -> tuple[Tensor, Tensor]:
     """(residual + gate * branch, adaln of that), both [B, N, D]."""
     residual_out, out = torch.empty_like(residual), torch.empty_like(residual, dtype=out_dtype)
-    _launch_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, None, None)
+    _launch_forward(
+        residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, None, None, saturate
+    )
     return residual_out, out
 
 
 def gated_residual_adaln_forward_stats(
-    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype
+    residual, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, saturate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same with the row statistics: (residual_out, out, mean, rstd); mean is empty for rms."""
     residual_out, out = torch.empty_like(residual), torch.empty_like(residual, dtype=out_dtype)
     mean, rstd = _statistics(residual, rms)
-    _launch_forward(residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, mean, rstd)
+    _launch_forward(
+        residual, branch, gate, shift, scale, weight, bias, rms, eps, residual_out, out, mean, rstd, saturate
+    )
     return residual_out, out, _absent(residual) if mean is None else mean, rstd
 
 
@@ -267,24 +276,37 @@ def _reduce(grads: Gradients, sums: Tensor, scale: dict, weight, bias, tokens: i
 
 
 def _launch_backward(
-    grads: Gradients, grad_out, grad_residual_out, x, mean, rstd, branch, gate, scale, weight, bias, frames: int
+    grads: Gradients,
+    grad_out,
+    grad_residual_out,
+    x,
+    mean,
+    rstd,
+    residual_in,
+    branch,
+    gate,
+    scale,
+    weight,
+    bias,
+    frames: int,
 ) -> None:
     batch, tokens, dim = x.shape
     tile = backward_tile(dim)
     segments = Segments.of(x, frames, tile)
     statistics = {"mean_ptr": mean, "rstd_ptr": rstd}
     scale = Modulation.of(scale, tokens).arguments("scale")
+    branch = None if grads.gate is None and residual_in is None else branch
     # where a frame is one segment, its sums are its gradients: they need no second pass
     two_steps = grads.affine_wanted or (grads.modulation_wanted and segments.per_frame > 1)
     sums = None
     if two_steps:
-        kinds = 2 if grads.gate is None else 3
+        kinds = 2 if branch is None else 3
         sums = torch.empty(kinds, segments.count, dim, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         row_means = _row_means(grad_out, x, statistics, scale, weight, tile) if dim > tile.block else None
         device.backward_kernel[(segments.count, triton.cdiv(dim, tile.block))](
             grad_out_ptr=grad_out, grad_residual_out_ptr=grad_residual_out, x_ptr=x, **statistics,
-            branch_ptr=None if grads.gate is None else branch, weight_ptr=weight, bias_ptr=bias,
+            residual_in_ptr=residual_in, branch_ptr=branch, weight_ptr=weight, bias_ptr=bias,
             row_means_ptr=row_means, grad_x_ptr=grads.x, grad_branch_ptr=grads.branch, sums_ptr=sums,
             **grads.modulation_pointers(absent=two_steps), **Modulation.of(gate, tokens).arguments("gate"), **scale,
             rows=batch * tokens, tokens=tokens, dim=dim, frame_rows=segments.frame_rows,
@@ -310,6 +332,7 @@ def _backward(
     rms,
     need_modulation,
     need_affine,
+    residual_in=None,
 ) -> Gradients:
     frames = math.lcm(*(_own_frames(m) for m in (gate, shift, scale) if m is not None))
     grads = Gradients(
@@ -323,7 +346,8 @@ def _backward(
     )
     if _check_rows(x):
         mean = None if rms else mean
-        _launch_backward(grads, grad_out, grad_residual_out, x, mean, rstd, branch, gate, scale, weight, bias, frames)
+        rest = (residual_in, branch, gate, scale, weight, bias, frames)
+        _launch_backward(grads, grad_out, grad_residual_out, x, mean, rstd, *rest)
     else:
         for grad in grads:
             if grad is not None:
@@ -347,12 +371,15 @@ def adaln_backward(
 
 def gated_residual_adaln_backward(
     grad_out, grad_residual_out, residual_out, mean, rstd, branch, gate, shift, scale, weight, bias, rms,
-    need_modulation, need_affine,
+    need_modulation, need_affine, residual_in,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(grad_residual, grad_branch, grad_gate, grad_shift, grad_scale, grad_weight, grad_bias), as adaln_backward."""
+    """(grad_residual, grad_branch, grad_gate, grad_shift, grad_scale, grad_weight, grad_bias), as adaln_backward.
+
+    residual_in is what a forward pass that saturated was given, or None.
+    """
     return tuple(
         _backward(
             grad_out, grad_residual_out, residual_out, mean, rstd, branch, gate, shift, scale, weight, bias, rms,
-            need_modulation, need_affine,
+            need_modulation, need_affine, residual_in,
         ).tensors()
     )  # fmt: skip

@@ -281,6 +281,8 @@ struct VecDouble {
   static FD_INLINE void stream_fence() {}
   FD_INLINE VecDouble first(int64_t) const { return *this; }
   FD_INLINE double sum() const { return v; }
+  friend FD_INLINE VecDouble max(VecDouble a, VecDouble b) { return {a.v > b.v ? a.v : b.v}; }
+  friend FD_INLINE VecDouble min(VecDouble a, VecDouble b) { return {a.v < b.v ? a.v : b.v}; }
   friend FD_INLINE VecDouble operator+(VecDouble a, VecDouble b) { return {a.v + b.v}; }
   friend FD_INLINE VecDouble operator-(VecDouble a, VecDouble b) { return {a.v - b.v}; }
   friend FD_INLINE VecDouble operator*(VecDouble a, VecDouble b) { return {a.v * b.v}; }

@@ -30,6 +30,7 @@ class ForwardParams(ctypes.Structure):
         ("eps", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("x_dtype", "branch_dtype", "out_dtype")),
         ("rms", ctypes.c_bool),
+        ("saturate", ctypes.c_bool),
     ]
 
 
@@ -37,7 +38,7 @@ class BackwardParams(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("grad_out", "grad_residual_out", "x", "mean", "rstd", "branch")),
         *((name, Modulation) for name in ("gate", "scale")),
-        *((name, _P) for name in ("weight", "bias", "grad_x", "grad_branch")),
+        *((name, _P) for name in ("weight", "bias", "residual_in", "grad_x", "grad_branch")),
         *((name, _P) for name in ("grad_gate", "grad_shift", "grad_scale", "grad_weight", "grad_bias", "workspace")),
         *((name, _I) for name in ("batch", "tokens", "dim", "grad_tokens_per_frame", "rows_per_segment")),
         *((name, ctypes.c_int32) for name in ("x_dtype", "branch_dtype", "out_dtype")),
@@ -107,6 +108,7 @@ class Emulator:
         eps: float = 1e-6,
         out_dtype: torch.dtype | None = None,
         out: Tensor | None = None,
+        saturate: bool = False,
     ) -> dict[str, Tensor | None]:
         """out, residual_out (gated), mean (layer) and rstd [B * N]; outputs start as NaN."""
         rows, layer = x.shape[0] * x.shape[1], norm == "layer"
@@ -120,7 +122,7 @@ class Emulator:
             residual_out=pointer(residual_out), mean=pointer(mean), rstd=pointer(rstd),
             gate=modulation(gate, x), shift=modulation(shift, x), scale=modulation(scale, x),
             batch=x.shape[0], tokens=x.shape[1], dim=x.shape[2], eps=eps,
-            x_dtype=DTYPES[x.dtype], out_dtype=DTYPES[out.dtype], rms=not layer,
+            x_dtype=DTYPES[x.dtype], out_dtype=DTYPES[out.dtype], rms=not layer, saturate=saturate,
             branch_dtype=0 if branch is None else DTYPES[branch.dtype],
         )  # fmt: skip
         self.check(self.lib.fd_adaln_forward(ctypes.byref(p)))
@@ -139,6 +141,7 @@ class Emulator:
         scale: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        residual_in: Tensor | None = None,  # of a forward pass that saturated
         norm: str = "layer",
         frames: int = 1,  # rows of the modulation's gradients a batch entry
         rows_per_segment: int = 4,
@@ -157,8 +160,8 @@ class Emulator:
             grad_out=pointer(grad_out), grad_residual_out=pointer(grad_residual_out), x=pointer(x),
             mean=pointer(saved["mean"]), rstd=pointer(saved["rstd"]), branch=pointer(branch),
             gate=modulation(gate, x), scale=modulation(scale, x), weight=pointer(weight), bias=pointer(bias),
-            batch=batch, tokens=tokens, dim=dim, grad_tokens_per_frame=max(tokens // frames, 1),
-            rows_per_segment=rows_per_segment, x_dtype=DTYPES[x.dtype], out_dtype=DTYPES[grad_out.dtype],
+            residual_in=pointer(residual_in), batch=batch, tokens=tokens, dim=dim,
+            grad_tokens_per_frame=max(tokens // frames, 1), rows_per_segment=rows_per_segment, x_dtype=DTYPES[x.dtype], out_dtype=DTYPES[grad_out.dtype],
             branch_dtype=0 if branch is None else DTYPES[branch.dtype], rms=norm != "layer",
             **{f"grad_{name}": pointer(t) for name, t in grads.items()},
             **{f"grad_{name}_dtype": DTYPES[grad_dtype] for name in ("gate", "shift", "scale")},

@@ -348,3 +348,28 @@ def test_backward_of_rows_far_from_zero(emulator):
     reference.adaln(leaves[0], None, leaves[1]).backward(grad_out.double())
     assert relative(grads["x"], leaves[0].grad) < 5e-5  # seen 1.2e-5
     assert relative(grads["scale"].flatten(), leaves[1].grad) < 1e-3  # seen 2.6e-4
+
+
+@pytest.mark.parametrize("dim", [7, 64, 2056, 8200])  # one at a time, held, held in more registers, streamed
+def test_a_saturated_stream_and_its_gradient(emulator, dim):
+    g, shape = seeded("saturate", dim), (1, 3, dim)
+    x, branch = ((randn(g, *shape) * 4e4).clamp(-65504, 65504).half() for _ in range(2))
+    gate = randn(g, 1, dim)
+    x[0, 0, 0] = float("nan")
+    total = x.double() + gate.double() * branch.double()
+    clipped = total.half().isinf()
+    assert 0.05 < clipped.float().mean() < 0.6
+    f = under_schedules(emulator, lambda: emulator.forward(x, branch=branch, gate=gate, saturate=True))
+    stream = f["residual_out"]
+    assert torch.equal(stream[clipped], total.half().clip(-65504, 65504)[clipped]) and stream.isnan().sum() == 1
+    grad, zero = randn(g, *shape, dtype=F16), torch.zeros(shape)
+    grads = under_schedules(
+        emulator,
+        lambda: emulator.backward(
+            zero.half(), stream, f, wanted=("gate",), grad_residual_out=grad, branch=branch, gate=gate, residual_in=x
+        ),
+    )
+    passed = torch.where(clipped, 0.0, grad.double())
+    rows = slice(1, None)  # the row with a NaN has statistics that are NaN
+    assert torch.equal(grads["x"][:, rows].double(), passed[:, rows]) and not grads["x"][clipped].any()
+    assert relative(grads["branch"][:, rows], (passed * gate.double())[:, rows]) < ROUNDING[F16]

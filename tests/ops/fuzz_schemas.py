@@ -84,6 +84,7 @@ def adaln(rng: random.Random) -> Operands:
         "rstd": floats(rng, batch * tokens, dtype=compute), "rms": rng.random() < 0.5, "eps": 1e-6,
         "out_dtype": rng.choice((None, out_dtype)), "need_modulation": rng.random() < 0.7,
         "need_affine": rng.random() < 0.7, "saturate": rng.random() < 0.3,
+        "residual_in": maybe(rng, lambda: stream(dtype)) if dtype == torch.float16 else None,
     }  # fmt: skip
 
 

@@ -61,9 +61,10 @@ def run(operands, grads, rms, out_dtype, need=(True, True)) -> dict[str, Tensor]
     else:
         gated = (o["branch"], o["gate"])
         stream, out, mean, rstd = kernels.gated_residual_adaln_forward_stats(
-            o["residual"], *gated, *common, 1e-6, out_dtype
+            o["residual"], *gated, *common, 1e-6, out_dtype, False
         )
-        results = kernels.gated_residual_adaln_backward(grads[0], grads[1], stream, mean, rstd, *gated, *common, *need)
+        operands = (stream, mean, rstd, *gated, *common)
+        results = kernels.gated_residual_adaln_backward(*grads, *operands, *need, None)
         names = ("residual", "branch", "gate", "shift", "scale", "weight", "bias")
         outputs = {"stream": stream, "out": out}
     assert len(results) == len(names)
@@ -177,7 +178,7 @@ def test_one_rounding_to_nearest_even_at_the_store(dtype):
 def test_statistics_are_those_of_the_rounded_residual():
     operands, grads, _, dtype = make((2, 8, 96), dtypes=(BF16, F32, BF16))
     o = operands
-    stream, out, mean, rstd = kernels.gated_residual_adaln_forward_stats(*o.values(), False, 1e-6, dtype)
+    stream, out, mean, rstd = kernels.gated_residual_adaln_forward_stats(*o.values(), False, 1e-6, dtype, False)
     torch.testing.assert_close(mean, stream.float().mean(-1).flatten(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rstd, 1 / stream.float().var(-1, correction=0).flatten().sqrt(), rtol=1e-5, atol=1e-6)
     again = kernels.adaln_forward(stream, o["shift"], o["scale"], None, None, False, 1e-6, dtype)
@@ -186,8 +187,8 @@ def test_statistics_are_those_of_the_rounded_residual():
 
 def test_variants_of_the_forward_pass_are_equal():
     (o, _, rms, dtype) = make((2, 5, 40), dtypes=(F32, BF16, BF16))
-    gated = (*o.values(), rms, 1e-6, dtype)
-    plain = (o["residual"], *gated[3:])
+    gated = (*o.values(), rms, 1e-6, dtype, False)
+    plain = (o["residual"], *gated[3:-1])
     residual_out, out = torch.empty_like(o["residual"]), torch.empty_like(o["residual"], dtype=dtype)
     kernels.adaln_forward_out(*plain, out)
     assert torch.equal(out, kernels.adaln_forward(*plain))
@@ -285,3 +286,26 @@ def test_the_memory_check_sees_a_short_operand():
     lying = short[:, :39]
     with pytest.raises(Exception, match="out of bounds"):
         kernels.adaln_forward(operands["residual"], lying, None, None, None, False, 1e-6, None)
+
+
+@pytest.mark.parametrize("need", [(True, True), (False, False)])
+@pytest.mark.parametrize("dim", [24, 33])
+def test_a_saturated_stream_and_its_gradient(dim, need, narrow_tiles):
+    operands, (grad_out, grad_stream), rms, _ = make((2, 3, dim), "BD - -", (F16, F32, F16))
+    residual, branch, gate = (operands[name] for name in ("residual", "branch", "gate"))
+    residual, branch = (residual * 4e4).clamp(-65504, 65504), branch * 4e4
+    residual[0, 0, 0] = torch.nan
+    total = residual.double() + gate.double()[:, None] * branch.double()
+    clipped = total.half().isinf()
+    common = (None, None, None, None, rms)
+    stream, _, mean, rstd = kernels.gated_residual_adaln_forward_stats(residual, branch, gate, *common, 1e-6, F16, True)
+    assert 0.05 < clipped.float().mean() < 0.6 and stream.isnan().sum() == 1
+    assert torch.equal(stream[clipped], total.half().clip(-65504, 65504)[clipped])
+    grads = kernels.gated_residual_adaln_backward(
+        torch.zeros_like(grad_out), grad_stream, stream, mean, rstd, branch, gate, *common, *need, residual
+    )
+    passed = torch.where(clipped, 0.0, grad_stream.double())
+    assert torch.equal(grads[0][1].double(), passed[1]) and not grads[0][clipped].any()
+    torch.testing.assert_close(grads[1][1].double(), (passed * gate.double()[:, None])[1], rtol=1e-5, atol=1e-5)
+    if need[0]:
+        torch.testing.assert_close(grads[2][1, 0].double(), (passed * branch.double())[1].sum(0), rtol=1e-4, atol=1.0)

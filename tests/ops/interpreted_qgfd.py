@@ -264,3 +264,19 @@ def test_fullgraph_compile_equals_eager():
         assert torch.equal(eager, compiled)
         for a, b in zip(*(torch.autograd.grad(out.sum(), (q, k, v)) for out in (eager, compiled)), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 1, "transition": "key"}], ids=str)
+def test_what_hidden_keys_and_values_hold_does_not_matter(options):
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    mask[0, 6:] = False
+    hidden, results = ~mask[:, None, :, None], []
+    for what in (0.0, torch.nan, torch.inf):
+        generator = torch.Generator().manual_seed(0)
+        query, *others = (torch.randn(1, 1, 9, 16, generator=generator) for _ in range(3))
+        operands = [t.requires_grad_() for t in (query, *(t.masked_fill(hidden, what) for t in others))]
+        with backends.use_backend("triton"):
+            out = ops.qgfd_attention(*operands, key_mask=mask, **options)
+            results.append([out, *torch.autograd.grad(out.square().sum(), operands)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -38,7 +38,7 @@ def _modulation(
     return _randn((*lead, 3 * dim), dtype, device, seed).chunk(3, -1)[1]
 
 
-def _adaln_inputs(shape, shift, scale, gate, norm, affine, unaligned):
+def _adaln_inputs(shape, shift, scale, gate, norm, affine, unaligned, saturate):
     def make(dtypes: Dtypes, device: str) -> Inputs:
         batch, tokens, dim = shape
 
@@ -55,7 +55,7 @@ def _adaln_inputs(shape, shift, scale, gate, norm, affine, unaligned):
         if affine:
             inputs["weight"] = _randn((dim,), dtypes.other, device, 6) + 1
             inputs["bias"] = _randn((dim,), dtypes.other, device, 7)
-        return inputs | {"norm": norm}
+        return inputs | {"norm": norm} | ({"saturate": True} if saturate else {})
 
     return make
 
@@ -63,8 +63,8 @@ def _adaln_inputs(shape, shift, scale, gate, norm, affine, unaligned):
 def _adaln_cases(gated: bool) -> list[Case]:
     cases = []
 
-    def add(name, shape, shift, scale, gate="BD", norm="layer", affine=False, unaligned=0):
-        make = _adaln_inputs(shape, shift, scale, gate if gated else None, norm, affine, unaligned)
+    def add(name, shape, shift, scale, gate="BD", norm="layer", affine=False, unaligned=0, saturate=False):
+        make = _adaln_inputs(shape, shift, scale, gate if gated else None, norm, affine, unaligned, saturate)
         cases.append(Case(name, make, cancels=shape[-1] == 1))
 
     for dim in (1, 7, 384, 768, 1152, 3072, 5120):
@@ -79,6 +79,8 @@ def _adaln_cases(gated: bool) -> list[Case]:
     add("frames-differ", (2, 12, 24), "BFD:2", "BFD:3", "BFD:4", affine=True)
     add("many-segments", (2, 150, 40), "BD", "1D", "BFD:2", affine=True)
     add("unaligned", (2, 5, 33), "BD/chunk", "BD/chunk", unaligned=1)
+    if gated:  # nothing is clipped here; test_adaln.py has what is
+        add("saturate", (2, 12, 40), "BFD:2", "BD", "BFD:3", affine=True, saturate=True)
     add("no-batch", (0, 5, 24), "1D", "BD", "1ND", affine=True)
     add("no-tokens", (2, 0, 24), "BD", "D", "BND", affine=True)
     return cases

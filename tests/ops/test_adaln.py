@@ -71,6 +71,69 @@ def test_tanh_gate(row):
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def saturated(shape, seed=0):
+    """A stream and branch in float16 of which many sums overflow, and two only just not: residual, branch, gate."""
+    batch, _, dim = shape
+    residual, branch = (randn(*shape, seed=seed + s) * 4e4 for s in (0, 1))
+    residual[0, 0, 0], branch[0, 0, 0] = 65504, 8  # rounds to 65504: not clipped
+    residual[0, 1, 0], branch[0, 1, 0] = -65504, -15.5
+    gate = randn(batch, dim, seed=seed + 2)
+    gate[0, 0] = 1
+    return *(t.clamp(-65504, 65504).half() for t in (residual, branch)), gate
+
+
+def plain_saturated(residual, branch, gate, weights):
+    """What float16 blocks in public do, residual + gate · branch, clipped, with sums in float64: (stream, its norm,
+    gradients of the stream times `weights`)."""
+    leaves = [t.double().requires_grad_() for t in (residual, branch, gate)]
+    total = leaves[0] + leaves[2][:, None] * leaves[1]
+    stream = total.half().clip(-65504, 65504)
+    out = reference.adaln(stream.detach().double(), None, None)
+    (stream * weights).sum().backward()
+    return stream.detach(), out, [leaf.grad for leaf in leaves]
+
+
+@rows
+@pytest.mark.parametrize("dim", [24, 33])
+def test_saturate_clips_a_float16_stream_as_public_blocks_do(row, dim):
+    shape = (2, 5, dim)
+    operands, weights = saturated(shape), randn(*shape, seed=3).half()
+    stream, out, grads = plain_saturated(*operands, weights)
+    assert 0.05 < (stream.abs() == 65504).float().mean() < 0.5
+    leaves = [t.to(row.device, copy=True).requires_grad_() for t in operands]
+    with row.active():
+        result = gated_residual_adaln(*leaves, None, None, saturate=True)
+        free = gated_residual_adaln(*leaves, None, None)
+        got = torch.autograd.grad((result[0] * weights.to(row.device)).sum(), leaves, retain_graph=True)
+        other = torch.autograd.grad((result[1] * weights.to(row.device) * 4096).sum(), leaves[0])[0].cpu()
+        with torch.no_grad():
+            alone = gated_residual_adaln(*leaves, None, None, saturate=True)
+            sums, normed = torch.empty_like(leaves[0]), torch.empty_like(leaves[0])
+            gated_residual_adaln(*leaves, None, None, saturate=True, residual_out=sums, out=normed)
+    assert torch.equal(free[0].isinf().cpu(), (stream.abs() == 65504) & (free[0].cpu().abs() != 65504))
+    torch.testing.assert_close(result[0].cpu(), stream, rtol=1e-3, atol=0)
+    torch.testing.assert_close(result[1].cpu().double(), out, rtol=2e-3, atol=2e-3)
+    for t in (alone, (sums, normed)):
+        assert all(torch.equal(a, b) for a, b in zip(t, result, strict=True))
+    for a, exact in zip(got, grads, strict=True):
+        torch.testing.assert_close(a.cpu().double(), exact, rtol=2e-3, atol=2e-3 * exact.abs().max().item())
+    clipped = free[0].isinf().cpu()
+    assert not other[clipped].any() and other[~clipped].any()
+    operands[0][0, 2, 0] = torch.nan
+    with row.active():
+        result = gated_residual_adaln(*(t.to(row.device) for t in operands), None, None, saturate=True)
+    assert result[0].isnan().sum() == 1 and result[1][0, 2].isnan().all()
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saturate_leaves_other_dtypes_alone(row, dtype):
+    x, gate = (randn(2, 5, 16) * 1e5).to(row.device, dtype), torch.ones(2, 16).to(row.device)
+    with row.active():
+        a, b = (gated_residual_adaln(x, x, gate, None, None, saturate=s) for s in (True, False))
+    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True)) and a[0].abs().max() > 65504
+
+
 @rows
 def test_out_is_written_and_returned(row):
     x, branch, m = randn(2, 5, 48).to(row.device), randn(2, 5, 48, seed=1).to(row.device), randn(2, 48).to(row.device)
@@ -108,6 +171,14 @@ def test_outputs_that_share_a_part_of_an_operand_are_refused():
         out = torch.empty_like(x)
         gated_residual_adaln(x, x.clone(), m, m, m, residual_out=out, out=out)
     assert adaln(x, m, m, out=x) is x  # the whole of it is fine
+    for operand in ("shift", "weight"):  # which are read again for the next row
+        memory = torch.zeros(10 * 48)
+        operands = {"shift": None, "scale": None, operand: memory[48:96], "out": memory.view(2, 5, 48)}
+        with pytest.raises(ValueError, match="out: got memory that another tensor"):
+            adaln(x, **operands)
+    x = memory.view(2, 5, 48)
+    with pytest.raises(ValueError, match="out: got memory that another tensor"):
+        adaln(x, x, None, out=x)
 
 
 def test_torch_func_and_forward_mode_take_the_reference():
@@ -141,6 +212,15 @@ def test_leading_shapes_and_layouts(row):
         assert torch.equal(adaln(x[0, 0], None, None), adaln(x, None, None)[0, 0])
         turned = x.view(2, 12, 40).transpose(0, 1).contiguous().transpose(0, 1)
         assert not turned.is_contiguous() and torch.equal(adaln(turned, shift, per_token.view(2, 12, 40)), flat)
+        for kind in ((2, 1, 1), (2, 3, 1), (1, 3, 1), (2, 3, 4)):  # of streams [B, T, S, D]
+            m = randn(*kind, 40, seed=5).to(row.device).requires_grad_()
+            everywhere = m.detach().expand(2, 3, 4, 40).contiguous().requires_grad_()
+            results = [gated_residual_adaln(x, x, t, t, t) for t in (m, everywhere)]
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            grad, exact = (
+                torch.autograd.grad(r[1].square().sum(), t)[0] for r, t in zip(results, (m, everywhere), strict=True)
+            )
+            torch.testing.assert_close(grad, exact.sum_to_size(m.shape), rtol=1e-4, atol=1e-3)
         wide = randn(2, 12, 80).to(row.device)[..., ::2]
         assert torch.equal(adaln(wide, wide, None), adaln(wide.contiguous(), wide.contiguous(), None))
 
@@ -172,10 +252,10 @@ def test_opcheck(row):
             "adaln_forward_stats": (x, None, None, None, None, rms, 1e-6, None),
             "adaln_forward_out": (x, m, f, w, w, rms, 1e-6, None, out),
             "adaln_backward": (b, x, mean, stats[1], *backward),
-            "gated_residual_adaln_forward": (x, b, f, *forward),
-            "gated_residual_adaln_forward_stats": (x, b, f, *forward),
-            "gated_residual_adaln_forward_out": (x, b, f, m, f, w, w, rms, 1e-6, None, stream, out),
-            "gated_residual_adaln_backward": (b, None, x, mean, stats[1], b, f, *backward),
+            "gated_residual_adaln_forward": (x, b, f, *forward, rms),
+            "gated_residual_adaln_forward_stats": (x, b, f, *forward, rms),
+            "gated_residual_adaln_forward_out": (x, b, f, m, f, w, w, rms, 1e-6, None, rms, stream, out),
+            "gated_residual_adaln_backward": (b, None, x, mean, stats[1], b, f, *backward, None),
         }
         check_operators(_adaln_backends.SCHEMAS, calls)
 
@@ -317,6 +397,11 @@ BAD = {
     "shift-dim": (ValueError, r"shift: got shape \[2, 7\]; expected one of \[8\]", lambda: adaln(X, M[:, :7], M)),
     "scale-batch": (ValueError, r"scale: got shape \[3, 8\]", lambda: adaln(X, M, torch.zeros(3, 8))),
     "frames": (ValueError, r"scale: got shape \[2, 4, 8\].*dividing 6", lambda: adaln(X, M, torch.zeros(2, 4, 8))),
+    "middle": (
+        ValueError,
+        r"shift: got shape \[2, 1, 3, 8\].*down to \[2, 1, 1, 8\]",
+        lambda: adaln(X.view(2, 2, 3, 8), torch.zeros(2, 1, 3, 8), None),
+    ),
     "shift-type": (TypeError, "shift: got a float", lambda: adaln(X, 0.5, M)),
     "weight": (ValueError, r"weight: got shape \[2, 8\]; expected \[8\]", lambda: adaln(X, M, M, weight=M)),
     "device": (ValueError, "scale: got one on meta, the stream on cpu", lambda: adaln(X, M, M.to("meta"))),

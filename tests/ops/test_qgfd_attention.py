@@ -357,3 +357,32 @@ def test_one_tensor_may_be_query_key_and_value(row):
     with row.active():
         expected = grads_of(qgfd_attention(*apart), apart)
     torch.testing.assert_close(grad, sum(expected), **CLOSE)
+
+
+HOPS = [{"steps": 0}, {"steps": 1}, {"steps": 2, "recurrence": "restart"}, {"steps": 1, "temperature": 2.0},
+        {"steps": 2, "transition": "key", "sink_isolation": True}, {"steps": 1, "is_causal": True}]  # fmt: skip
+
+
+@rows
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", HOPS, ids=str)
+def test_what_hidden_keys_and_values_hold_does_not_matter(row, options, what):
+    row.skip_unless_runnable("qgfd_attention")
+    mask = torch.ones(2, 13, dtype=torch.bool)
+    mask[0, 9:], mask[1, 4] = False, False
+    hidden, mask = ~mask[:, None, :, None], mask.to(row.device)
+    # the queries make the chain of transition "attention": there their own hidden rows must not matter to others either
+    chain = options["steps"] > 0 and options.get("transition") != "key"
+    results = []
+    for places in ("", "kv", "qkv" if chain else "kv"):
+        operands = [
+            t.detach().masked_fill(hidden, what if name in places else 0).to(row.device).requires_grad_()
+            for name, t in zip("qkv", make(length=13), strict=True)
+        ]
+        with row.active():
+            out = qgfd_attention(*operands, key_mask=mask, **options)
+            seen = out.masked_fill(hidden.to(out.device), 0)
+            results.append([seen, *torch.autograd.grad(seen.square().sum(), operands)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert not results[0][2][hidden.expand(2, 2, 13, 8).to(row.device)].any()

@@ -46,12 +46,28 @@ def test_outputs_lie_apart_from_inputs():
     with pytest.raises(RuntimeError, match="out overlaps an operand"):
         RAW.adaln_forward_out(memory[:2], m, None, None, None, False, 1e-6, None, memory[1:])
     x, branch = zeros(2, 4, 8), zeros(2, 4, 8)
-    gated = (branch, m, m, m, None, None, False, 1e-6, None)
+    gated = (branch, m, m, m, None, None, False, 1e-6, None, False)
     RAW.gated_residual_adaln_forward_out(x, *gated, x, zeros(2, 4, 8))  # the stream may be its own output
     with pytest.raises(RuntimeError, match="residual_out overlaps an operand"):
         RAW.gated_residual_adaln_forward_out(memory[:2], *gated, memory[1:], zeros(2, 4, 8))
-    with pytest.raises(RuntimeError, match="out overlaps residual_out"):
+    with pytest.raises(RuntimeError, match="out overlaps an operand"):
         RAW.gated_residual_adaln_forward_out(x, *gated, x, x)
+    with pytest.raises(RuntimeError, match="residual_out overlaps an operand"):  # which is read after it is written
+        RAW.gated_residual_adaln_forward_out(x, branch, m, x, *gated[3:], x, zeros(2, 4, 8))
+
+
+def test_frames_of_no_tokens_are_numbers():
+    x, wide = zeros(1, 0, 8), [zeros(1, 1, 8).expand(1, 2**40 - k, 8) for k in (1, 3)]
+    with pytest.raises(RuntimeError, match="the frames of the modulations do not fit"):
+        RAW.adaln_backward(x, x, zeros(0), zeros(0), *wide, None, None, False, True, True)
+
+
+def test_a_clipped_stream_is_float16():
+    x, m, rows = zeros(2, 4, 8), zeros(2, 8), zeros(8)
+    with pytest.raises(RuntimeError, match="residual_in does not fit; expected float16"):
+        RAW.gated_residual_adaln_backward(
+            x, None, x, rows, rows, x, m, None, None, None, None, False, True, True, x.clone()
+        )
 
 
 def test_hops_are_bounded():
