@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
+from generation.plain import randomise, tiny
 
 import fastdiff
 from fastdiff import backends, use_backend
 from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.ops import _adaln_backends, adaln
-from generation.plain import randomise, tiny
 
 
 @pytest.fixture(autouse=True)
