@@ -191,10 +191,14 @@ class DiT(Pretrained):
 
     @classmethod
     def _filled(cls, config: DiTConfig, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> "DiT":
-        with (
-            naming_config(path, cls.title),
-            torch.device("meta"),
-        ):  # no memory and no time for weights that are replaced at once
+        blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+        if len(blocks) != config.depth:  # before as many blocks are built
+            expected = f"expected depth, {str(config.depth)[:40]}"
+            raise ValueError(
+                f"{path}: the weights are not those of its configuration: {len(blocks)} blocks; {expected}"
+            )
+        # no memory and no time for weights that are replaced at once
+        with naming_config(path, cls.title), torch.device("meta"):
             model = cls(config)
         check_state(state, model.state_dict(), path, "its configuration")
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
