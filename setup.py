@@ -2,21 +2,26 @@
 
 FASTDIFF_CUDA=0/1          build fastdiff._C_cuda or not; by default it is built where nvcc is found and torch has CUDA
 FASTDIFF_CUDA_ARCHS=87;90  architectures with machine code (default: CMakeLists.txt)
+MAX_JOBS=2                 so many compilers at once, as in other extensions of torch (default: one a CPU)
 """
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# In LDFLAGS, too: GCC's -ffast-math there makes all of a process flush subnormal numbers to zero.
+UNUSED_FLAGS = ("CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
 
 
 def installed_torch() -> tuple[Path, str, bool]:
@@ -74,6 +79,33 @@ def launchers() -> list[str]:
     return [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
 
 
+def check_compilers() -> None:
+    """Flags that hide in the name of a compiler, or that nvcc adds by itself, must not reach the kernels either."""
+    for name in ("CC", "CXX", "CUDACXX", "CUDAHOSTCXX"):
+        flags = [word for word in shlex.split(os.environ.get(name, "")) if word.startswith("-")]
+        if flags:
+            sys.exit(f"{name} is {os.environ[name]!r}; expected a compiler without flags: leave out {' '.join(flags)}")
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        if re.search(r"fast.?math|-march|-mcpu|-Ofast|-ftz|-prec-", os.environ.get(name, "")):
+            sys.exit(f"{name} is {os.environ[name]!r}, which changes results; expected none of such flags: unset it")
+
+
+def jobs() -> int:
+    """How many compilers run at once."""
+    asked = os.environ.get("MAX_JOBS") or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+    if not asked.isdecimal() or int(asked) < 1:
+        sys.exit(f"MAX_JOBS is {asked!r}; expected a number from 1")
+    return int(asked)
+
+
+def pybind11_folder() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit(f"fastdiff's build needs pybind11, and {sys.executable} has none: pip install pybind11")
+    return pybind11.get_cmake_dir()
+
+
 def outdated(cache: Path, facts: dict[str, str]) -> bool:
     """Whether CMakeCache.txt speaks of something else: of another folder after a copy or a move, of another torch."""
     if not cache.is_file():
@@ -91,12 +123,13 @@ class CMakeBuild(build_ext):
     """Builds all modules in one CMake project and copies them to where setuptools wants them."""
 
     def run(self) -> None:
+        if self.inplace and not WRITABLE:
+            sys.exit(f"{ROOT} is read-only, and an editable install writes modules there: pip install it without -e")
         torch_dir, torch_version, torch_has_cuda = installed_torch()
         cuda = wants_cuda(torch_has_cuda)
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sys.platform}"
+        build = BUILD / f"cmake-{sys.implementation.cache_tag}-{sys.platform}"
         self.configure(build, torch_dir, torch_version, cuda)
-        os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-        run(needed_tool("cmake"), "--build", str(build))
+        run(needed_tool("cmake"), "--build", str(build), "--parallel", str(jobs()))
         for extension in self.extensions:
             name = extension.name.rpartition(".")[2]
             target = Path(self.get_ext_fullpath(extension.name)).with_name(Path(self.get_ext_filename(name)).name)
@@ -110,8 +143,7 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def configure(build: Path, torch_dir: Path, torch_version: str, cuda: bool) -> None:
-        import pybind11
-
+        check_compilers()
         cmake, builder = needed_tool("cmake"), needed_tool("ninja", "make")
         generator = "Ninja" if Path(builder).stem == "ninja" else "Unix Makefiles"
         facts = {
@@ -122,7 +154,7 @@ class CMakeBuild(build_ext):
         }
         fresh = ["--fresh"] if outdated(build / "CMakeCache.txt", facts) else []
         archs = os.environ.get("FASTDIFF_CUDA_ARCHS", "").replace(",", ";")
-        for name in ("CFLAGS", "CXXFLAGS", "CUDAFLAGS"):
+        for name in UNUSED_FLAGS:
             if os.environ.get(name):
                 print(f"{name} is set and is not used: the kernels of each instruction set have flags of their own")
         build.mkdir(parents=True, exist_ok=True)
@@ -131,10 +163,10 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={builder}",  # pip's build environments come and go
             # Given, even if empty, since CMake would take CXXFLAGS and CUDAFLAGS of the environment otherwise: with
             # -march=native there would be AVX in the baseline, with -ffast-math other results.
-            "-DCMAKE_CXX_FLAGS=", "-DCMAKE_CUDA_FLAGS=",
+            "-DCMAKE_CXX_FLAGS=", "-DCMAKE_CUDA_FLAGS=", "-DCMAKE_MODULE_LINKER_FLAGS=", "-DCMAKE_SHARED_LINKER_FLAGS=",
             *launchers(),
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11_folder()}",
             f"-DFASTDIFF_TORCH_DIR={torch_dir}",
             f"-DFASTDIFF_TORCH_VERSION={torch_version}",
             f"-DFASTDIFF_CUDA={'ON' if cuda else 'OFF'}",
@@ -142,7 +174,12 @@ class CMakeBuild(build_ext):
         )  # fmt: skip
 
 
+WRITABLE = os.access(ROOT, os.W_OK)
+# A wheel of a source that cannot be written to is built elsewhere, and what setuptools notes of it with it.
+BUILD = ROOT / "build" if WRITABLE else Path(tempfile.mkdtemp(prefix="fastdiff-build-"))
+
 setup(
+    options={} if WRITABLE else {"build": {"build_base": str(BUILD)}, "egg_info": {"egg_base": str(BUILD)}},
     # optional: setuptools must not look for _C_cuda where it was not built
     ext_modules=[Extension("fastdiff._C", sources=[]), Extension("fastdiff._C_cuda", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

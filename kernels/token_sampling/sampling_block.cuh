@@ -25,11 +25,11 @@ struct Workspace {
 
 __device__ __forceinline__ IdList suppressed_ids(const TokenSampleParams& p) { return {p.suppress, p.suppress_count}; }
 
-// What logits are multiplied with: 1/T, 0 where T = 0.
+// What logits are multiplied with: 1/T within float's normal numbers, 0 where T = 0.
 __device__ __forceinline__ float inverse_temperature(const TokenSampleParams& p, float common, int64_t row) {
   if (!p.temperatures) return common;
   const float t = p.temperatures[row];
-  return t > 0.0f ? fminf(1.0f / t, 3.40282347e38f) : 0.0f;
+  return t > 0.0f ? fmaxf(fminf(1.0f / t, 3.40282347e38f), 1.17549435e-38f) : 0.0f;
 }
 
 // The lane's sum for each cell becomes the cell's sum: lanes 4 c + (0 … 3) get that of cell c. At each step a lane

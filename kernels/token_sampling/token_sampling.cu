@@ -25,11 +25,11 @@ bool has_operands(const TokenSampleParams& p) {
          (p.end_tokens || p.end_count == 0 || !p.end_log_prob);
 }
 
-// 1/T in fp32, at most the largest finite float; 0 where T = 0.
+// 1/T within fp32's normal numbers; 0 where T = 0.
 float common_inverse(const TokenSampleParams& p) {
   if (!(p.temperature > 0.0)) return 0.0f;
   const double inverse = 1.0 / p.temperature;
-  return inverse > 3.4028234e38 ? 3.40282347e38f : static_cast<float>(inverse);
+  return inverse > 3.4028234e38 ? 3.40282347e38f : inverse < 1.17549435e-38 ? 1.17549435e-38f : static_cast<float>(inverse);
 }
 
 dim3 grid_of(int64_t work, int64_t per_block) {

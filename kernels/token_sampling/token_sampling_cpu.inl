@@ -21,8 +21,9 @@ struct RowTemperature {
 RowTemperature row_temperature(const TokenSampleParams& p, int64_t r) {
   const double t = p.temperatures != nullptr ? double(p.temperatures[r]) : p.temperature;
   if (!(t > 0)) return {Temper::kZero, 1};  // a raw call's negative number or NaN too, as on GPUs
-  const double inverse = 1 / t;
-  return {t == 1 ? Temper::kOne : Temper::kOther, inverse < FLT_MAX ? float(inverse) : FLT_MAX};
+  // Within float's normal numbers: an inverse of 0 would make NaNs of suppressed logits.
+  const double inverse = 1 / t, least = inverse > FLT_MIN ? inverse : FLT_MIN;
+  return {t == 1 ? Temper::kOne : Temper::kOther, least < FLT_MAX ? float(least) : FLT_MAX};
 }
 
 struct Statistics {

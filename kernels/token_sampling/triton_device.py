@@ -49,10 +49,10 @@ def _temperature(temperatures_ptr, row, temperature_low, temperature_high):
 
 @triton.jit
 def _inverse(temperature):
-    """1 / T as fp32, at most the largest finite number; 1 where T is 0 and nothing is drawn."""
+    """1 / T within fp32's normal numbers; 1 where T is 0 and nothing is drawn."""
     drawn = temperature > 0
     inverse = tl.where(drawn, 1.0 / tl.where(drawn, temperature, 1.0), 1.0)
-    return tl.minimum(inverse, 3.4028234663852886e38).to(tl.float32)
+    return tl.maximum(tl.minimum(inverse, 3.4028234663852886e38), 1.1754943508222875e-38).to(tl.float32)
 
 
 @triton.jit

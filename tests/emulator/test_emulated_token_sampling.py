@@ -163,6 +163,14 @@ def test_all_equal_logits(sampling):
     assert_close(s.log_prob, torch.full((8,), -math.log(1030)), 2e-7, "log_prob")
 
 
+@pytest.mark.parametrize("temperature", [1e300, torch.full((64,), 3e38)], ids=["one", "rows"])
+def test_at_any_high_temperature_all_allowed_ids_are_alike(sampling, temperature):
+    logits, suppress = randn(64, 10), ids(1, 9)
+    head = sampling.lm_head_sample(logits, torch.eye(10), temperature=temperature, suppress=suppress)
+    for tokens in (sampling.sample_tokens(logits, temperature=temperature, suppress=suppress).token, head.token):
+        assert set(tokens.flatten().tolist()) == {0, 2, 3, 4, 5, 6, 7, 8}  # 64 draws of 8 ids; a fixed seed
+
+
 def test_suppressed_ids(sampling):
     """Whole blocks, single ids, ids that hold NaN or infinities; a suppressed end token has no mass."""
     logits = randn(3, 3100)

@@ -332,3 +332,9 @@ def test_fullgraph_compile_equals_eager(operator):
         eager = run(x, weight)
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, weight)
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1e300, torch.full((64,), 3e38)], ids=["one", "rows"])
+def test_at_any_high_temperature_all_allowed_ids_are_alike(temperature):
+    tokens = call(randn(1, 64, 10), temperature=temperature, suppress=torch.tensor([1, 9]))[0]
+    assert set(tokens.flatten().tolist()) == {0, 2, 3, 4, 5, 6, 7, 8}  # 64 draws of 8 ids; a fixed seed

@@ -251,6 +251,21 @@ def test_the_margin_of_a_tie_is_zero(row):
 
 # ------------------------------------------------------------------------------------------------ invalid rows
 @every
+@pytest.mark.parametrize("temperature", [1e37, 1e39, 1e46, 1e300, "rows"])
+def test_at_any_high_temperature_all_allowed_ids_are_alike(row, temperature):
+    """1/T in float32 must not be 0, which would make NaNs of suppressed ids: -inf · 0."""
+    logits, options = randn(1, 512, 10).to(row.device), {"suppress_tokens": [1, 9], "seed": 1}
+    temperature = torch.full((1, 512), 3e38, device=row.device) if temperature == "rows" else temperature
+    with row.active():
+        samples = [sample_tokens(logits, temperature=temperature, top_p=p, **options) for p in (1.0, 0.999)]
+        samples.append(lm_head_sample(logits, torch.eye(10, device=row.device), temperature=temperature, **options))
+    for sample in samples:
+        counts = torch.bincount(sample.token.flatten().cpu(), minlength=10)
+        assert counts.sum() == 512 and not counts[[1, 9]].any() and len(counts) == 10
+        assert counts[[0, 2, 3, 4, 5, 6, 7, 8]].min() > 20  # of 64; a fixed seed
+
+
+@every
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}], ids=str)
 def test_rows_without_a_distribution(row, settings):
     row.skip_unless_runnable("sample_tokens")
