@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.diffusion.guidance import check_guidance
@@ -56,6 +58,9 @@ class SamplerConfig:
     variance_type: Variance | None = None
 
     def __post_init__(self):
+        for name in ("num_inference_steps", "seed"):  # NumPy's whole numbers, which no recipe can have
+            if isinstance(getattr(self, name), np.integer):
+                setattr(self, name, int(getattr(self, name)))
         steps = self.num_inference_steps
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"{named('num_inference_steps')}: got {steps!r}; expected a whole number")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.timesteps import SPACINGS, spaced_timesteps
 
@@ -130,7 +132,7 @@ class SamplerOptions:
         count = num_inference_steps
         if count is None:
             count = 25 if self.timesteps is None else len(self.timesteps)
-        if not _is_number(count, int):
+        if not _is_number(count, int | np.integer):
             raise TypeError(f"num_inference_steps: got {count!r}; expected a whole number")
         if count < 1 or (config.is_discrete and count > config.num_train_timesteps):
             most = f"..{config.num_train_timesteps}" if config.is_discrete else " or more"

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -85,7 +86,7 @@ def make_steps(
 def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
     """The seed of each of `count` samples: seed + i, or those of a list. Raises as `sample` does."""
     try:
-        listed = not isinstance(seed, int) and not isinstance(seed, str)
+        listed = not isinstance(seed, int | np.integer | str) and getattr(seed, "ndim", 1) > 0
         seeds = [_whole(each) for each in seed] if listed else [_whole(seed) + index for index in range(count)]
     except TypeError:
         raise TypeError(f"seed: got {seed!r}; expected a whole number, or a list of them") from None

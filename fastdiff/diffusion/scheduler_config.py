@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import os
+import reprlib
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -80,6 +81,14 @@ _REQUIRED = {  # what our samplers cannot do otherwise, or `DiffusionConfig` can
     "shift_terminal": None,
     "invert_sigmas": False,
     "stochastic_sampling": False,
+}
+_BETAS = {"trained_betas", "rescale_betas_zero_snr", "thresholding"}
+_SIGMAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
+_READ_BY = {  # those of `_REQUIRED` that each class has; it leaves the others unread
+    "DDIMScheduler": _BETAS,
+    "DDPMScheduler": _BETAS,
+    "DPMSolverMultistepScheduler": _BETAS | _SIGMAS | {"use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"},
+    _FLOW_CLASS: _REQUIRED.keys() - _BETAS - {"use_lu_lambdas", "use_flow_sigmas"},
 }
 _REQUIRED_OF_SOLVER = {  # the same of DPMSolverMultistepScheduler; the other classes leave these unread
     "solver_order": 2,
@@ -203,8 +212,9 @@ def _from_diffusers(values: dict[str, Any]) -> tuple[DiffusionConfig, SamplerOpt
     _check_one_of("_class_name", name, (*_DISCRETE_CLASSES, _FLOW_CLASS))
     given = {**_DEFAULTS, **_SAMPLER_DEFAULTS.get(name, {}), **values}
     for key, expected in _REQUIRED.items():
-        if values.get(key) not in (None, expected):
-            raise ValueError(f"{key}: got {values[key]!r}; expected {expected!r}: fastdiff's samplers have no other")
+        if key in _READ_BY[name] and values.get(key) not in (None, expected):
+            got = reprlib.repr(values[key])  # trained_betas are a thousand numbers
+            raise ValueError(f"{key}: got {got}; expected {expected!r}: fastdiff's samplers have no other")
     _check_number("num_train_timesteps", given["num_train_timesteps"], int)
     steps = {"num_train_timesteps": given["num_train_timesteps"]}
     if name == _FLOW_CLASS:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from transformers import GenerationConfig
 
 from fastdiff.generation.schedule import DREAM_EPS, SCHEDULES
@@ -98,7 +99,7 @@ class MaskedDiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"{name}: masked diffusion decoding has no such option; expected some of {known}")
         if isinstance(kwargs.get("stop_strings"), str):
             kwargs["stop_strings"] = [kwargs["stop_strings"]]
-        super().__init__(**{**_FIELDS, **kwargs})
+        super().__init__(**{**_FIELDS, **{name: _plain(value) for name, value in kwargs.items()}})
 
     @staticmethod
     def option_defaults() -> dict[str, Any]:
@@ -269,11 +270,20 @@ def merged_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     return options
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, and ranges, as Python's numbers and lists; anything else as it is."""
+    if isinstance(value, range):
+        return list(value)
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
 def _integer(name: str, value: Any, least: int, optional: bool = False) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least or value >= 2**63:
         expected = "an int" if least < 0 else f"an int of {least} or more"
+        if isinstance(value, int) and value >= 2**63:
+            expected = "an int below 2^63"
         raise ValueError(f"{name}: got {value!r}; expected {expected}{' or None' if optional else ''}")
 
 

@@ -31,7 +31,8 @@ def labels_of(values: "Iterable[int | str] | Tensor | int | str", class_names: S
 
     Raises as `label_of` does.
     """
-    values = [values] if isinstance(values, int | str) else values
+    single = isinstance(values, int | str) or getattr(values, "ndim", 1) == 0  # ndim: of tensors and NumPy's numbers
+    values = [values] if single else values
     try:
         values = [value if isinstance(value, str) else operator.index(value) for value in values]
     except TypeError:

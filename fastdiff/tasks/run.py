@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
+import numpy as np
 from torch import nn
 
 from fastdiff.files import read_json
@@ -91,7 +92,7 @@ def check_count(option: str, value: Any) -> None:
     """Raises TypeError or ValueError for a number of samples, or a length, that is given and is none."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{option}: got {value!r}; expected a whole number")
     if value < 1:
         raise ValueError(f"{option}: got {value}; expected at least 1")
@@ -189,6 +190,8 @@ class Run:
 
     def _check_target(self, directory: Path) -> None:
         """Raises FileExistsError where files would be mixed with others."""
+        if directory.exists() and not directory.is_dir():
+            raise FileExistsError(f"directory: got {str(directory)!r}, which is a file; expected a folder's name")
         there = sorted(path.name for path in directory.iterdir() if path.name[0] != ".") if directory.is_dir() else []
         of_run = bool({STATE_FILE, "config.yaml"} & set(there))  # whose files stay as training wrote them
         itself = bool(self.source) and directory.resolve() == Path(self.source).resolve()

@@ -16,6 +16,7 @@ from fastdiff.recipes import read_recipe_file
 from fastdiff.training.checkpoint import (
     STATE_FILE,
     list_checkpoints,
+    read_state,
     remove_checkpoint,
     remove_leftovers,
     step_of,
@@ -44,6 +45,7 @@ _FREE = {
     "device",
     "accumulation_steps",
 }
+_PLACES = {"folder", "path"}  # of a section of data: where it lies; its record tells whether it is the same
 
 
 class RunFolder:
@@ -207,13 +209,21 @@ class RunFolder:
         old, new = _flatten(before), _flatten(recipe)
         for key in sorted(old.keys() | new.keys()):
             free = key.startswith("sampling.") or key.removeprefix("training.") in _FREE
-            if not free and old.get(key) != new.get(key):
+            if not free and old.get(key) != new.get(key) and not self._is_place(key):
                 raise ValueError(
                     f"{key}: got {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
                     f"{old.get(key)!r}; resume with the same value or pass another training.output_dir"
                 )
         planned = before["training"].get("max_steps")
         return planned if isinstance(planned, int) and planned > 0 else recipe["training"]["max_steps"]
+
+    def _is_place(self, key: str) -> bool:
+        """Whether a field says where data lies that the newest checkpoint knows by its content."""
+        section, _, field = key.rpartition(".")
+        latest = self.latest()
+        if field not in _PLACES or not section.endswith("data") or latest is None:
+            return False
+        return "fingerprint" in read_state(latest).get("data", {}).get(section, {})
 
 
 def locate(path: str | Path) -> tuple[RunFolder, Path | None]:

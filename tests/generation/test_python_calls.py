@@ -1,5 +1,6 @@
 """Python calls with values of other types: one line that names the argument, before any work."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ def test_python_calls_of_other_types_are_one_line(language_run):
         "prompts: got .3.; expected a text": lambda: run.generate([3]),
         "num_samples: got 'x'; expected at least 1": lambda: run.generate("a", num_samples="x"),
         "seed: got 'x'; expected an int or None": lambda: run.generate("a", seed="x"),
-        "seed: got 18446744073709551616; expected an int": lambda: run.generate("a", seed=2**64),
+        "seed: got 18446744073709551616; expected an int below 2.63 or None": lambda: run.generate("a", seed=2**64),
         "temperature: got '1'": lambda: run.generate("a", temperature="1"),
         "eos_token_id: got 'x'": lambda: MaskedDiffusionGenerationConfig(eos_token_id="x"),
         "model: got a NoneType; expected a fastdiff.models.MaskedDiffusionLM": lambda: generate(None, ids),
@@ -35,3 +36,15 @@ def test_python_calls_of_other_types_are_one_line(language_run):
         with pytest.raises((TypeError, ValueError), match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def test_numpys_numbers_and_arrays_are_numbers_and_lists():
+    given = {"max_new_tokens": 4, "seed": 3, "temperature": 0.5, "suppress_tokens": [5, 6], "early_stop": False}
+    config = MaskedDiffusionGenerationConfig(
+        max_new_tokens=np.int64(4), seed=np.uint32(3), temperature=np.float32(0.5), suppress_tokens=np.array([5, 6]),
+        early_stop=np.bool_(False), begin_suppress_tokens=range(2), unmasking_order="confidence",
+    )  # fmt: skip
+    for name, value in given.items():
+        assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+    assert config.begin_suppress_tokens == [0, 1]
+    config.to_json_string()

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from fastdiff.diffusion import Diffusion, DiffusionConfig, sample
-from fastdiff.diffusion.scheduler_config import _DEFAULTS, _DISCRETE_CLASSES, _REQUIRED
+from fastdiff.diffusion.scheduler_config import _DEFAULTS, _DISCRETE_CLASSES, _READ_BY, _REQUIRED
 
 CONFIGS = [
     *(
@@ -130,6 +130,16 @@ def test_schedulers_of_diffusers_are_read(tmp_path):
     assert Diffusion.from_pretrained(tmp_path).config.num_train_timesteps == 1000
 
 
+def test_a_key_that_the_scheduler_has_not_is_left_unread(tmp_path):
+    solver = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, timestep_spacing="trailing")
+    diffusers.DDIMScheduler.from_config(solver.config).save_pretrained(tmp_path)  # which hands on what it has not
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["use_karras_sigmas"] is True
+    assert Diffusion.from_pretrained(tmp_path).sampler_options.timestep_spacing == "trailing"
+    for name, keys in _READ_BY.items():
+        known = inspect.signature(getattr(diffusers, name)).parameters
+        assert keys == _REQUIRED.keys() & known.keys(), name
+
+
 def test_the_values_refused_are_not_diffusers_defaults():
     classes = [getattr(diffusers, name) for name in (*_DISCRETE_CLASSES, "FlowMatchEulerDiscreteScheduler")]
     defaults = {}
@@ -158,6 +168,7 @@ LINEAR, FLOW = DiffusionConfig("epsilon", "linear"), DiffusionConfig()
     [
         (LINEAR, dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr: got True; expected False"),
         (LINEAR, dict(trained_betas=[0.1, 0.2]), r"trained_betas: got \[0.1, 0.2\]; expected None"),
+        (LINEAR, dict(trained_betas=[0.1] * 1000), r"trained_betas: got \[0.1, .{,40}\.\.\.\]; expected None"),
         (LINEAR, dict(thresholding=True), "thresholding: got True; expected False"),
         (LINEAR, dict(beta_schedule="sigmoid"), "beta_schedule: got 'sigmoid'; expected one of linear, scaled_linear"),
         (LINEAR, dict(beta_schedule=["linear"]), r"beta_schedule: got \['linear'\]; expected one of"),

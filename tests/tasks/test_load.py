@@ -334,3 +334,18 @@ def test_texts_of_digits_are_names_where_all_texts_are_names():
         parse_labels("crane", synonyms)
     with pytest.raises(ValueError, match="labels: got '10'; expected 0 to 3"):
         parse_labels("0,10", names)  # 0 is no name, so that both are numbers
+
+
+def test_numbers_of_numpy_and_torch_are_taken_as_numbers(runs):
+    run = fastdiff.load(runs / "dit", device="cpu")
+    expected = run.sample([1], num_inference_steps=2, seed=3, output_type="pt")
+    for label in (np.int64(1), torch.tensor(1), np.array([1]), torch.tensor([1])):
+        drawn = run.sample(label, num_inference_steps=np.int64(2), seed=np.int32(3), output_type="pt")
+        assert torch.equal(drawn, expected)
+    assert len(run.sample(1, num_images_per_class=np.int64(2), num_inference_steps=2)) == 2
+
+
+def test_a_file_in_the_place_of_a_folder(runs, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="directory: got .*file', which is a file; expected a folder"):
+        fastdiff.load(runs / "dit", device="cpu").save_pretrained(tmp_path / "file")
