@@ -116,6 +116,8 @@ class DiffusedValues:
         """
         if settings.transition != "key":
             raise ValueError("transition: got 'attention', whose values depend on the queries; expected 'key'")
+        if key_mask is not None:  # as in `qgfd_values`: what is hidden does not matter
+            value = value.masked_fill(~key_mask[:, None, :, None], 0)
         if settings.plain:
             return value
         if settings != self._settings or self.length > key.shape[2]:
