@@ -308,7 +308,7 @@ def test_missing_tools_are_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(build.sysconfig, "get_path", lambda name: "/nowhere")
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    assert build.missing_tools() == ["cmake", "ninja or make", "pybind11", "setuptools"]
+    assert build.missing_tools() == ["cmake", "ninja or make", "Python.h (python3-dev)", "pybind11", "setuptools"]
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -53,11 +53,12 @@ class Bench:
         *,
         bytes: float = 0,
         flops: float = 0,
-        capturable: bool = True,
+        uncaptured: Sequence[str] = (),
     ) -> None:
         """Times each contender: a function that makes the calls to be taken in turns, on inputs of their own.
 
         Contenders that are fastdiff's backends are run on these, and left out where they were found to be wrong.
+        `uncaptured`: contenders that wait for the device, which no CUDA graph can hold.
         """
         for name, make in contenders.items():
             ours = name in self.on.backends
@@ -67,7 +68,7 @@ class Bench:
 
             def timed(make: Callable = make, name: str = name) -> tuple[float, str]:
                 with use_backend(self.on.backends.get(name, "auto")):
-                    return self.on.seconds(make(), capturable)
+                    return self.on.seconds(make(), capturable=name not in uncaptured)
 
             result = self.attempt(case, name, timed, ours)
             if result is not None:

@@ -33,6 +33,8 @@ def missing_tools() -> list[str]:
     missing = [] if shutil.which("cmake", path=scripts) else ["cmake"]
     if not any(shutil.which(name, path=scripts) for name in ("ninja", "make")):
         missing.append("ninja or make")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing.append("Python.h (python3-dev)")
     return missing + [name for name in ("pybind11", "setuptools") if importlib.util.find_spec(name) is None]
 
 

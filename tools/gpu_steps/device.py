@@ -62,11 +62,18 @@ class Cuda:
             function()
         once = min(self._events(functions[0], 3))
         calls = max(1, min(max(CALLS, len(functions)), round(GRAPH_SECONDS / once)))
-        if not capturable:
+        replay = None
+        if capturable:
+            try:
+                replay = self.graph(functions, calls)
+                replay()
+            except RuntimeError as error:  # it waits for the device, say
+                print(f"not captured in a graph: {error}", flush=True)
+                replay = None
+                torch.cuda.synchronize()
+        if replay is None:
             times = self._events(functions[0], max(3, min(20, round(REPLAY_SECONDS / once))))
             return statistics.median(times), "without a graph"
-        replay = self.graph(functions, calls)
-        replay()
         times = self._events(replay, max(3, min(20, round(REPLAY_SECONDS / (once * calls)))))
         return statistics.median(times) / calls, ""
 

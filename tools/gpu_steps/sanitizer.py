@@ -52,6 +52,9 @@ def run(bench: Bench) -> None:
             "check", operator="every operator", case=f"{name}: {summary[:200]}", contender="sanitizer",
             ok=process.returncode == 0, error=float(process.returncode != 0), note="",
         )  # fmt: skip
+        if process.returncode:  # whose kernels: ours, or those of torch's libraries
+            found = dict.fromkeys(line for line in lines if " in " in line or line.startswith(("Error", "Warning")))
+            bench.record.note(f"{name} says: {'; '.join(list(found)[:6])[:1500]}")
 
 
 def workload(device: str) -> None:
