@@ -1,6 +1,5 @@
 """What a step is given: the device, the time that is left, and where its rows go."""
 
-import gc
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -61,18 +60,43 @@ class Bench:
         `uncaptured`: contenders that wait for the device, which no CUDA graph can hold.
         """
         for name, make in contenders.items():
-            ours = name in self.on.backends
-            if ours and (operator, name) in self._wrong:
-                self.record.note(f"{case}, {name}: not timed, since {operator} computes wrong results on it")
-                continue
 
             def timed(make: Callable = make, name: str = name) -> tuple[float, str]:
-                with use_backend(self.on.backends.get(name, "auto")):
-                    return self.on.seconds(make(), capturable=name not in uncaptured)
+                return self.on.seconds(make(), capturable=name not in uncaptured)
 
-            result = self.attempt(case, name, timed, ours)
-            if result is not None:
-                seconds, note = result
-                self.record.row("time", case=case, contender=name, seconds=seconds, bytes=bytes, flops=flops, note=note)
-            gc.collect()
-            self.on.forget()
+            backend = name if name in self.on.backends else None
+            self._timed((operator,), case, name, backend, timed, bytes, flops)
+
+    def by_the_clock(
+        self,
+        operators: Sequence[str],
+        case: str,
+        contender: str,
+        seconds: Callable[[], float],
+        *,
+        backend: str | None = None,
+        note: str = "wall",
+    ) -> None:
+        """Writes down what `seconds` measures by the host's clock.
+
+        `backend` is the one of fastdiff's that these operators run on, by the report's name; None where none does.
+        """
+        self._timed(operators, case, contender, backend, lambda: (seconds(), note))
+
+    def _timed(self, operators, case, contender, backend, measure, bytes=0, flops=0) -> None:
+        wrong = [operator for operator in operators if (operator, backend) in self._wrong]
+        if wrong:
+            self.record.note(f"{case}, {contender}: not timed, since {wrong[0]} computes wrong results on {backend}")
+            return
+
+        def measured() -> tuple[float, str]:
+            with use_backend("auto" if backend is None else self.on.backends[backend]):
+                return measure()
+
+        result = self.attempt(case, contender, measured, ours=backend is not None)
+        if result is not None:
+            seconds, note = result
+            self.record.row(
+                "time", case=case, contender=contender, seconds=seconds, bytes=bytes, flops=flops, note=note
+            )
+        self.on.forget()

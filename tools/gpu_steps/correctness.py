@@ -4,7 +4,6 @@ The operator runs on a stream that is not the default one; then once more, captu
 fill the poisoned results again.
 """
 
-import gc
 import importlib
 import math
 import pkgutil
@@ -28,7 +27,6 @@ def run(bench: Bench) -> None:
     for case in all_cases(bench):
         checked.add(case.operator)
         check(bench, case)
-        gc.collect()
         bench.on.forget()
     for operator in sorted(set(backends.table()) - checked):
         bench.record.note(f"{operator}: no case; nothing of it was checked here")

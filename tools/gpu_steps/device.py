@@ -3,6 +3,7 @@
 A function is timed inside a CUDA graph of many calls, by CUDA events around the graph's replays: no host time counts.
 """
 
+import gc
 import os
 import statistics
 import time
@@ -86,7 +87,8 @@ class Cuda:
         return torch.cuda.max_memory_allocated() / 2**30
 
     def forget(self) -> None:
-        """Frees what is kept for later calls."""
+        """Frees what was held for the calls before, and what torch keeps for later ones."""
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

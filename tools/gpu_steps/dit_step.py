@@ -1,7 +1,7 @@
 """A training step of DiT-XL/2 on latents of 256 × 256 images: fastdiff, the same model on reference operators, and the
 usual public way; eager, then with each block compiled. Random weights and images."""
 
-import gc
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -12,6 +12,7 @@ from gpu_steps.bench import Bench
 from gpu_steps.device import Function
 
 STEPS = 6
+OPERATORS = ("adaln", "gated_residual_adaln")
 
 
 def training_step(bench: Bench, model: nn.Module, batch: int, channels: int, size: int) -> Function:
@@ -58,9 +59,9 @@ def run(bench: Bench) -> None:
                 block.compile(**bench.on.compile_options)
         return training_step(bench, model, batch, channels, size)
 
-    def timed(kind: type[nn.Module], backend: str, compiled: bool) -> Callable[[], float]:
+    def timed(kind: type[nn.Module], backend: str | None, compiled: bool) -> Callable[[], float]:
         def seconds() -> float:
-            with use_backend(backend):
+            with contextlib.nullcontext() if backend is None else use_backend(backend):
                 step = stepping(kind, compiled)
                 step()
                 return bench.on.wall(step, STEPS)[1]
@@ -68,15 +69,12 @@ def run(bench: Bench) -> None:
         return seconds
 
     case = f"{name}, {config.depth} blocks, batch {batch}, {(size // config.patch_size) ** 2} tokens"
-    contenders = {"fastdiff": (DiT, "auto"), "reference operators": (DiT, "reference"), "public": (PlainDiT, "auto")}
+    contenders = {"fastdiff": (DiT, None), "reference operators": (DiT, "reference"), "public": (PlainDiT, None)}
     for compiled in (False, True):
         for contender, (kind, backend) in contenders.items():
             title = f"{contender}, blocks compiled" if compiled else contender
-            ours = contender == "fastdiff" and not compiled
-            seconds = bench.attempt(case, title, timed(kind, backend, compiled), ours)
-            if seconds is not None:
-                bench.record.row("time", case=case, contender=title, seconds=seconds, bytes=0, flops=0, note="wall")
-            gc.collect()
-            bench.on.forget()
-            torch.compiler.reset()
+            ours = "cuda" if contender == "fastdiff" else None
+            bench.by_the_clock(OPERATORS, case, title, timed(kind, backend, compiled), backend=ours)
+            if compiled:
+                torch.compiler.reset()
     bench.record.note(f"{bench.on.memory():.1f} GiB of the device's memory were held at most")

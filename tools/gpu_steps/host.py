@@ -3,7 +3,6 @@
 import torch
 
 from fastdiff import ops
-from fastdiff.backends import use_backend
 from gpu_steps.bench import Bench
 
 CALLS = 1000
@@ -46,16 +45,10 @@ def host_time(bench: Bench) -> None:
         "F.layer_norm, for comparison": lambda: torch.nn.functional.layer_norm(x, (64,)),
     }
     for name, call in calls.items():
-        for contender, backend in bench.on.backends.items():
-
-            def timed(call=call, backend=backend) -> float:
-                with use_backend(backend):
-                    return bench.on.wall(call, CALLS)[0]
-
-            seconds = bench.attempt(f"host time of {name}", contender, timed, ours=True)
-            if seconds is not None:
-                case = f"host time of {name}"
-                bench.record.row("time", case=case, contender=contender, seconds=seconds, bytes=0, flops=0, note="host")
+        for backend in bench.on.backends:
+            operators = (name.partition(",")[0],)
+            seconds = lambda call=call: bench.on.wall(call, CALLS)[0]  # noqa: E731
+            bench.by_the_clock(operators, f"host time of {name}", backend, seconds, backend=backend, note="host")
 
 
 def run(bench: Bench) -> None:

@@ -5,7 +5,6 @@ import torch
 from masked_lm_baselines import dream_sample, llada_sample, softmax_sample
 
 from fastdiff import ops
-from fastdiff.backends import use_backend
 from gpu_steps import adaln
 from gpu_steps.bench import Bench
 from gpu_steps.device import Function
@@ -24,18 +23,15 @@ def called_from_python(bench: Bench) -> None:
     for operator in adaln.OPERATORS:
         for direction in ("forward", "backward"):
             for name in (*bench.on.backends, "eager"):
-                ours = name in bench.on.backends
-                function = getattr(ops, operator) if ours else getattr(baselines, operator)
+                backend = name if name in bench.on.backends else None
+                function = getattr(baselines if backend is None else ops, operator)
                 case = f"{operator} {direction}, {shape.name}, from Python"
 
-                def timed(function=function, name=name, operator=operator, direction=direction) -> float:
-                    with use_backend(bench.on.backends.get(name, "auto")):
-                        call = adaln.calls(bench, function, operator, shape, direction)[0]
-                        return bench.on.wall(call, 300)[1]
+                def timed(function=function, operator=operator, direction=direction) -> float:
+                    call = adaln.calls(bench, function, operator, shape, direction)[0]
+                    return bench.on.wall(call, 300)[1]
 
-                seconds = bench.attempt(case, name, timed, ours)
-                if seconds is not None:
-                    bench.record.row("time", case=case, contender=name, seconds=seconds, bytes=0, flops=0, note="wall")
+                bench.by_the_clock((operator,), case, name, timed, backend=backend)
 
 
 def sampling(bench: Bench) -> None:
