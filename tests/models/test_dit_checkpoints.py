@@ -248,7 +248,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastdiff.models.pretrained.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     other = copy.deepcopy(model)
     nn.init.zeros_(other.final_layer.linear.bias)
     with pytest.raises(OSError, match="No space"):

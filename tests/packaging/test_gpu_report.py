@@ -1,5 +1,6 @@
 """tools/gpu_report.py without a GPU: its control flow with steps made for it, and every real step on the CPU."""
 
+import contextlib
 import importlib
 import io
 import json
@@ -21,6 +22,7 @@ for folder in ("tools", "benchmarks"):
 import gpu_report  # noqa: E402
 from gpu_steps import bench as benches  # noqa: E402
 from gpu_steps import build, counters, plan, report, runner, sanitizer  # noqa: E402
+from gpu_steps.device import StandIn, device_named  # noqa: E402
 from gpu_steps.record import Record  # noqa: E402
 
 from fastdiff import backends  # noqa: E402
@@ -156,10 +158,20 @@ def test_every_workload_runs(step, monkeypatch):
     rows = record_rows(step)
     assert [row for row in rows if runner.is_failure(row)] == []
     assert {row["kind"] for row in rows} & {"time", "check", "value"}
-    if step.name == "correctness":
-        assert {row["operator"] for row in rows if row["kind"] == "check"} == set(backends.table())
     notes = [row["text"] for row in rows if row["kind"] == "note"]
-    assert all("cuDNN" in text or "memory" in text for text in notes), notes
+    if step.name == "correctness":  # every operator is checked, or named
+        unchecked = {text.partition(":")[0] for text in notes if "no case" in text}
+        assert unchecked | {row["operator"] for row in rows if row["kind"] == "check"} == set(backends.table())
+    assert all("cuDNN" in text or "memory" in text or "no case" in text for text in notes), notes
+
+
+def test_an_operator_without_a_case_is_named(monkeypatch):
+    from gpu_steps import correctness
+
+    monkeypatch.setattr(correctness, "all_cases", lambda bench: [])
+    monkeypatch.setitem(backends._registry, "a_new_one", {})
+    notes = [row["text"] for row in record_rows(plan.STEPS[1])]
+    assert "a_new_one: no case; nothing of it was checked here" in notes and len(notes) == len(backends.table())
 
 
 def test_what_is_wrong_is_not_timed():
@@ -183,21 +195,97 @@ def test_a_broken_backend_is_a_failure_and_a_missing_contender_is_not():
     assert note["kind"] == "note" and "torch.compile did not run: no such kernel" in note["text"]
 
 
-def test_a_wrong_result_and_a_poisoned_one_are_found(monkeypatch):
+def checked(run, on=None) -> bool:
+    """What the correctness step says of an operator that should copy x to out."""
     from gpu_steps import correctness
     from gpu_steps.cases import Case, norms
 
-    def check(run):
-        file = io.StringIO()
-        bench = benches.Bench("cpu", Record(file), {})
-        x = torch.ones(4, dtype=torch.float64)
-        case = Case("adaln", "a case", lambda: {"x": x}, run, lambda inputs: (inputs["x"],), norms(1, 1e-3))
-        correctness.check(bench, case)
-        return json.loads(file.getvalue().splitlines()[-1])
+    file = io.StringIO()
+    bench = benches.Bench("cpu", Record(file), {})
+    bench.on = on or bench.on
+    inputs = {"x": torch.ones(4, dtype=torch.float64), "out": torch.empty(4, dtype=torch.float64)}
+    case = Case("adaln", "a case", lambda: inputs, run, lambda inputs: (inputs["x"],), norms(1, 1e-3))
+    correctness.check(bench, case, "cuda")
+    return json.loads(file.getvalue().splitlines()[-1])["ok"]
 
-    assert check(lambda inputs: (inputs["x"].clone(),))["ok"]
-    assert not check(lambda inputs: (inputs["x"] * 1.01,))["ok"]
-    assert not check(lambda inputs: (inputs["x"] * torch.nan,))["ok"]
+
+def test_wrong_results_are_found():
+    assert checked(lambda inputs: (inputs["x"].clone(),))
+    assert not checked(lambda inputs: (inputs["x"] * 1.01,))
+    assert not checked(lambda inputs: (inputs["x"] * torch.nan,))
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_graph_that_computes_nothing_is_found(replays):
+    class Graphs(StandIn):
+        """Where results have their place before a replay, which is then poisoned."""
+
+        name = "cuda"
+
+        def graph(self, functions, calls):
+            functions[0]()  # the capture
+            return functions[0] if replays else lambda: None
+
+    on = Graphs()
+    on.backends = {"cuda": "reference"}
+    assert checked(lambda inputs: (inputs["out"].copy_(inputs["x"]),), on) is replays
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: replays what was called between its begin and its end."""
+
+    capturing: list = []
+
+    def replay(self) -> None:
+        FakeEvent.now += 5.0
+
+
+class FakeEvent:
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = FakeEvent.now
+
+    def elapsed_time(self, later) -> float:
+        return later.time - self.time
+
+
+def test_how_a_gpu_is_timed(monkeypatch):
+    """The calls that `Cuda` makes of torch.cuda, with a clock of our own: a call takes 2 ms, a replay 5 ms."""
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        FakeGraph.capturing.append(graph)
+        try:
+            yield
+        finally:
+            FakeGraph.capturing.pop()
+
+    fakes = {"Stream": object, "set_stream": lambda stream: None, "synchronize": lambda: None, "Event": FakeEvent,
+             "CUDAGraph": FakeGraph, "graph": capture, "empty_cache": lambda: None,
+             "max_memory_allocated": lambda: 3 << 30}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    captured = []
+
+    def call(waits: bool = False) -> None:
+        FakeEvent.now += 2.0
+        if FakeGraph.capturing:
+            captured.append(call)
+            if waits:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+    on = device_named("cuda")
+    assert on.seconds([call]) == (pytest.approx(1e-3), "") and len(captured) == 5  # 10 ms of calls in a graph
+    assert on.seconds([call], capturable=False) == (pytest.approx(2e-3), "without a graph") and len(captured) == 5
+    assert on.seconds([lambda: call(waits=True)]) == (pytest.approx(2e-3), "without a graph")
+    assert on.sets(1e6) == 200 and on.sets(1e9) == 1 and on.memory() == 3
+    queued, whole = on.wall(call, 3)
+    assert 0 < queued <= whole
+    on.forget()
 
 
 def test_predictions_are_of_cases_that_exist(monkeypatch):
@@ -250,20 +338,28 @@ def test_clocks_are_summed_up(tmp_path, monkeypatch):
 NCU = """==PROF== Connected to process 1
 ==PROF== Profiling "adaln_forward_kernel": 0%....100% - 8 passes
 "ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","adaln_forward_kernel","GPU Speed Of Light Throughput","DRAM Throughput","%","61.25"
-"0","adaln_forward_kernel","GPU Speed Of Light Throughput","Duration","us","1,031.5"
-"0","adaln_forward_kernel","Scheduler Statistics","","",""
-"0","adaln_forward_kernel","Launch Statistics","Function Cache Configuration","","CachePreferNone"
+"0","void adaln_forward_kernel<bf16, 8, 1>(P)","GPU Speed Of Light Throughput","DRAM Throughput","%","61.25"
+"0","void adaln_forward_kernel<bf16, 8, 1>(P)","GPU Speed Of Light Throughput","Duration","us","1,031.5"
+"0","void adaln_forward_kernel<bf16, 8, 1>(P)","Scheduler Statistics","","",""
+"0","void adaln_forward_kernel<bf16, 8, 1>(P)","Launch Statistics","Function Cache Configuration","","CachePreferNone"
+"1","void pass_kernel<bf16, 64>(P)","GPU Speed Of Light Throughput","Duration","us","457"
+"2","void pass_kernel<bf16, 64>(P)","GPU Speed Of Light Throughput","Duration","us","999"
 """
 
 
 def test_counters_are_read_or_said_to_be_refused(tmp_path, monkeypatch):
-    assert counters.metrics(NCU) == [("DRAM Throughput", "%", 61.25), ("Duration", "us", 1031.5)]
-    assert counters.metrics("==ERROR== no permission") == []
+    of_adaln = [("DRAM Throughput", "%", 61.25), ("Duration", "us", 1031.5)]
+    assert counters.metrics(NCU) == {"adaln_forward_kernel": of_adaln, "pass_kernel": [("Duration", "us", 457.0)]}
     program(tmp_path, "ncu", "echo '==ERROR== ERR_NVGPUCTRPERM: no permission'; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    rows = record_rows(next(s for s in plan.STEPS if s.name == "counters"))
-    assert len(rows) == 4 and all("ERR_NVGPUCTRPERM" in row["text"] for row in rows)
+    (row,) = record_rows(next(s for s in plan.STEPS if s.name == "counters"))
+    assert "ERR_NVGPUCTRPERM" in row["text"] and "sample_threshold_kernel" in row["text"]
+
+
+def test_what_ncu_and_the_sanitizer_watch_runs(capsys):
+    counters.workload("cpu")
+    sanitizer.workload("cpu")
+    assert capsys.readouterr().out == "all operators ran\n"
 
 
 @pytest.mark.parametrize("status, verdict", [(0, True), (86, False)])
@@ -353,6 +449,20 @@ def test_every_real_step_cut_short_leaves_its_report(tmp_path):
     assert verdicts == {"build": "passed"} | {step.name: "cut short" for step in plan.STEPS} and status == 1
     text = (tmp_path / "report.md").read_text()
     assert all(f"| {step.title} | **cut short**: after" in text for step in plan.STEPS)
+
+
+def test_models_are_made_where_safetensors_is_not_installed():
+    program = """
+import sys
+class Missing:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("safetensors", "huggingface_hub", "transformers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Missing())
+from fastdiff.models import DiT
+DiT.from_preset("DiT-S/2", depth=1, hidden_size=32, num_heads=2)
+import fastdiff.nn.transformer"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.exhaustive

@@ -33,9 +33,9 @@ class Shape:
 
 REAL = (
     Shape("XL/2 B32 N256", 32, 256, 1152, compiled=True),
-    Shape("Flux", 1, 4608, 3072, compiled=True),
+    Shape("Flux", 1, 4608, 3072),
     Shape("Wan", 1, 32_760, 5120, compiled=True),
-    Shape("Wan, per token", 1, 32_760, 5120, per_token=True, compiled=True),
+    Shape("Wan, per token", 1, 32_760, 5120, per_token=True),
     Shape("XL/2 B1 N256", 1, 256, 1152),
     Shape("XL/2 B2 N1024", 2, 1024, 1152),
     Shape("XL/2 B32 N1024", 32, 1024, 1152),

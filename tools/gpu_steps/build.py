@@ -92,7 +92,7 @@ def units(folder: Path, arch: int | None, nvcc_version: str = "") -> Iterator[Un
     version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())[1]
     binding = (
         *_COMMON, "-std=c++20", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_path('include')}",
-        f"-DTORCH_TARGET_VERSION=(({major}ULL<<56)|({minor}ULL<<48))",
+        f"-DTORCH_TARGET_VERSION=(({major}ULL<<56)|({minor}ULL<<48))", _quoted("FASTDIFF_OLDEST_TORCH", oldest),
     )  # fmt: skip
     if arch is not None:
         kernel = (*_CUDA, f"-gencode=arch=compute_{arch},code=sm_{arch}")
@@ -114,8 +114,7 @@ def units(folder: Path, arch: int | None, nvcc_version: str = "") -> Iterator[Un
             if not wrapper.is_file() or wrapper.read_text() != text:
                 wrapper.write_text(text)
             yield Unit(wrapper, wrapper.with_suffix(".o"), "_C", (*plain, *flags))
-    defined = (_quoted("FASTDIFF_COMPILER", os.environ.get("CXX", "g++")), _quoted("FASTDIFF_TORCH_VERSION", version),
-               _quoted("FASTDIFF_OLDEST_TORCH", oldest))  # fmt: skip
+    defined = (_quoted("FASTDIFF_COMPILER", os.environ.get("CXX", "g++")), _quoted("FASTDIFF_TORCH_VERSION", version))
     for source in [*sorted((ROOT / "csrc").glob("*_cpu.cpp")), ROOT / "csrc" / "module.cpp"]:
         yield Unit(source, folder / f"{source.stem}_csrc.o", "_C", (*binding, *defined))
     for source in [*sorted((ROOT / "kernels").glob("*/*_cpu.cpp")), ROOT / "kernels" / "common" / "isa.cpp"]:
@@ -149,7 +148,7 @@ def build_directly(library: Path, arch: int | None, jobs: int) -> None:
         target.unlink(missing_ok=True)
         torch_library = str(torch_folder() / "lib" / "libtorch_cpu.so")
         if module == "_C_cuda":
-            _checked([nvcc, "-shared", "--cudart=static", *objects, torch_library, "-o", str(target)])
+            _checked([nvcc, "-shared", "--cudart=static", *objects, torch_library, "-ldl", "-o", str(target)])
         else:
             _checked([os.environ.get("CXX", "g++"), "-shared", *objects, torch_library, "-o", str(target)])
 

@@ -1,14 +1,19 @@
 """Hardware counters of four kernels, by ncu, where this machine lets one read them.
 
-`python -m gpu_steps.counters` is the program that ncu watches.
+`python -m gpu_steps.counters DEVICE` is the program that ncu watches.
 """
 
+import contextlib
 import csv
 import io
 import shutil
 import subprocess
 import sys
 
+import torch
+
+from fastdiff import ops
+from fastdiff.backends import use_backend
 from gpu_steps.bench import Bench
 from gpu_steps.record import Record
 
@@ -26,65 +31,61 @@ def run(bench: Bench) -> None:
     if ncu is None:
         bench.record.row("missing", text="ncu is not on PATH (it comes with Nsight Compute)")
         return
+    command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
+    command += ["--kernel-name", f"regex:{'|'.join(KERNELS)}"]
+    for section in SECTIONS:
+        command += ["--section", section]
+    command += [sys.executable, "-m", "gpu_steps.counters", bench.on.name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout[-8000:], flush=True)
+    found = metrics(done.stdout)
     for kernel in KERNELS:
-        command = [ncu, "--clock-control", "none", "--csv", "--page", "details", "--kernel-name", f"regex:{kernel}"]
-        command += ["--launch-skip", "1", "--launch-count", "1"]
-        for section in SECTIONS:
-            command += ["--section", section]
-        command += [sys.executable, "-m", "gpu_steps.counters", kernel, bench.on.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(done.stdout[-4000:], done.stderr[-4000:], flush=True)
-        values = metrics(done.stdout)
-        if not values:
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip().startswith("==")]
-            why = next((line for line in lines if "ERR" in line or "rror" in line), (lines or ["no output"])[-1])
-            bench.record.note(f"{kernel}: ncu gave no counters: {why.strip('= ')[:200]}")
-        for name, unit, value in values:
+        for name, unit, value in found.get(kernel, ()):
             bench.record.value(f"{kernel}: {name}", value, unit)
+    if unread := [kernel for kernel in KERNELS if kernel not in found]:
+        said = [line.strip("= ") for line in done.stdout.splitlines() if "ERR" in line or "rror" in line]
+        bench.record.note(f"ncu gave no counters of {', '.join(unread)}: {(said or ['no error was named'])[0][:200]}")
 
 
-def metrics(output: str) -> list[tuple[str, str, float]]:
-    """(metric, unit, value) of ncu's CSV, those that are of use here; what stands before its header is skipped."""
+def metrics(output: str) -> dict[str, list[tuple[str, str, float]]]:
+    """(metric, unit, value) of the first launch of each kernel in ncu's CSV, which begins after other output."""
     lines = output.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
-        return []
-    found = []
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    found: dict[str, list[tuple[str, str, float]]] = {}
+    launches: dict[str, str] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
+        kernel = next((kernel for kernel in KERNELS if kernel in (row.get("Kernel Name") or "")), None)
+        if kernel is None or row["ID"] != launches.setdefault(kernel, row["ID"]):
+            continue
         try:
             value = float((row.get("Metric Value") or "").replace(",", ""))
         except ValueError:
             continue
         if row.get("Metric Name") in KEPT:
-            found.append((row["Metric Name"], row.get("Metric Unit") or "", value))
+            found.setdefault(kernel, []).append((row["Metric Name"], row.get("Metric Unit") or "", value))
     return found
 
 
-def workload(kernel: str, device: str) -> None:
-    """Two launches of the kernel at the shape that its prediction is of; the second is the one to be watched."""
-    import torch
-
-    from fastdiff import ops
-    from fastdiff.backends import use_backend
-
+def workload(device: str) -> None:
+    """The operators of the four kernels at the shapes of their predictions: twice, the second time to be watched."""
     bench = Bench(device, Record(sys.stdout), {})
     small = bench.small
-    with use_backend(bench.on.backends["cuda"]), torch.no_grad():
-        if kernel == "adaln_forward_kernel":
-            x = bench.randn(*((2, 8, 64) if small else (32, 256, 1152)))
-            rows = [bench.randn(x.shape[0], x.shape[2], dtype=torch.float32) for _ in range(2)]
-            call = lambda: ops.adaln(x, *rows)  # noqa: E731
-        elif kernel == "pass_kernel":
-            q, k, v = (bench.randn(*((1, 2, 70, 16) if small else (1, 16, 4096, 64))) for _ in range(3))
-            call = lambda: ops.qgfd_attention(q, k, v)  # noqa: E731
-        else:
-            logits = bench.randn(*((2, 2100) if small else (1024, 126_464)), scale=8.0)
-            top_p = 0.9 if kernel == "sample_threshold_kernel" else None
-            call = lambda: ops.sample_tokens(logits, temperature=1.0, top_p=top_p, seed=7, invalid="flag")  # noqa: E731
-        for _ in range(3):
-            call()
+    x = bench.randn(*((2, 8, 64) if small else (32, 256, 1152)))
+    shift, scale = (bench.randn(x.shape[0], x.shape[2], dtype=torch.float32) for _ in range(2))
+    q, k, v = (bench.randn(*((1, 2, 70, 16) if small else (1, 16, 4096, 64))) for _ in range(3))
+    logits = bench.randn(*((2, 2100) if small else (1024, 126_464)), scale=8.0)
+
+    def calls() -> None:
+        ops.adaln(x, shift, scale)
+        ops.qgfd_attention(q, k, v)
+        ops.sample_tokens(logits, temperature=1.0, top_p=0.9, seed=7, invalid="flag")
         bench.on.synchronize()
+
+    with use_backend(bench.on.backends["cuda"]), torch.no_grad():
+        calls()
+        with torch.cuda.profiler.profile() if bench.on.name == "cuda" else contextlib.nullcontext():
+            calls()
 
 
 if __name__ == "__main__":
-    workload(*sys.argv[1:3])
+    workload(sys.argv[1])

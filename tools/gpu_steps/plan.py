@@ -28,17 +28,17 @@ POISON = (("FASTDIFF_POISON_EMPTY", "1"),)  # outputs of native operators start 
 
 STEPS = (
     Step("constants", "Constants of this machine", "gpu_steps.constants", 15),
-    Step("correctness", "Correctness against fp64, with graph capture and another stream", "gpu_steps.correctness", 60,
+    Step("correctness", "Correctness against fp64, with graph capture and another stream", "gpu_steps.correctness", 85,
          timed=False, environment=POISON),
     Step("adaln", "AdaLN and gated residual AdaLN", "gpu_steps.adaln", 70),
     Step("small", "Small batches, and sampling", "gpu_steps.small", 35),
     Step("qgfd", "QGFD attention", "gpu_steps.qgfd", 45),
-    Step("heads", "Heads: sampling and end tokens without logits in memory", "gpu_steps.heads", 25),
-    Step("loss", "Masked diffusion loss, forward and gradients", "gpu_steps.loss", 20),
-    Step("counters", "Hardware counters of four kernels", "gpu_steps.counters", 30, timed=False),
+    Step("heads", "Heads: sampling and end tokens without logits in memory", "gpu_steps.heads", 20),
+    Step("loss", "Masked diffusion loss, forward and gradients", "gpu_steps.loss", 15),
+    Step("counters", "Hardware counters of four kernels", "gpu_steps.counters", 25, timed=False),
     Step("host", "unmask_, and the host's time per call", "gpu_steps.host", 15),
-    Step("sanitizer", "compute-sanitizer on small shapes of every operator", "gpu_steps.sanitizer", 45, timed=False),
-    Step("dit", "A training step of DiT-XL/2", "gpu_steps.dit_step", 40),
+    Step("sanitizer", "compute-sanitizer on small shapes of every operator", "gpu_steps.sanitizer", 50, timed=False),
+    Step("dit", "A training step of DiT-XL/2", "gpu_steps.dit_step", 60),
     Step("decoding", "A decoding step of LLaDA-8B's shape", "gpu_steps.decoding_step", 40),
     Step("suite", "The operators' tests on this machine's backends", "gpu_steps.suite", 30, timed=False),
 )  # fmt: skip
