@@ -61,6 +61,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             sys.stdout.reconfigure(errors="backslashreplace")
         if os.environ.get("FASTDIFF_TRACEBACK") == "1":
             return main(argv)
+        format_of_before = warnings.formatwarning
+        warnings.formatwarning = lambda message, *_, **__: f"{one_line(message)}\n"  # without the line of our source
         try:
             main(argv)
             sys.stdout.flush()  # here, where an error of it is caught
@@ -80,6 +82,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             if error.filename is None:  # not about a file of the user's
                 raise
             fail(f"{error.filename}: {error.strerror}", 2)
+        finally:
+            warnings.formatwarning = format_of_before
 
     return wrapper
 
