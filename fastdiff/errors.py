@@ -10,7 +10,7 @@ _section: ContextVar[str | None] = ContextVar("section", default=None)
 # What brings a package that may be missing. `pip install fastdiff-kernels` brings those that are not in an extra.
 _BROUGHT_BY = {
     **{name: name for name in ("accelerate", "diffusers", "filelock", "huggingface_hub", "matplotlib", "numpy")},
-    **{name: name for name in ("safetensors", "tqdm", "transformers")},
+    **{name: name for name in ("safetensors", "torchmetrics", "tqdm", "transformers")},
     **dict.fromkeys(("docstring_parser", "jsonargparse"), "jsonargparse[signatures]"),
     "PIL": "pillow",
     "yaml": "pyyaml",
@@ -19,7 +19,6 @@ _BROUGHT_BY = {
     "lm_eval": "fastdiff-kernels[lm-eval]",
     "peft": "fastdiff-kernels[lora]",
     "tensorboard": "fastdiff-kernels[trackers]",
-    "torchmetrics": "fastdiff-kernels[evaluate]",
     "triton": "fastdiff-kernels[triton]",
 }
 

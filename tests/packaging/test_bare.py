@@ -80,11 +80,11 @@ def test_operators_modules_and_info_need_torch_and_numpy_alone():
 def test_a_missing_package_is_one_line_that_says_how_to_get_it(capsys):
     @command
     def evaluate(argv):
-        raise ModuleNotFoundError("No module named 'torchmetrics'", name="torchmetrics.image")
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets.arrow")
 
     with pytest.raises(SystemExit) as ended:
         evaluate([])
-    line = "error: this needs torchmetrics: pip install 'fastdiff-kernels[evaluate]'\n"
+    line = "error: this needs datasets: pip install 'fastdiff-kernels[text]'\n"
     assert (ended.value.code, capsys.readouterr().err) == (2, line)
     assert package_advice(ModuleNotFoundError("of ours", name="fastdiff.nowhere")) is None
 
