@@ -39,7 +39,7 @@ class Pretrained(nn.Module):
     config_class: ClassVar[type]
     title: ClassVar[str]
     free_fields: ClassVar[tuple[str, ...]] = ()
-    extra_keys: ClassVar[tuple[str, ...] | None] = ("id2label", "sampling", "mixed_precision")
+    extra_keys: ClassVar[tuple[str, ...] | None] = ("id2label", "sampling", "mixed_precision", "choices")
     also_reads: ClassVar[tuple[str, ...]] = ()
 
     def save_pretrained(self, directory: str | os.PathLike, *, extra: Mapping[str, Any] | None = None) -> None:
@@ -48,7 +48,8 @@ class Pretrained(nn.Module):
         Args:
             directory: the folder; it is made where there is none.
             extra: further keys of config.json, with plain values: `id2label`, the names of classes by their number
-                ({"0": "zero", …}); `sampling` and `mixed_precision`, how samples are drawn where nobody says otherwise.
+                ({"0": "zero", …}); `sampling`, `mixed_precision` and `choices`, how samples are drawn where nobody
+                says otherwise.
                 `read_config` gives them back.
 
         Raises:
