@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fastdiff import ops
 from fastdiff.kernels.eos_log_prob import reference as eos_reference
+from fastdiff.ops.bias_activation import bias_activation
 from fastdiff.ops.scale_shift import scale_shift
 from gpu_steps.bench import Bench
 
@@ -149,6 +150,24 @@ def adaln_cases(bench: Bench) -> Iterator[Case]:
         return _leaves("x", "scale", "shift")(inputs)
 
     yield _value_case("scale_shift", "XL/2", scale_shift, modulated, 1, NORMS[BF16])
+
+
+def activation_cases(bench: Bench) -> Iterator[Case]:
+    shapes = {
+        "XL/2, gelu_tanh": ((2, 5, 96) if bench.small else (4, 256, 4608), BF16, "gelu_tanh", False),
+        "LLaDA-8B, SwiGLU": ((1, 5, 64) if bench.small else (1, 256, 12_288), BF16, "silu", True),
+        "odd, gelu, fp32": ((2, 3, 77) if bench.small else (2, 77, 1001), F32, "gelu", False),
+    }
+    for name, (shape, dtype, activation, gated) in shapes.items():
+
+        def make(shape=shape, dtype=dtype, activation=activation, gated=gated) -> Inputs:
+            inputs = {"x": bench.randn(*shape, dtype=dtype), "bias": bench.randn(shape[-1], dtype=F32)}
+            if gated:
+                inputs["up"] = bench.randn(*shape, dtype=dtype)
+            rest = {"activation": activation, "cotangents": [bench.randn(*shape, dtype=dtype)]}
+            return _leaves(*inputs)(inputs | rest)
+
+        yield _value_case("bias_activation", name, bias_activation, make, 1, NORMS[dtype])
 
 
 def qgfd_cases(bench: Bench) -> Iterator[Case]:
@@ -291,6 +310,7 @@ def unmask_cases(bench: Bench) -> Iterator[Case]:
 def all_cases(bench: Bench) -> Iterator[Case]:
     """Every case, operators that the most depends on first."""
     yield from adaln_cases(bench)
+    yield from activation_cases(bench)
     yield from sampling_cases(bench)
     yield from unmask_cases(bench)
     yield from qgfd_cases(bench)

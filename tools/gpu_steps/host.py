@@ -3,6 +3,7 @@
 import torch
 
 from fastdiff import ops
+from fastdiff.ops.bias_activation import bias_activation
 from gpu_steps.bench import Bench
 
 CALLS = 1000
@@ -35,6 +36,7 @@ def host_time(bench: Bench) -> None:
         "adaln": lambda: ops.adaln(x, shift, scale),
         "adaln, recorded for a gradient": lambda: ops.adaln(leaf, shift, scale),
         "gated_residual_adaln": lambda: ops.gated_residual_adaln(x, branch, gate, shift, scale),
+        "bias_activation": lambda: bias_activation(x, shift[0]),
         "qgfd_attention": lambda: ops.qgfd_attention(q, k, v),
         "sample_tokens, invalid flag": lambda: ops.sample_tokens(logits, temperature=1.0, seed=7, invalid="flag"),
         "sample_tokens, invalid raise": lambda: ops.sample_tokens(logits, temperature=1.0, seed=7),
