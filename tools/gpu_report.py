@@ -86,7 +86,7 @@ def machine(device: str) -> tuple[list[str], int | None]:
         ], None
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the GPU does not answer: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        sys.exit(f"the GPU does not answer: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
     facts = json.loads(done.stdout.splitlines()[-1])
     line = f"- {facts['count']} × {facts['name']}, sm_{facts['arch']}, {facts['sms']} SMs, {facts['memory']:.0f} GiB, "
     return [line + f"{facts['l2']:.0f} MiB of L2", *versions()], facts["arch"]
@@ -99,7 +99,15 @@ class Clocks:
     UNITS = ("MHz SM", "MHz memory", "W", "°C")
 
     def __init__(self) -> None:
-        command = ["nvidia-smi", f"--query-gpu={','.join(self.QUERY)}", "--format=csv,noheader,nounits", "-lms", "500"]
+        command = [
+            "nvidia-smi",
+            "-i",
+            "0",
+            f"--query-gpu={','.join(self.QUERY)}",
+            "--format=csv,noheader,nounits",
+            "-lms",
+            "500",
+        ]
         self.process, self.lines = None, []
         if shutil.which("nvidia-smi"):
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
