@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fastdiff.commands import command
 from fastdiff.version import __version__
 
 # each is the module of its name
@@ -30,10 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         program = sys.argv[0]
         sys.argv[0] = f"fastdiff {name}"  # what the command calls itself in its help
         try:
-            importlib.import_module(f"fastdiff.{name}").main(rest)
-        except KeyboardInterrupt:  # while the command was imported
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            command(lambda argv: importlib.import_module(f"fastdiff.{name}").main(argv))(rest)
         finally:
             sys.argv[0] = program
     else:

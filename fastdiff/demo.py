@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from fastdiff.arguments import ArgumentParser
-from fastdiff.cli import command, quiet_libraries
+from fastdiff.cli import quiet_libraries
+from fastdiff.commands import command
 from fastdiff.errors import TrainingError
 from fastdiff.files import write_atomically
 from fastdiff.recipes import parse_recipe

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.device import check_dtype
@@ -57,6 +56,8 @@ class Pretrained(nn.Module):
             ValueError: a key of `extra` that loading would refuse, or that the configuration has itself.
             OSError: the folder cannot be written.
         """
+        from safetensors.torch import save_file  # here, so that models can be made where it is not installed
+
         directory, extra = Path(directory), dict(extra or {})
         config = self.header() | dataclasses.asdict(self.config)
         for name in extra:

@@ -1,9 +1,10 @@
 """What the loaded runs of all kinds have in common."""
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -12,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from fastdiff import tuning
+from fastdiff.data.file_checks import class_folders
 from fastdiff.device import PRECISIONS
 from fastdiff.files import read_json
 from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, naming_config, read_config
@@ -20,7 +22,7 @@ from fastdiff.tasks.hub import local_folder, upload
 from fastdiff.tasks.kinds import kind_named, kind_of
 from fastdiff.tasks.model_card import has_card, write_model_card
 from fastdiff.training.checkpoint import AVERAGED, OPTIMIZER, STATE_FILE, WEIGHTS, check_files, read_state
-from fastdiff.training.provenance import DataSet, check_data, records_of
+from fastdiff.training.provenance import DataSet, check_data, class_order, records_of
 from fastdiff.training.run_folder import RunFolder, locate, locate_checkpoint
 
 Sampling = TypeVar("Sampling")
@@ -101,6 +103,15 @@ def _checked(found: Found) -> Found:
     names = [name for name in found.state["files"] if name not in others]
     check_files(found.source, found.state, {*names, found.weights_file})
     return found
+
+
+@contextlib.contextmanager
+def finding_data() -> Iterator[None]:
+    """A block that loads a run's data for a command: what is missing may lie elsewhere, which an option can say."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, or pass --data-path with where it lies now") from None
 
 
 def check_count(option: str, value: Any) -> None:
@@ -189,6 +200,30 @@ class Run:
         if self.state is not None:
             run = repr(str(self.source if self.folder is None else self.folder.path))
             check_data(self.state, records_of(data), run, accept, ACCEPT_CHANGED_DATA)
+
+    def data_config(self, section: str, data_path: str | None = None) -> Any:
+        """A section of the recipe that names data, with the classes in the order that the run's labels have.
+
+        Args:
+            section: its name, such as "data".
+            data_path: where the data lies instead.
+
+        Raises:
+            ValueError: data that lies nowhere, as a package makes it.
+        """
+        config = getattr(self.recipe, section)
+        if data_path is not None:
+            place = next((name for name in ("folder", "path") if hasattr(config, name)), None)
+            if place is None:
+                raise ValueError(f"--data-path: got {data_path!r}, and {section} names no file or folder; leave it out")
+            config = dataclasses.replace(config, **{place: data_path})
+        order = None if self.state is None else class_order(self.state, section)
+        if order and config.name.endswith("_folder") and config.class_names is None:
+            root = Path(config.folder).expanduser()
+            there = [folder.name for folder in class_folders(root)] if root.is_dir() else []
+            if sorted(there) == sorted(order):
+                config = dataclasses.replace(config, class_names=order)
+        return config
 
     def sample(self, *_: Any, **__: Any) -> Any:
         """Draws samples, where the kind has any. Raises TypeError where it has none."""

@@ -1,7 +1,7 @@
 """Runs of QGFD diffusion models, loaded to sample from or to take their adapters."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,15 +49,19 @@ class QGFDRun(Run):
     sampling: QGFDSamplingConfig = field(default_factory=QGFDSamplingConfig)
     mixed_precision: str = "auto"
 
-    def source_of(self, modality: str, accept_changed: bool = False) -> Source:
+    def source_of(self, modality: str, accept_changed: bool = False, data_path: str | None = None) -> Source:
         """The data that a modality was trained on; with `accept_changed` also other data, with a line on stderr.
+
+        `data_path` is where it lies instead of where the recipe says.
 
         Raises what `load_source` raises, and ValueError where it is not what it was, or this is not a run.
         """
         if self.recipe is None:
             raise ValueError("modality: got a model without a recipe; expected a run, which names its data")
-        source = load_source(self.recipe, modality, self.tokenizer)
-        self.check_data({f"{modality}_data": source.data}, accept_changed)
+        section = f"{modality}_data"
+        recipe = replace(self.recipe, **{section: self.data_config(section, data_path)})
+        source = load_source(recipe, modality, self.tokenizer)
+        self.check_data({section: source.data}, accept_changed)
         return source
 
     @going_by_choices
