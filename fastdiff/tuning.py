@@ -31,6 +31,7 @@ Value = str | int
 MARGIN = 0.03  # by so much of its time a contender has to beat the default
 _CLEAR = 0.8  # and in so many of the turns
 _STEADY = 1.5  # medians beyond so many times the least: something else runs, too
+_WAITING = 0.1  # of the time that threads waited for a core: beyond it the machine is busy
 _ROUNDS = (5, 15)  # of a comparison, at least and at most
 clock: Callable[[], float] = time.perf_counter  # tests put another one here
 
@@ -72,6 +73,15 @@ def enabled() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"FASTDIFF_TUNE: got {value!r}; expected 0 (defaults, nothing is measured) or 1")
     return value == "1"
+
+
+def waited() -> float:
+    """Seconds that threads of this process were ready to run and had no core, as Linux tells; 0 elsewhere."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that ended
+            total += int(path.read_text().split()[1])
+    return total / 1e9
 
 
 @contextlib.contextmanager
@@ -203,11 +213,11 @@ def fastest(
     """Runs contenders in turns and takes the fastest by its least time; the default unless it is clearly slower.
 
     That is by the margin, and in four of five turns: other work on the machine shall not decide. Where these two do not
-    agree, or times of one contender differ by more than half, the machine is busy: the default is taken for now, and
-    nothing is kept (`Measured.settled`). `seconds` is about how long it takes.
+    agree, times of one contender differ by more than half, or threads waited for a core, the machine is busy: the
+    default is taken for now, and nothing is kept (`Measured.settled`). `seconds` is about how long it takes.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    begun = clock()
+    begun, waited_before = clock(), waited()
     for run in contenders.values():  # the first call of each plans and takes memory
         run()
     for index in range(_ROUNDS[1]):
@@ -219,7 +229,8 @@ def fastest(
             times[name].append(clock() - start)
     least = {name: min(each) for name, each in times.items()}
     best = min(least, key=least.__getitem__)
-    if any(statistics.median(each) > _STEADY * least[name] for name, each in times.items()):
+    busy = waited() - waited_before > _WAITING * (clock() - begun)
+    if busy or any(statistics.median(each) > _STEADY * least[name] for name, each in times.items()):
         return Measured(default, least, settled=False)
     if best == default or least[best] >= (1 - margin) * least[default]:
         return Measured(default, least)

@@ -36,6 +36,14 @@ def test_a_busy_machine_does_not_flip_a_choice(clock):
         assert fastest({"slow": disturbed(2.0), "quick": disturbed(1.0)}, "quick", seconds=1000.0).chosen == "quick"
 
 
+def test_nothing_is_decided_while_threads_wait_for_a_core(clock, monkeypatch):
+    monkeypatch.setattr(tuning, "waited", lambda: 0.2 * clock.now)
+    found = fastest(contenders(clock, slow=2.0, quick=1.0), "slow")
+    assert found.chosen == "slow" and not found.settled
+    monkeypatch.setattr(tuning, "waited", lambda: 0.01 * clock.now)
+    assert fastest(contenders(clock, slow=2.0, quick=1.0), "slow").settled
+
+
 def test_what_is_not_clear_is_not_kept(clock):
     first, calls = iter([1.0, 1.0, *[3.0] * 20]), []
 
