@@ -86,7 +86,7 @@ def precision_of_products(model: nn.Module) -> tuning.Measured:
 @torch.no_grad()
 def _measure_products(shapes: list[tuple[int, int, int]]) -> tuning.Measured:
     """Both precisions as autocast has them: weights and inputs are float32, and rounded at each product."""
-    total = dict.fromkeys(PRECISIONS, 0.0)
+    total, settled = dict.fromkeys(PRECISIONS, 0.0), True
     for outputs, inputs, count in shapes:
         rows = min(max(2**28 // (outputs * inputs), 256), 2048)
         source = torch.Generator().manual_seed(0)
@@ -99,9 +99,12 @@ def _measure_products(shapes: list[tuple[int, int, int]]) -> tuning.Measured:
                 F.linear(x, weight)
 
         contenders = {"bf16": lambda run=product: run(torch.bfloat16), "no": lambda run=product: run(None)}
-        for name, seconds in tuning.fastest(contenders, "bf16", seconds=0.15).seconds.items():
+        found = tuning.fastest(contenders, "bf16", seconds=0.15)
+        settled = settled and found.settled
+        for name, seconds in found.seconds.items():
             total[name] += seconds * count
-    return tuning.Measured("no" if total["no"] < (1 - tuning.MARGIN) * total["bf16"] else "bf16", total)
+    slower = settled and total["no"] < (1 - tuning.MARGIN) * total["bf16"]
+    return tuning.Measured("no" if slower else "bf16", total, settled=settled)
 
 
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:

@@ -10,9 +10,9 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
+import statistics
 import sys
 import threading
 import time
@@ -29,7 +29,10 @@ from fastdiff.version import __version__
 
 Value = str | int
 MARGIN = 0.03  # by so much of its time a contender has to beat the default
-_ROUNDS = (3, 15)  # of a comparison, at least and at most
+_CLEAR = 0.8  # and in so many of the turns
+_STEADY = 1.5  # medians beyond so many times the least: something else runs, too
+_WAITING = 0.1  # of the time that threads waited for a core: beyond it the machine is busy
+_ROUNDS = (5, 15)  # of a comparison, at least and at most
 clock: Callable[[], float] = time.perf_counter  # tests put another one here
 
 
@@ -41,11 +44,13 @@ class Measured:
         chosen: the contender, or a size.
         seconds: the least time of each contender.
         choices: further choices that go with the chosen one.
+        settled: whether it is worth keeping.
     """
 
     chosen: Value
     seconds: dict[str, float] = field(default_factory=dict)
     choices: dict[str, Value] = field(default_factory=dict)
+    settled: bool = True
 
 
 @dataclass
@@ -68,6 +73,15 @@ def enabled() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"FASTDIFF_TUNE: got {value!r}; expected 0 (defaults, nothing is measured) or 1")
     return value == "1"
+
+
+def waited() -> float:
+    """Seconds that threads of this process were ready to run and had no core, as Linux tells; 0 elsewhere."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that ended
+            total += int(path.read_text().split()[1])
+    return total / 1e9
 
 
 @contextlib.contextmanager
@@ -111,6 +125,12 @@ def record() -> Mapping[str, Value]:
     """The record of the run under way (`using`); empty where there is none."""
     scope = _scope.get()
     return {} if scope is None or scope.record is None else scope.record
+
+
+def choices() -> dict[str, Value]:
+    """The choices made so far in the block under way, and those that it was given."""
+    scope = _scope.get()
+    return {} if scope is None else dict(scope.made)
 
 
 def made(key: str, allowed: tuple[str, ...]) -> Value | None:
@@ -180,17 +200,24 @@ def answer(
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
                 with torch.autocast("cpu", enabled=False):
                     found = measure()
-            found = _store(key, default, found, allowed, again=scope is not None and scope.again)
+            if found.settled:
+                found = _store(key, default, found, allowed, again=scope is not None and scope.again)
+            else:
+                print(f"the machine is too busy to measure {key}: {found.chosen} for now", file=sys.stderr)
     return found
 
 
-def fastest(contenders: Mapping[str, Callable[[], object]], default: str, *, seconds: float = 0.3) -> Measured:
-    """Runs contenders in turns and takes the fastest by its least time; the default where it is as fast within 3 %.
+def fastest(
+    contenders: Mapping[str, Callable[[], object]], default: str, *, seconds: float = 0.3, margin: float = MARGIN
+) -> Measured:
+    """Runs contenders in turns and takes the fastest by its least time; the default unless it is clearly slower.
 
-    The least time is the one that other work on the machine touched least. `seconds` is about how long it takes.
+    That is by the margin, and in four of five turns: other work on the machine shall not decide. Where these two do not
+    agree, times of one contender differ by more than half, or threads waited for a core, the machine is busy: the
+    default is taken for now, and nothing is kept (`Measured.settled`). `seconds` is about how long it takes.
     """
-    least = dict.fromkeys(contenders, math.inf)
-    begun = clock()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    begun, waited_before = clock(), waited()
     for run in contenders.values():  # the first call of each plans and takes memory
         run()
     for index in range(_ROUNDS[1]):
@@ -199,11 +226,17 @@ def fastest(contenders: Mapping[str, Callable[[], object]], default: str, *, sec
         for name, run in contenders.items():
             start = clock()
             run()
-            least[name] = min(least[name], clock() - start)
+            times[name].append(clock() - start)
+    least = {name: min(each) for name, each in times.items()}
     best = min(least, key=least.__getitem__)
-    if default in least and least[best] >= (1 - MARGIN) * least[default]:
-        best = default
-    return Measured(best, least)
+    busy = waited() - waited_before > _WAITING * (clock() - begun)
+    if busy or any(statistics.median(each) > _STEADY * least[name] for name, each in times.items()):
+        return Measured(default, least, settled=False)
+    if best == default or least[best] >= (1 - margin) * least[default]:
+        return Measured(default, least)
+    won = sum(one < other for one, other in zip(times[best], times[default], strict=True))
+    settled = won >= _CLEAR * len(times[best])
+    return Measured(best if settled else default, least, settled=settled)
 
 
 # ------------------------------------------------------------------------------------------------ the cache

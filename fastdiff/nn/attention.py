@@ -4,20 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.nn.attention_path import longest_of_products
+from fastdiff.nn.attention_path import products_win
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "matmul")
 
 
 def prefers_matmul(query: Tensor, keys: int | None = None) -> bool:
-    """Whether plain products are the faster attention for a `[B, H, L, d]` query (`longest_of_products`).
+    """Whether plain products are the faster attention for a `[B, H, L, d]` query (`products_win`).
 
     That is found with as many keys as queries: with more than twice as many `keys` (None is L) it is fused attention.
     """
-    queries = query.shape[-2]
-    if query.device.type != "cpu" or (keys is not None and keys > 2 * queries):
+    if query.device.type != "cpu" or (keys is not None and keys > 2 * query.shape[-2]):
         return False
-    return queries <= longest_of_products(query, matmul_attention)
+    return products_win(query, matmul_attention)
 
 
 class SelfAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""Up to which length plain matrix products are the faster attention on a CPU: measured, or a default."""
+"""For which lengths plain matrix products are the faster attention on a CPU: measured, or a default."""
 
 from collections.abc import Callable
 
@@ -14,56 +14,70 @@ from fastdiff import tuning
 #   float32   L 16: 0.9 / 1.8    49: 1.5 / 1.9     256: 22 / 22    512: 43 / 44    1024: 110 / 71
 DEFAULT_LONGEST = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
 _LENGTHS = (16, 32, 64, 128, 256, 512, 1024)  # that are tried; a longer sequence always takes fused attention
-_ROWS = 8192  # heads x length of a trial, about: a millisecond or two
+_ROWS = 4096  # samples x heads x length of a trial, about: a millisecond or two
+_NONE = "none"  # of the lengths
+# What may be chosen: the lengths from one of these to another, "32-512".
+_RANGES = (_NONE, *(f"{a}-{b}" for a in _LENGTHS for b in _LENGTHS if a <= b))
 
 Products = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value [B, H, L, d] -> [B, H, L, d]
 
 
-def longest_of_products(query: Tensor, products: Products) -> int:
-    """The longest sequence for which `products` beats fused attention, for a query `[B, H, L, d]` on a CPU.
+def products_win(query: Tensor, products: Products) -> bool:
+    """Whether `products` beat fused attention for a query `[B, H, L, d]` on a CPU, with as many keys.
 
-    It depends on dtype, channels per head (to the next power of two), and whether a gradient is wanted: a choice of
-    `fastdiff.tuning`, measured with the query's batch and heads. 0 for other dtypes than float32, bfloat16 and float16.
+    For which lengths they do (each to the next power of two) is a choice of `fastdiff.tuning`, by dtype, channels per
+    head (to the next power of two), and whether a gradient is wanted; it is measured with the samples and heads of the
+    first query. Never for other dtypes than float32, bfloat16 and float16.
     """
-    default = DEFAULT_LONGEST.get(query.dtype, 0)
-    if not default or torch.compiler.is_compiling() or query.shape[-2] > _LENGTHS[-1]:
-        return default
+    length, longest = query.shape[-2], DEFAULT_LONGEST.get(query.dtype, 0)
+    if not longest or torch.compiler.is_compiling():
+        return length <= longest
     channels = 1 << max(query.shape[-1] - 1, 0).bit_length()
     grad = torch.is_grad_enabled() and query.requires_grad
     name = str(query.dtype).removeprefix("torch.")
     key = f"attention {name}, {channels} channels, {'training' if grad else 'inference'}"
-    heads = query.shape[:-2].numel()
-    return tuning.decide(key, default, lambda: _measure(products, query.dtype, heads, channels, grad))
+    samples, heads = query.shape[:-3].numel(), query.shape[-3]
+    chosen = tuning.decide(
+        key, f"16-{longest}", lambda: _measure(products, query.dtype, samples, heads, channels, grad), _RANGES
+    )
+    if chosen == _NONE:
+        return False
+    first, last = map(int, chosen.split("-"))
+    return first <= max(1 << max(length - 1, 0).bit_length(), _LENGTHS[0]) <= last
 
 
-def _measure(products: Products, dtype: torch.dtype, heads: int, channels: int, grad: bool) -> tuning.Measured:
-    longest, seconds = 0, {}
+def _measure(
+    products: Products, dtype: torch.dtype, samples: int, heads: int, channels: int, grad: bool
+) -> tuning.Measured:
+    won, seconds, settled = [], {}, True
     for length in _LENGTHS:
-        plain, fused = f"{length} tokens, plain products", f"{length} tokens, fused"
-        default = plain if length <= DEFAULT_LONGEST[dtype] else fused
-        count = max(min(heads, _ROWS // length), 1)
+        plain, fused = f"{length} tokens, products", f"{length} tokens, fused"
+        size = (max(min(samples, _ROWS // (heads * length)), 1), length, 3, heads, channels)
         contenders = {
-            plain: _trial(products, dtype, count, length, channels, grad),
-            fused: _trial(F.scaled_dot_product_attention, dtype, count, length, channels, grad),
+            plain: _trial(products, dtype, size, grad, copied=True),
+            fused: _trial(F.scaled_dot_product_attention, dtype, size, grad, copied=False),
         }
-        found = tuning.fastest(contenders, default, seconds=0.04)
-        seconds |= found.seconds
-        if found.chosen == fused:
-            break
-        longest = length
-    return tuning.Measured(longest, seconds)
+        found = tuning.fastest(contenders, plain if length <= DEFAULT_LONGEST[dtype] else fused, seconds=0.03)
+        seconds, settled = seconds | found.seconds, settled and found.settled
+        won += [length] if found.chosen == plain else []
+    if not settled:
+        return tuning.Measured(f"16-{DEFAULT_LONGEST[dtype]}", seconds, settled=False)
+    return tuning.Measured(f"{won[0]}-{won[-1]}" if won else _NONE, seconds)
 
 
 def _trial(
-    attention: Products, dtype: torch.dtype, heads: int, length: int, channels: int, grad: bool
+    attention: Products, dtype: torch.dtype, size: tuple[int, ...], grad: bool, copied: bool
 ) -> Callable[[], None]:
-    """One call as a model makes it: query, key and value are views of one projection [1, L, 3, H, d]."""
+    """One call as a model makes it: query, key and value are views of one projection [B, L, 3, H, d].
+
+    Products want them `copied` apart.
+    """
     source = torch.Generator().manual_seed(0)
-    packed = torch.randn(1, length, 3, heads, channels, generator=source, dtype=torch.float32, device="cpu").to(dtype)
-    packed.requires_grad_(grad)
+    packed = torch.randn(size, generator=source, dtype=torch.float32, device="cpu").to(dtype).requires_grad_(grad)
 
     def run() -> None:
-        mixed = attention(*packed.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2).flatten(2)
+        views = packed.permute(2, 0, 3, 1, 4)
+        mixed = attention(*(views.contiguous() if copied else views).unbind(0)).transpose(1, 2).flatten(2)
         if grad:
             mixed.backward(mixed.detach())
             packed.grad = None

@@ -83,8 +83,9 @@ def _measure_chunks(rows_kernel: Callable[..., Tensor], dtype: torch.dtype, dim:
         for rows in _CHUNKS
     }
     with torch.no_grad():
-        found = tuning.fastest(trials, default="512", seconds=0.2)
-    return tuning.Measured(int(found.chosen), {f"{name} rows": each for name, each in found.seconds.items()})
+        found = tuning.fastest(trials, default="512", seconds=0.2, margin=0.06)
+    seconds = {f"{name} rows": each for name, each in found.seconds.items()}
+    return tuning.Measured(int(found.chosen), seconds, settled=found.settled)
 
 
 def _parts(size: int, at_most: int) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ from fastdiff import tuning
 from fastdiff.ops import _native
 from fastdiff.ops.adaln import adaln
 
+_GRAIN = 16384  # the default, as in kernels/common/tuning.h
 _ELEMENTS = (1 << 13, 1 << 14, 1 << 15, 1 << 16, 1 << 17)
 _PARTS_OF_CACHE = (0.25, 0.5, 1.0, 2.0)
 _MOST_BYTES = 1 << 28  # of a call that is tried: larger caches are taken at their word
@@ -24,7 +25,7 @@ def measure_sizes() -> None:
         return
     try:
         if torch.get_num_threads() > 1:
-            tuning.answer("thread_grain", native.tuning()["thread_grain"], _measure_grain)
+            tuning.answer("thread_grain", _GRAIN, _measure_grain)
         if tuning.last_cache_bytes() is not None:
             tuning.answer("stream_bytes", tuning.last_cache_bytes() // 4 * 5, _measure_stream)
     finally:
@@ -67,15 +68,20 @@ def _measure_grain() -> tuning.Measured:
             seconds=0.03,
         )
         seconds |= found.seconds
+        if not found.settled:
+            return tuning.Measured(_GRAIN, seconds, settled=False)
         if found.chosen == both:
             break
     return tuning.Measured(elements // 2, {name: each / 10 for name, each in seconds.items()})
 
 
 def _measure_stream() -> tuning.Measured:
-    """The least bytes, of some parts of the last cache, from which stores past it win, the next reader included."""
+    """From how many bytes on stores past the caches win, the next reader included, of some parts of the last cache.
+
+    The default where it lies between those that lose and those that win.
+    """
     cache, seconds = tuning.last_cache_bytes(), {}
-    chosen = cache // 4 * 5
+    default, lost = cache // 4 * 5, 0
     for part in _PARTS_OF_CACHE:
         moved = int(part * cache)
         if moved > _MOST_BYTES:
@@ -95,7 +101,9 @@ def _measure_stream() -> tuning.Measured:
             seconds=0.1,
         )
         seconds |= found.seconds
+        if not found.settled:
+            return tuning.Measured(default, seconds, settled=False)
         if found.chosen == past:
-            chosen = moved
-            break
-    return tuning.Measured(chosen, seconds)
+            return tuning.Measured(default if lost < default < moved else moved, seconds)
+        lost = moved
+    return tuning.Measured(max(default, 2 * lost), seconds)

@@ -4,9 +4,11 @@
 """
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +27,8 @@ from fastdiff.training.setup import on_cpu
 from fastdiff.training.task import Batch, Task
 
 _SECONDS = 1.5  # for the steps of a comparison, about
-_STEP_SECONDS = 0.2  # for one of them, at most: each precision has one to warm up and at least three
+_STEP_SECONDS = 0.2  # for one of them, at most: each precision has one to warm up and at least five
+_SLOW_SECONDS = 3.0  # of a step: another one would cost too much
 _MOST_WEIGHTS = 2 * 10**8  # of a model of which whole samples are tried
 _BATCHES = 5  # of which the middle one by size is tried: windows of text differ from step to step
 
@@ -93,7 +96,7 @@ def _measure_step(task: Task, slots: int, wanted: tuple[str, ...]) -> tuning.Mea
     model = copy.deepcopy(task.model).train()  # gradients, buffers and hooks of the run's own stay as they are
     made: dict[str, Choices] = {}
     step = functools.partial(_step, task, model, made)
-    batch = _fitting_batch(task, slots, functools.partial(step, wanted[0]))
+    batch = _fitting_batch(task, slots, functools.partial(step, wanted[0], measured=False))
     if batch is None:
         return _by_products(model, wanted)
     contenders = {name: functools.partial(step, name, batch) for name in wanted}
@@ -101,18 +104,23 @@ def _measure_step(task: Task, slots: int, wanted: tuple[str, ...]) -> tuning.Mea
     with torch.no_grad():  # for what sampling asks
         step(found.chosen, batch)
     choices = {key: value for key, value in made[found.chosen].items() if key != "mixed_precision"}
-    return tuning.Measured(found.chosen, found.seconds, choices)
+    return dataclasses.replace(found, choices=choices)
 
 
 def _fitting_batch(task: Task, slots: int, step: Callable[[Batch], None]) -> Batch | None:
     """The largest part of a step's batch that is quick enough; None where not even one sample is."""
-    step(_batch(task, 1))  # warms up
+    step(_batch(task, 1))  # the first of all takes long
     size = 1
     while True:
-        batch = _batch(task, size)
-        start = tuning.clock()
-        step(batch)
-        seconds = tuning.clock() - start
+        batch, seconds = _batch(task, size), math.inf
+        for _ in range(3):  # a size's first calls plan and take memory
+            start = tuning.clock()
+            step(batch)
+            seconds = min(seconds, tuning.clock() - start)
+            if seconds > _SLOW_SECONDS:
+                return None
+            if size > 1 and seconds < _STEP_SECONDS / 2:
+                break
         fitting = min(slots, 8 * size, int(size * _STEP_SECONDS / max(seconds, 1e-9)))
         if fitting < 1:
             return None
@@ -133,14 +141,21 @@ def _batch(task: Task, size: int) -> Batch:
     return sorted(batches, key=lambda batch: sum(each.numel() for each in batch.values()))[_BATCHES // 2]
 
 
-def _step(task: Task, model: nn.Module, made: dict[str, Choices], name: str, batch: Batch) -> None:
-    """Forward and backward as the trainer has them (accelerate's autocast of `forward`), in a precision."""
+def _step(
+    task: Task, model: nn.Module, made: dict[str, Choices], name: str, batch: Batch, measured: bool = True
+) -> None:
+    """Forward and backward as the trainer has them (accelerate's autocast of `forward`), in a precision.
+
+    With `measured` False other choices are defaults: what they depend on is that of the whole batch.
+    """
     plain = type(model).forward.__get__(model)
     rounded = autocast("cpu", torch.bfloat16)(plain)
     model.forward = plain if name == "no" else convert_outputs_to_fp32(rounded)
-    with tuning.measuring({"mixed_precision": name, **made.get(name, {})}) as choices:
+    known = {"mixed_precision": name, **made.get(name, {})}
+    with tuning.measuring(known) if measured else tuning.using(known):
         loss = task.loss(model, batch)
-    made[name] = dict(choices)
+        if measured:
+            made[name] = tuning.choices()
     if loss.requires_grad:
         loss.backward()
         model.zero_grad(set_to_none=True)

@@ -34,6 +34,7 @@ class Machine:
         self.patch.setenv("FASTDIFF_TUNE", "1")
         self.patch.setenv("FASTDIFF_CACHE", str(shutil.copytree(self.known, self.folder / f"cache_{self.moves}")))
         self.patch.setattr(tuning, "clock", self.clock)
+        self.patch.setattr(tuning, "waited", lambda: 0.0)
 
     def __deepcopy__(self, memo):  # what copies of the model's hooks move is this clock
         return self
@@ -56,6 +57,7 @@ def known(tmp_path_factory):
         patch.setenv("FASTDIFF_TUNE", "1")
         patch.setenv("FASTDIFF_CACHE", str(folder))
         patch.setattr(tuning, "clock", lambda: next(ticks))
+        patch.setattr(tuning, "waited", lambda: 0.0)
         measure_sizes()
         model, x = SelfAttention(32, 2), torch.zeros(1, 4, 32)
         for dtype in (torch.float32, torch.bfloat16):

@@ -26,4 +26,5 @@ def clock(monkeypatch, tmp_path) -> Clock:
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     clock = Clock()
     monkeypatch.setattr(tuning, "clock", clock)
+    monkeypatch.setattr(tuning, "waited", lambda: 0.0)
     return clock

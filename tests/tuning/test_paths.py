@@ -8,7 +8,7 @@ from torch import nn
 from fastdiff import _C, tuning
 from fastdiff.device import autocast_dtype
 from fastdiff.nn.attention import SelfAttention
-from fastdiff.nn.attention_path import longest_of_products
+from fastdiff.nn.attention_path import products_win
 from fastdiff.ops import adaln, gated_residual_adaln, masked_linear_cross_entropy
 from fastdiff.ops._sizes import measure_sizes
 from fastdiff.tuning import measuring, using
@@ -20,13 +20,13 @@ def query(length, dtype=torch.float32, grad=False):
     return torch.zeros(2, 2, length, 16, dtype=dtype, requires_grad=grad)
 
 
-@pytest.mark.parametrize(("crossing", "expected"), [(100, 64), (10, 0), (5000, 1024), (300, 256)])
+@pytest.mark.parametrize(("crossing", "expected"), [(100, "16-64"), (10, "none"), (5000, "16-1024"), (300, "16-256")])
 def test_attention_is_by_what_is_faster_at_each_length(clock, monkeypatch, crossing, expected):
     """Products cost L², fused attention `crossing` · L: it pays from there on."""
     seen = []
 
     def products(query, key, value):
-        seen.append((query.dtype, query.requires_grad, query.shape[-1]))
+        seen.append((query.dtype, query.requires_grad, *query.shape[1::2]))
         clock.work(query.shape[-2] ** 2)
         return query
 
@@ -36,23 +36,31 @@ def test_attention_is_by_what_is_faster_at_each_length(clock, monkeypatch, cross
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
     with measuring() as made:
-        assert longest_of_products(query(49, torch.bfloat16, grad=True), products) == expected
-        assert longest_of_products(query(49, torch.bfloat16, grad=True), products) == expected
-        assert set(seen) == {(torch.bfloat16, True, 16)}
-        longest_of_products(query(49), products)
+        for length in (1, 16, 49, 64, 65, 100, 1024, 2000):
+            wins = products_win(query(length, torch.bfloat16, grad=True), products)
+            assert wins == (1 << (max(length, 16) - 1).bit_length() <= min(crossing, 1024))
+        assert set(seen) == {(torch.bfloat16, True, 2, 16)}
+        products_win(query(49), products)
     assert made == {KEY.format("bfloat16", "training"): expected, KEY.format("float32", "inference"): expected}
+
+
+def test_short_sequences_may_be_left_to_fused_attention(clock, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: (clock.work(10 + q.shape[-2]), q)[1])
+    with measuring():
+        won = [products_win(query(n), lambda q, k, v: (clock.work(50), q)[1]) for n in (16, 32, 40, 64, 1024)]
+    assert won == [False, False, True, True, True]
 
 
 def test_attention_has_a_default_where_nothing_is_measured(clock):
     def never(query, key, value):
         raise AssertionError("measured")
 
-    assert [longest_of_products(query(1, dtype), never) for dtype in (torch.float32, torch.bfloat16)] == [128, 512]
-    with using({KEY.format("float32", "inference"): 32}):
-        assert longest_of_products(query(8), never) == 32
+    for dtype, longest in ((torch.float32, 128), (torch.bfloat16, 512), (torch.float16, 512)):
+        assert products_win(query(longest, dtype), never) and not products_win(query(longest + 1, dtype), never)
+    with using({KEY.format("float32", "inference"): "32-64"}):
+        assert [products_win(query(n), never) for n in (16, 17, 64, 65)] == [False, True, True, False]
     with measuring():
-        assert longest_of_products(query(2000), never) == 128  # beyond all lengths that are tried
-        assert longest_of_products(query(8, torch.float64), never) == 0
+        assert not products_win(query(8, torch.float64), never)
 
 
 def test_a_compiler_sees_the_default(clock):
@@ -70,8 +78,8 @@ def test_a_choice_of_attention_changes_rounding_alone(dtype):
     torch.manual_seed(0)
     model, x = SelfAttention(32, 2), torch.randn(2, 24, 32)
     name, found = str(dtype).removeprefix("torch."), []
-    for longest in (0, 1024):
-        with using({KEY.format(name, "training"): longest}), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
+    for chosen in ("none", "16-1024"):
+        with using({KEY.format(name, "training"): chosen}), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
             out = model(x)
         (gradient,) = torch.autograd.grad(out.float().square().sum(), model.qkv.weight)
         found.append((out.float(), gradient))
