@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "kernels/common/dtype.h"
 #include "kernels/common/parallel_for.h"
@@ -66,10 +67,10 @@ inline bool poison_empty() {
 }
 
 // A new contiguous tensor on like's device. The C shim is called directly: the dispatcher costs a microsecond more.
-template <int kDims>
-Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type) {
-  int64_t strides[kDims], stride = 1;
-  for (int i = kDims - 1; i >= 0; i--) {
+inline Tensor empty(const Tensor& like, int64_t dims, const int64_t* sizes, ScalarType type) {
+  std::vector<int64_t> strides(dims);
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; i--) {
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
@@ -79,11 +80,20 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type)
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
   FASTDIFF_TORCH_CALL(
-      aoti_torch_empty_strided(kDims, sizes, strides, dtype, device_type, device_index, &handle));
+      aoti_torch_empty_strided(dims, sizes, strides.data(), dtype, device_type, device_index, &handle));
   Tensor result(handle);
   if (poison_empty())
     torch::stable::fill_(result, type == ScalarType::Long ? -0x1p62 : std::numeric_limits<double>::quiet_NaN());
   return result;
+}
+template <int kDims>
+Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type) {
+  return empty(like, kDims, sizes, type);
+}
+inline Tensor empty_like_contiguous(const Tensor& x) {  // its shape and dtype
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
+  return empty(x, x.dim(), sizes.data(), x.scalar_type());
 }
 
 // Views of bytes can begin anywhere; the kernels' elements cannot.

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "continues prompts with a masked diffusion language model",
     "evaluate": "scores a run",
     "demo": "trains a small model on handwritten digits in five minutes, and scores it",
+    "tune": "measures again what is faster on this machine, and shows it",
     "info": "tells what this installation is and which kernels it can run here",
 }
 

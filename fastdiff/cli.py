@@ -31,6 +31,8 @@ _LISTS: dict[str, Any] = {
 def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
     """`fastdiff <action> RUN [options]`: does a kind's action on a run; the options are those that fit the run."""
     from fastdiff.tasks.kinds import KINDS, action_of, kind_named
+    from fastdiff.training.run_folder import locate
+    from fastdiff.tuning import using
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     usage = f"fastdiff {action} RUN [options]"
@@ -57,7 +59,9 @@ def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
     given = vars(parser.parse_args([path, *arguments]))  # first: an option with several values would take it
     made = options_from(options, given)
     quiet_libraries()
-    act(given["run"], made)
+    folder, _ = locate(given["run"])
+    with using(folder.choices() or None):  # what the run goes by, or what is measured
+        act(given["run"], made)
 
 
 def find_path(arguments: Sequence[str], switches: Collection[str] = ()) -> str | None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import warnings
 from argparse import ArgumentError  # jsonargparse raises the same
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -40,6 +41,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             sys.stdout.reconfigure(errors="backslashreplace")
         if os.environ.get("FASTDIFF_TRACEBACK") == "1":
             return main(argv)
+        format_of_before = warnings.formatwarning
+        warnings.formatwarning = lambda message, *_, **__: f"{one_line(message)}\n"  # without the line of our source
         try:
             main(argv)
             sys.stdout.flush()  # here, where an error of it is caught
@@ -61,5 +64,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             if error.filename is None:  # not about a file of the user's
                 raise
             fail(f"{error.filename}: {error.strerror}", 2)
+        finally:
+            warnings.formatwarning = format_of_before
 
     return wrapper

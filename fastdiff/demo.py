@@ -7,7 +7,6 @@ scores what comes out. Everything lies in runs/demo/ afterwards.
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -78,15 +77,10 @@ def measure_rates(recipe: Any, data: Any, *, rounds: int, steps: int, seconds: f
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     from fastdiff.device import computes_bf16
+    from fastdiff.tuning import cpu_name
 
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a kernel that does not tell
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16_instructions": computes_bf16("cpu"),

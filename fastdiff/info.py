@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import fastdiff
-from fastdiff import backends
+from fastdiff import backends, tuning
 from fastdiff.commands import command
 from fastdiff.ops import _native
 
@@ -42,7 +42,7 @@ def report() -> str:
     for name, entries in backends.table().items():
         alike.setdefault(_backends_of(name, entries), []).append(f"fastdiff.ops.{name}")
     lines += [line for text, names in alike.items() for line in (*names, text)]  # what holds of many is said once
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *tuning.table(), "`fastdiff tune` measures again; FASTDIFF_TUNE=0 takes defaults"])
 
 
 def tested_versions() -> str:
