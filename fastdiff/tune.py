@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from fastdiff import tuning
 from fastdiff.arguments import ArgumentParser
-from fastdiff.cli import command, quiet_libraries
+from fastdiff.cli import quiet_libraries
+from fastdiff.commands import command
 from fastdiff.recipes import parse_recipe
 from fastdiff.shipped import find_recipe
 from fastdiff.tasks.kinds import kind_named, recipe_kind
