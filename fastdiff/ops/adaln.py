@@ -94,8 +94,8 @@ def gated_residual_adaln(
         weight, bias, norm, eps: as for `adaln`. The statistics are those of the stored, rounded r.
         gate_activation: None, or "tanh" to gate with tanh(gate), taken in fp32.
         saturate: keeps a float16 r within ±65504, its largest numbers, where it would overflow to infinity, as public
-            float16 blocks clip it; the gradient is that of `torch.clip`, 0 for what was clipped. Other dtypes of
-            residual are left as they are.
+            float16 blocks clip it; the gradient is 0 for what was clipped. Other dtypes of residual are left as
+            they are.
         residual_out, out: written instead of new tensors (both or neither; `residual_out` may be `residual`
             itself); no gradient flows then.
 

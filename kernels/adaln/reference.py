@@ -64,5 +64,6 @@ def gated_residual_adaln(
     compute = _compute_dtype(residual)
     stream = (residual.to(compute) + _rows(gate, residual) * branch.to(compute)).to(residual.dtype)
     if saturate and stream.dtype == torch.float16:
-        stream = stream.clip(-65504, 65504)
+        # not clip, whose gradient at the bounds is 1 until torch 2.13 and 0 from 2.14 on: here it is 1
+        stream = torch.where(stream.abs() > 65504, stream.detach().clip(-65504, 65504), stream)
     return stream, adaln(stream, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype)

@@ -86,7 +86,8 @@ def plain_saturated(residual, branch, gate, weights):
     gradients of the stream times `weights`)."""
     leaves = [t.double().requires_grad_() for t in (residual, branch, gate)]
     total = leaves[0] + leaves[2][:, None] * leaves[1]
-    stream = total.half().clip(-65504, 65504)
+    rounded = total.half()
+    stream = torch.where(rounded.isinf(), rounded.detach().clip(-65504, 65504), rounded)
     out = reference.adaln(stream.detach().double(), None, None)
     (stream * weights).sum().backward()
     return stream.detach(), out, [leaf.grad for leaf in leaves]
