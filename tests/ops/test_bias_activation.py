@@ -62,8 +62,10 @@ ULPS = {F32: 8.0, BF16: 0.6, F16: 0.6}
 @activations
 @pytest.mark.parametrize("dtype", ULPS, ids=["f32", "bf16", "f16"])
 def test_values_and_slopes_are_within_a_few_units_in_the_last_place(row, activation, dtype):
-    """In the far tail the gate, which is multiplied with v, may be off by 2^-29, in bfloat16 by 2^-22;
-    torch's exact GELU is by 2^-24."""
+    """In the far tail the gate, which is multiplied with v, may be off by 2^-29, in bfloat16 by 2^-22.
+
+    torch's exact GELU is off by 2^-24 there.
+    """
     x = torch.linspace(-12, 12, 4001).to(row.device, dtype)
     with row.active():
         out, grad = with_gradient(x, activation)
