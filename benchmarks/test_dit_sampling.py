@@ -1,7 +1,7 @@
 """Guided sampling of a DiT, in images/s: fastdiff's, the same on reference operators, the usual public way.
 
-The usual way is that of public sampling loops over facebookresearch/DiT: each step calls the model, under an autocast of
-its own, on a batch that holds every sample twice, with its label and with the null label.
+The usual way is that of public sampling loops over facebookresearch/DiT: each step calls the model, under an autocast
+of its own, on a batch that holds every sample twice, with its label and with the null label.
 """
 
 from collections.abc import Callable

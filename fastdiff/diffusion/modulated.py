@@ -4,7 +4,6 @@ A modulation depends on time and label, not on the sample. A sampler knows its t
 few labels: ten classes and the null label need eleven rows a step, where a guided batch of a hundred has two hundred.
 """
 
-import torch
 from torch import Tensor, nn
 
 from fastdiff.nn.head import unhooked

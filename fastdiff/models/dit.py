@@ -150,7 +150,8 @@ class DiT(Pretrained):
             modulations: rows of what `modulations` gave. Timestep and labels are then known and not looked at again.
 
         Raises:
-            ValueError: a shape that does not fit, modulations beside a conditioning by layer or token, or (on CPU tensors) a label out of range.
+            ValueError: a shape that does not fit, modulations beside a conditioning by layer or token, or (on CPU
+                tensors) a label out of range.
             TypeError: labels that are not int64.
         """
         x = self.x_embedder(sample)
