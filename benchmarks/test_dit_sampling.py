@@ -100,7 +100,7 @@ def measured(case: str, dtype: str, rounds: int, benchmark, *sizes) -> measure.R
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_demo_model(dtype, benchmark, report):
     case = f"dim {DEMO.hidden_size}, depth {DEMO.depth}, 28x28x1"
-    report(measured(case, dtype, 5, benchmark, DEMO, 40, 25, 1.5))
+    report(measured(case, dtype, 5, benchmark, DEMO, 20, 25, 1.5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
