@@ -25,6 +25,7 @@ from fastdiff.tasks.images import to_pil
 from fastdiff.tasks.labels import labels_of, parse_labels
 from fastdiff.tasks.run import Found, Run, check_count, find, going_by_choices, sampling_keys, stored_sampling
 from fastdiff.training.checkpoint import load_weights
+from fastdiff.training.setup import keep_freed_memory
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -128,6 +129,7 @@ class DiTRun(Run):
         Sample i depends on its label and on seed + i alone, whatever `batch_size` (rounding aside). The network runs
         in the precision that the run would train in on this device (`fastdiff.device.autocast_dtype`). `keep` gets the
         samples drawn so far, [n, C, H, W], after each batch but the last (`fastdiff.tasks.results.AsTheyCome`).
+        On a CPU the process then keeps freed memory for what it allocates next, as in training.
 
         Raises:
             ValueError: a sampler that does not fit the run, or a label out of range.
@@ -135,6 +137,8 @@ class DiTRun(Run):
         labels, parts = torch.as_tensor(labels), []
         check_sampler(sampling, self.diffusion, len(labels))
         device = next(self.model.parameters()).device
+        if device.type == "cpu":  # as the trainer: else a fifth of the time goes into page faults of activations
+            keep_freed_memory()
         with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
                 part = labels[start : start + batch_size]
