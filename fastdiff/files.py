@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,11 +261,14 @@ class RecordFile:
                 os.truncate(self.path, size)
 
 
-def output_path(given: str | None, default: Path) -> Path:
+def output_path(given: str | None, default: Path, suffixes: Collection[str] | None = None) -> Path:
     """Where a command writes its result, after a try to open it: before work that would be lost.
+
+    `suffixes` are those of what is written; None is the default's alone.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: it cannot be written; the message says how to mend it.
+        ValueError: its name says that it is of another format than what is written.
     """
     path = Path(given or default)
     name, existed = f"--output {str(path)!r}", os.path.exists(path)
@@ -275,6 +278,9 @@ def output_path(given: str | None, default: Path) -> Path:
         raise PermissionError(f"{name} is a device or a pipe; expected the name of a file")
     if not os.path.isdir(path.parent):
         raise FileNotFoundError(f"{name} lies in a folder that does not exist; make it first")
+    written = {Path(default).suffix} if suffixes is None else set(suffixes)
+    if path.suffix and path.suffix.lower() not in written:
+        raise ValueError(f"{name} is of another format; expected a name that ends in {' or '.join(sorted(written))}")
     try:
         path.open("ab").close()
         if not existed:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.data.config import check_class_names
 from fastdiff.data.datasets import stratified_split
 from fastdiff.data.file_checks import class_folders, natural_order
 from fastdiff.data.labelled import LabelledData
@@ -36,6 +37,8 @@ class AudioDataConfig:
             on stderr (none at the 0.512 s of the default); longer files give several windows.
         hop: samples from one window of a file to the next; not used by spoken_digits.
         held_out_fraction: share of each class's files that audio_folder holds out.
+        class_names: the names of audio_folder's subfolders in the order of their labels; null takes the natural order
+            (2 before 10).
     """
 
     name: Literal["spoken_digits", "alsa", "audio_folder"] = "spoken_digits"
@@ -44,8 +47,10 @@ class AudioDataConfig:
     num_samples: int = 4096
     hop: int = 1024
     held_out_fraction: float = 0.1
+    class_names: list[str] | None = None
 
     def __post_init__(self):
+        check_class_names(self.class_names, self.name, "audio_folder")
         for name in ("sampling_rate", "num_samples", "hop"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
@@ -173,7 +178,7 @@ def _audio_folder(config: AudioDataConfig) -> AudioData:
             f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder of WAV "
             "files per class"
         )
-    classes = class_folders(root)
+    classes = class_folders(root, config.class_names)
     files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() == ".wav") for folder in classes]
     if not classes:
         raise ValueError(

@@ -8,6 +8,15 @@ from fastdiff.errors import named
 DataName = Literal["mnist5k", "digits", "fashion_mnist", "image_folder"]
 
 
+def check_class_names(class_names: list[str] | None, name: str, folder_kind: str) -> None:
+    """Raises ValueError where a recipe names the classes of a data set that has its own."""
+    if class_names is not None and name != folder_kind:
+        raise ValueError(
+            f"{named('class_names')}: got {class_names} with {name}, whose classes have their order; leave it out, or "
+            f"take {folder_kind}"
+        )
+
+
 @dataclass
 class DataConfig:
     """Which images to train on.
@@ -24,6 +33,8 @@ class DataConfig:
         check: how image_folder's files are looked at before training: "decode" decodes each once (what was decoded is
             remembered in the cache until it changes), so that no run ends midway for a broken one; "headers" opens
             them.
+        class_names: the names of image_folder's subfolders in the order of their labels; null takes the natural order
+            (2 before 10).
     """
 
     name: DataName = "mnist5k"
@@ -33,8 +44,10 @@ class DataConfig:
     held_out_fraction: float = 0.1
     horizontal_flip: bool = False
     check: Literal["headers", "decode"] = "decode"
+    class_names: list[str] | None = None
 
     def __post_init__(self):
+        check_class_names(self.class_names, self.name, "image_folder")
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(
                 f"{named('held_out_fraction')}: got {self.held_out_fraction}; expected a number between 0 and 1"

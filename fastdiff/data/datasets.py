@@ -117,7 +117,7 @@ def _idx_path(folder: Path, name: str) -> Path | None:
 
 
 def load_image_folder(config: DataConfig) -> ImageData:
-    """Images in one subfolder per class; classes are numbered in the natural order of their folders' names (2, 10)."""
+    """Images in one subfolder per class; classes are numbered in the order of `class_folders`."""
     if config.folder is None:
         raise ValueError(
             f"{named('folder')}: got none; image_folder needs a folder with one subfolder of images per class"
@@ -128,7 +128,7 @@ def load_image_folder(config: DataConfig) -> ImageData:
             f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder of "
             "images per class"
         )
-    classes = class_folders(root)
+    classes = class_folders(root, config.class_names)
     files = [sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for folder in classes]
     if not classes:
         raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from fastdiff.data.pictures import check_picture, picture_size
+from fastdiff.errors import named
 from fastdiff.files import cache_folder, make_folder_once
 
 Check = Literal["headers", "decode"]
@@ -26,9 +27,23 @@ def natural_order(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=key)
 
 
-def class_folders(root: Path) -> list[Path]:
-    """The subfolders of a folder in the natural order of their names, hidden ones left out: label i is the i-th."""
-    return natural_order(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+def class_folders(root: Path, names: Sequence[str] | None = None) -> list[Path]:
+    """The subfolders of a folder, hidden ones left out: label i is the i-th.
+
+    They come in the natural order of their names, or in the order of `names`. Raises ValueError where these are not
+    just the subfolders' names.
+    """
+    found = natural_order(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if names is None:
+        return found
+    there = [folder.name for folder in found]
+    if sorted(names) != sorted(there):
+        unlike = sorted(set(names) ^ set(there))
+        raise ValueError(
+            f"{named('class_names')}: got {len(names)} names; expected each of the {len(there)} subfolders of "
+            f"{str(root)!r} once" + (f", and no other: {', '.join(map(repr, unlike[:3]))}" if unlike else "")
+        )
+    return [root / name for name in names]
 
 
 def check_pictures(paths: Sequence[Path], check: Check) -> list[tuple[int, int]]:
@@ -78,11 +93,11 @@ def _each(look: Callable[[Path], Result], paths: Sequence[Path], what: str) -> l
     broken = [result for result in results if isinstance(result, Exception)]
     if len(broken) > 1:
         more = f"so are {len(broken) - 1} more of {len(paths)} files"
-        raise ValueError(f"{broken[0]} ({more}, such as {_named(broken[1])})") from broken[0]
+        raise ValueError(f"{broken[0]} ({more}, such as {_shortened(broken[1])})") from broken[0]
     if broken:
         raise broken[0]
     return results
 
 
-def _named(error: Exception) -> str:
+def _shortened(error: Exception) -> str:
     return str(error)[:200]

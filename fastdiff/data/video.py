@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.data.config import DataConfig
+from fastdiff.data.config import DataConfig, check_class_names
 from fastdiff.data.datasets import load_mnist5k, stratified_split
 from fastdiff.data.file_checks import check_pictures, class_folders, natural_order
 from fastdiff.data.images import ArrayImages, FileImages
@@ -43,6 +43,8 @@ class VideoDataConfig:
         check: how video_folder's frames are looked at before training: "decode" decodes each once (what was decoded is
             remembered in the cache until it changes), so that no run ends midway for a broken one; "headers" opens
             them.
+        class_names: the names of video_folder's subfolders in the order of their labels; null takes the natural order
+            (2 before 10).
     """
 
     name: Literal["moving_digits", "video_folder"] = "moving_digits"
@@ -56,8 +58,10 @@ class VideoDataConfig:
     channels: Literal[1, 3] = 1
     held_out_fraction: float = 0.1
     check: Literal["headers", "decode"] = "decode"
+    class_names: list[str] | None = None
 
     def __post_init__(self):
+        check_class_names(self.class_names, self.name, "video_folder")
         for name in ("num_frames", "frame_size", "digit_size", "videos_per_digit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{named(name)}: got {getattr(self, name)}; expected at least 1")
@@ -203,7 +207,7 @@ def _video_folder(config: VideoDataConfig) -> VideoData:
             f"{named('folder')}: got {config.folder!r}, which is not a folder; expected one with a subfolder per "
             "class, in it one per video"
         )
-    classes = class_folders(root)
+    classes = class_folders(root, config.class_names)
     if not classes:
         raise ValueError(f"{named('folder')}: got {config.folder!r}, which has no subfolders; expected one per class")
     folders: list[Path] = []  # of frames

@@ -34,7 +34,7 @@ def labels_of(values: "Iterable[int | str] | Tensor | int | str", class_names: S
     single = isinstance(values, int | str) or getattr(values, "ndim", 1) == 0  # ndim: of tensors and NumPy's numbers
     values = [values] if single else values
     try:
-        values = [value if isinstance(value, str) else operator.index(value) for value in values]
+        values = [value if isinstance(value, str) else _index(value) for value in values]
     except TypeError:
         raise TypeError(f"labels: got {values!r}; expected class labels or names, one or several") from None
     texts = [value for value in values if isinstance(value, str)]
@@ -45,6 +45,12 @@ def labels_of(values: "Iterable[int | str] | Tensor | int | str", class_names: S
         (_numbered if is_digits else label_of)(value, class_names)
         for value, is_digits in zip(values, digits, strict=True)
     ]
+
+
+def _index(value: int) -> int:
+    if isinstance(value, bool):  # which Python takes for 0 or 1
+        raise TypeError
+    return operator.index(value)
 
 
 def parse_labels(text: str, class_names: Sequence[str]) -> list[int]:

@@ -47,9 +47,11 @@ class DataOptions:
 
     Attributes:
         accept_changed_data: go on although the data is not what the run was trained on; a line says what changed
+        data_path: the file or folder of the data, where it does not lie where the run's recipe says
     """
 
     accept_changed_data: bool = False
+    data_path: str | None = None
 
 
 @dataclass

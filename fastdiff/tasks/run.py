@@ -1,8 +1,10 @@
 """What the loaded runs of all kinds have in common."""
 
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -10,6 +12,9 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import numpy as np
 from torch import nn
 
+from fastdiff import tuning
+from fastdiff.data.file_checks import class_folders
+from fastdiff.device import PRECISIONS
 from fastdiff.files import read_json
 from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, naming_config, read_config
 from fastdiff.recipes import plain
@@ -17,12 +22,12 @@ from fastdiff.tasks.hub import local_folder, upload
 from fastdiff.tasks.kinds import kind_named, kind_of
 from fastdiff.tasks.model_card import has_card, write_model_card
 from fastdiff.training.checkpoint import AVERAGED, OPTIMIZER, STATE_FILE, WEIGHTS, check_files, read_state
-from fastdiff.training.provenance import DataSet, check_data, records_of
+from fastdiff.training.provenance import DataSet, check_data, class_order, records_of
 from fastdiff.training.run_folder import RunFolder, locate, locate_checkpoint
 
 Sampling = TypeVar("Sampling")
 ACCEPT_CHANGED_DATA = "--accept-changed-data"  # the option of commands that compare a run with its data
-_PRECISIONS = ("auto", "bf16", "no")
+_PRECISIONS = ("auto", *PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,20 @@ class Found:
         """The fields of `Run` that say where it came from."""
         step = None if self.state is None else self.state["step"]
         return {
-            "source": self.source, "folder": self.folder, "step": step, "weights": self.weights, "state": self.state
+            "source": self.source, "folder": self.folder, "step": step, "weights": self.weights, "state": self.state,
+            "choices": self.choices,
         }  # fmt: skip
+
+    @property
+    def choices(self) -> dict[str, Any] | None:
+        """What it goes by on a CPU: its run's record, or its config.json's; None where that is the machine's to say."""
+        if self.folder is not None:
+            return self.folder.choices() or None
+        file = self.source / CONFIG_NAME
+        choices = read_config(self.source).get("choices") if file.is_file() else None
+        if choices is not None and not isinstance(choices, dict):
+            raise ValueError(f"{file}: choices: got {choices!r}; expected an object")
+        return choices or None
 
 
 def find(path: str | Path, kind: str, weights: str, files: Sequence[str] | None = None) -> Found:
@@ -88,6 +105,15 @@ def _checked(found: Found) -> Found:
     return found
 
 
+@contextlib.contextmanager
+def finding_data() -> Iterator[None]:
+    """A block that loads a run's data for a command: what is missing may lie elsewhere, which an option can say."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, or pass --data-path with where it lies now") from None
+
+
 def check_count(option: str, value: Any) -> None:
     """Raises TypeError or ValueError for a number of samples, or a length, that is given and is none."""
     if value is None:
@@ -99,8 +125,10 @@ def check_count(option: str, value: Any) -> None:
 
 
 def sampling_keys(sampling: Any, mixed_precision: str) -> dict[str, Any]:
-    """What config.json of a saved model says of its sampling; `stored_sampling` reads it."""
-    return {"sampling": plain(dataclasses.asdict(sampling)), "mixed_precision": mixed_precision}
+    """What config.json of a saved model says of its sampling; `stored_sampling` reads it, and `Found` the choices."""
+    choices = dict(tuning.record())
+    keys = {"sampling": plain(dataclasses.asdict(sampling)), "mixed_precision": mixed_precision}
+    return keys | ({"choices": choices} if choices else {})
 
 
 def stored_sampling(folder: Path, kind: type[Sampling]) -> tuple[Sampling, str]:
@@ -122,6 +150,17 @@ def stored_sampling(folder: Path, kind: type[Sampling]) -> tuple[Sampling, str]:
         )
 
 
+def going_by_choices(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a run within which choices are the run's."""
+
+    @functools.wraps(method)
+    def call(self: "Run", *args: Any, **kwargs: Any) -> Any:
+        with tuning.using(self.choices):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Run:
     """Something trained, loaded to be used. `fastdiff.load` makes one.
@@ -134,6 +173,7 @@ class Run:
         step: optimizer steps behind the checkpoint; None for what is not a checkpoint of fastdiff.train.
         weights: which of a checkpoint's weights these are, "ema" or "model"; None for what is not a checkpoint.
         state: the checkpoint's trainer_state.json, or None.
+        choices: what it goes by on a CPU (`fastdiff.tuning.using`): its `training.choices`. None: what is measured.
     """
 
     kind: ClassVar[str]
@@ -145,6 +185,7 @@ class Run:
     step: int | None = None
     weights: str | None = None
     state: dict[str, Any] | None = field(default=None, repr=False)
+    choices: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def check_data(self, data: Mapping[str, DataSet], accept: bool = False) -> None:
         """Compares data that was loaded by the run's recipe with what the run was trained on.
@@ -159,6 +200,30 @@ class Run:
         if self.state is not None:
             run = repr(str(self.source if self.folder is None else self.folder.path))
             check_data(self.state, records_of(data), run, accept, ACCEPT_CHANGED_DATA)
+
+    def data_config(self, section: str, data_path: str | None = None) -> Any:
+        """A section of the recipe that names data, with the classes in the order that the run's labels have.
+
+        Args:
+            section: its name, such as "data".
+            data_path: where the data lies instead.
+
+        Raises:
+            ValueError: data that lies nowhere, as a package makes it.
+        """
+        config = getattr(self.recipe, section)
+        if data_path is not None:
+            place = next((name for name in ("folder", "path") if hasattr(config, name)), None)
+            if place is None:
+                raise ValueError(f"--data-path: got {data_path!r}, and {section} names no file or folder; leave it out")
+            config = dataclasses.replace(config, **{place: data_path})
+        order = None if self.state is None else class_order(self.state, section)
+        if order and config.name.endswith("_folder") and config.class_names is None:
+            root = Path(config.folder).expanduser()
+            there = [folder.name for folder in class_folders(root)] if root.is_dir() else []
+            if sorted(there) == sorted(order):
+                config = dataclasses.replace(config, class_names=order)
+        return config
 
     def sample(self, *_: Any, **__: Any) -> Any:
         """Draws samples, where the kind has any. Raises TypeError where it has none."""

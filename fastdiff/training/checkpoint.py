@@ -111,9 +111,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         sizes = {name: file if isinstance(file, int) else int(file["bytes"]) for name, file in files.items()}
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{path} is not a whole trainer state; {advice}") from None
+    if not files or not isinstance(step, int):
+        raise ValueError(f"{path} is not a whole trainer state; {advice}")
     named = _NAME.fullmatch(checkpoint.name)
-    if not files or not isinstance(step, int) or (named and step != int(named[1])):
-        raise ValueError(f"{path} is not the trainer state of {checkpoint.name}; {advice}")
+    if named and step != int(named[1]):
+        raise ValueError(
+            f"{checkpoint}: got the trainer state of step {step}; expected that of step {named[1]}; name the folder "
+            f"step_{step}"
+        )
     if "sha256" in state and state["sha256"] != _digest_of(state):
         raise ValueError(f"{path} was changed after it was written (its SHA-256 differs); {advice}")
     for name, size in sizes.items():
@@ -151,7 +156,9 @@ def check_files(checkpoint: Path, state: dict[str, Any], names: Collection[str] 
 
 
 def _advice(checkpoint: Path) -> str:
-    return f"delete {checkpoint} to go on from the checkpoint before it"
+    if checkpoint.resolve().parent.name == "checkpoints":
+        return f"delete {checkpoint} to go on from the checkpoint before it"
+    return "copy it again, whole"
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], path: Path) -> None:

@@ -5,6 +5,7 @@ A checkpoint's trainer_state.json holds, under "data", the record of each data s
 names now, of every kind of task.
 """
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -39,9 +40,12 @@ def check_data(state: Mapping[str, Any], now: Mapping[str, Record], run: str, ac
         option: how to ask for that.
 
     Raises:
-        ValueError: the data is not the same; the message says what changed.
+        ValueError: the data is not the same; the message says what changed. Classes in another order are refused even
+            with `accept`: what the model learnt of one would be taken for another.
     """
-    before = state["data"] if "data" in state else _of_before(state["task"])
+    for section, record in now.items():
+        _check_order(class_order(state, section), record.get("class_names"), section, run)
+    before = _records(state)
     for section, record in now.items():
         changes = changes_of(before.get(section, {}), record)
         if changes and not accept:
@@ -57,6 +61,24 @@ def check_data(state: Mapping[str, Any], now: Mapping[str, Record], run: str, ac
             "same cannot be checked",
             file=sys.stderr,
         )
+
+
+def class_order(state: Mapping[str, Any], section: str) -> list[str] | None:
+    """The names of the classes in the order that a checkpoint's labels have; None where it has none."""
+    return _records(state).get(section, {}).get("class_names")
+
+
+def _check_order(before: Sequence[str] | None, now: Sequence[str] | None, section: str, run: str) -> None:
+    if before and now and list(before) != list(now) and sorted(before) == sorted(now):
+        raise ValueError(
+            f"{section}.class_names: got another order of the classes than the run {run} was trained with; expected "
+            f"that one, since labels would mean other classes; pass --{section}.class_names '{json.dumps(before)}'"
+        )
+
+
+def _records(state: Mapping[str, Any]) -> dict[str, Record]:
+    """The records of a checkpoint."""
+    return state["data"] if "data" in state else _of_before(state["task"])
 
 
 def _of_before(task: Mapping[str, Any]) -> dict[str, Record]:

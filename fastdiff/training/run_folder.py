@@ -45,7 +45,8 @@ _FREE = {
     "device",
     "accumulation_steps",
 }
-_PLACES = {"folder", "path"}  # of a section of data: where it lies; its record tells whether it is the same
+# of a section of data: where it lies, and the order of its classes; its record tells whether they are the same
+_RECORDED = {"folder": "fingerprint", "path": "fingerprint", "class_names": "class_names"}
 
 
 class RunFolder:
@@ -68,6 +69,13 @@ class RunFolder:
         """The newest checkpoint, or None."""
         found = list_checkpoints(self.checkpoints)
         return found[-1] if found else None
+
+    def choices(self) -> dict[str, Any]:
+        """`training.choices` in config.yaml; {} where there are none: runs of earlier versions have none."""
+        try:
+            return dict(self._read_config()["training"].get("choices") or {})
+        except (OSError, ValueError, TypeError):  # what is wrong is said where the recipe is read
+            return {}
 
     def prepare(self, training: TrainingConfig, recipe: dict[str, Any], check: Callable[[Path, int], object]) -> None:
         """Makes the folder ready for a run and writes config.yaml.
@@ -209,7 +217,7 @@ class RunFolder:
         old, new = _flatten(before), _flatten(recipe)
         for key in sorted(old.keys() | new.keys()):
             free = key.startswith("sampling.") or key.removeprefix("training.") in _FREE
-            if not free and old.get(key) != new.get(key) and not self._is_place(key):
+            if not free and old.get(key) != new.get(key) and not self._is_recorded(key):
                 raise ValueError(
                     f"{key}: got {new.get(key)!r}, but the run in {str(self.path)!r} was started with "
                     f"{old.get(key)!r}; resume with the same value or pass another training.output_dir"
@@ -217,13 +225,19 @@ class RunFolder:
         planned = before["training"].get("max_steps")
         return planned if isinstance(planned, int) and planned > 0 else recipe["training"]["max_steps"]
 
-    def _is_place(self, key: str) -> bool:
-        """Whether a field says where data lies that the newest checkpoint knows by its content."""
+    def _is_recorded(self, key: str) -> bool:
+        """Whether the newest checkpoint knows the content of what a field names: data, classes, tokenizer, model."""
         section, _, field = key.rpartition(".")
         latest = self.latest()
-        if field not in _PLACES or not section.endswith("data") or latest is None:
+        if latest is None:
             return False
-        return "fingerprint" in read_state(latest).get("data", {}).get(section, {})
+        state = read_state(latest)
+        records = state.get("data", {})
+        if key == "tokenizer.name":
+            return any("tokenizer" in record for record in records.values())
+        if key == "run":  # the model that a length head belongs to
+            return "model_hash" in state["task"]
+        return field in _RECORDED and _RECORDED[field] in records.get(section, {})
 
 
 def locate(path: str | Path) -> tuple[RunFolder, Path | None]:

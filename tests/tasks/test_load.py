@@ -201,6 +201,8 @@ def test_arguments_that_do_not_fit(runs):
     fails("labels: got 'cat'; expected 0 to 9", loaded.sample, ["cat"])
     fails("labels: got 10; expected 0 to 9", loaded.sample, [10])
     fails("labels: got -1", loaded.sample, -1)
+    for truth in (True, [True, False]):  # Python's 1 and 0, which nobody means as classes
+        fails("labels: got .*True.*; expected class labels or names", loaded.sample, truth, kind=TypeError)
     fails("classes: got none", loaded.sample, [])
     fails("output_type: got 'np'", loaded.sample, [1], output_type="np")
     fails("num_images_per_class: got 0", loaded.sample, [1], num_images_per_class=0)

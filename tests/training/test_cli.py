@@ -328,13 +328,15 @@ def test_output_is_checked_before_work(run, tmp_path, capsys, monkeypatch, comma
 
     monkeypatch.setattr(DiTRun, "draw", lambda *_, **__: pytest.fail("sampled before --output was checked"))
     assert "is a folder; expected the name of a file" in failure(command, [run, "--output", tmp_path], capsys)
+    other = failure(command, [run, "--output", tmp_path / "x.txt"], capsys)
+    assert f"is of another format; expected a name that ends in .{'png' if command is sample else 'json'}" in other
     missing = tmp_path / "no" / "x.png"
     assert "lies in a folder that does not exist" in failure(command, [run, "--output", missing], capsys)
     assert "cannot be written" in failure(command, [run, "--output", tmp_path / ("x" * 300)], capsys)
 
 
 def test_errors_of_the_file_system_are_one_line(capsys):
-    from fastdiff.cli import command
+    from fastdiff.commands import command
 
     @command
     def loop(argv=None):

@@ -241,7 +241,7 @@ def test_ctrl_c_ends_training_with_a_checkpoint_and_130(tiny_yaml, tmp_path, mon
         (
             "checkpoints/step_3/trainer_state.json",
             b'{"step": 3, "task": {}, "files": {}}',
-            "not the trainer state of step_3",
+            "not a whole trainer state",
         ),
         ("checkpoints/step_3/trainer_state.json", b'{"files": {"a": 1}}', "not a whole trainer state"),
         ("metrics.jsonl", b'{"loss": 1}', "metrics.jsonl, line 1: got .*expected the numbers of a step"),

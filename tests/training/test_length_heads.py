@@ -329,9 +329,15 @@ def test_a_run_goes_on_with_its_own_model_alone(make_run, make_recipe, tmp_path,
     options = ("--run", run, "--training.output_dir", tmp_path / "head", "--training.max_steps", 2)
     recipe = make_recipe(*options)
     Trainer(LengthHeadTask(recipe), recipe.training).train()
+    moved = run.parent / "moved"
+    run.rename(moved)  # the same model in another place is the run's own
+    again = ("--run", moved, *options[2:-1], 3, "--training.resume", "true")
+    recipe = make_recipe(*again)
+    assert Trainer(LengthHeadTask(recipe), recipe.training).train().steps == 3
+    moved.rename(run)
     train.main([str(run.with_suffix(".yaml")), "--training.resume", "true", "--training.max_steps", "3"])
     with pytest.raises(ValueError, match="was trained on another model than .* is now"):
-        LengthHeadTask(make_recipe(*options, "--training.resume", "true"))
+        LengthHeadTask(make_recipe("--run", run, *again[2:]))
     LengthHeadTask(make_recipe(*options, "--training.overwrite", "true"))
 
 

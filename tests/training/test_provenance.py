@@ -11,6 +11,8 @@ from PIL import Image
 from training.qgfd_recipes import BASE, SMALL
 
 from fastdiff import evaluate, train
+from fastdiff.data import load_data
+from fastdiff.data.config import DataConfig
 from fastdiff.files import fingerprint_of_files
 from fastdiff.tasks.dit.run import load_run
 from fastdiff.training.provenance import changes_of
@@ -203,8 +205,11 @@ def test_a_flipped_bit_is_found_when_the_file_is_read(make_trainer, tmp_path, na
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.update(step=1), "not the trainer state of step_2"),
-        (lambda state: state.update(files={}), "not the trainer state of step_2"),
+        (
+            lambda state: state.update(step=1),
+            "got the trainer state of step 1; expected that of step 2; name the folder",
+        ),
+        (lambda state: state.update(files={}), "not a whole trainer state"),
         (lambda state: state["files"].pop("ema.safetensors"), "trainer_state.json was changed after it was written"),
         (lambda state: state.update(seed=5), "trainer_state.json was changed after it was written"),
         (lambda state: state["files"].update(a={}), "not a whole trainer state"),
@@ -220,6 +225,76 @@ def test_a_changed_state_is_refused(make_trainer, tmp_path, change, message):
         make_trainer(tmp_path / "run", "--training.max_steps", 3, "--training.resume", "true")
     with pytest.raises(ValueError, match=message):
         load_run(tmp_path / "run")
+
+
+def test_a_checkpoint_elsewhere_is_not_told_to_be_deleted(make_trainer, tmp_path):
+    make_trainer(tmp_path / "run", "--training.max_steps", 2).train()
+    copy = shutil.copytree(tmp_path / "run" / "checkpoints" / "step_2", tmp_path / "kept" / "step_2")
+    load_run(copy)
+    renamed = copy.rename(tmp_path / "kept" / "step_999")
+    with pytest.raises(ValueError, match="got the trainer state of step 2; .* 999; name the folder step_2"):
+        load_run(renamed)
+    best = renamed.rename(tmp_path / "kept" / "step_best")
+    load_run(best)
+    (best / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="cut short; copy it again, whole"):
+        load_run(best)
+
+
+def renumbered(pictures):
+    """The names "1", "10" and "2": fastdiff of before gave them the labels 0, 1 and 2."""
+    for old, new in (("cat", "1"), ("dog", "10")):
+        (pictures / old).rename(pictures / new)
+    shutil.copytree(pictures / "10", pictures / "2")
+
+
+def test_classes_in_the_order_of_before(tiny_yaml, pictures, tmp_path, capsys):
+    renumbered(pictures)
+    tiny = yaml.safe_load(tiny_yaml.read_text())
+    data = {"name": "image_folder", "folder": str(pictures), "image_size": 8, "channels": 1}
+    recipe = {**tiny, "data": data, "model": {**tiny["model"], "num_classes": 3}}
+    before = write(
+        tmp_path / "before.yaml", {**recipe, "data": {**data, "class_names": ["1", "10", "2"]}}, tmp_path / "b"
+    )
+    train.main([str(before)])
+    config = tmp_path / "b" / "config.yaml"  # as an older fastdiff wrote it
+    stored = yaml.safe_load(config.read_text())
+    del stored["data"]["class_names"]
+    config.write_text(yaml.safe_dump(stored))
+    text = failure(train, [config, *RESUME, *ACCEPT], capsys)  # labels would mean others: never accepted
+    assert "data.class_names: got another order" in text and """--data.class_names '["1", "10", "2"]'""" in text
+    train.main([str(config), *RESUME, "--data.class_names", '["1", "10", "2"]'])
+    assert load_run(tmp_path / "b").class_names == ("1", "10", "2")
+    stored = yaml.safe_load(config.read_text())
+    stored["data"]["class_names"] = None
+    config.write_text(yaml.safe_dump(stored))
+    evaluate.main([str(tmp_path / "b"), "--num-samples", "3"])  # takes the run's order by itself
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["1", "2"], "got 2 names; expected each of the 3 subfolders of .* once, and no other: '10'"),
+        (["1", "2", "10", "10"], "got 4 names; expected each of the 3 subfolders"),
+        (["1", "2", "3"], "no other: '10', '3'"),
+    ],
+)
+def test_class_names_that_are_not_the_folders(pictures, names, message):
+    renumbered(pictures)
+    with pytest.raises(ValueError, match=f"class_names: .*{message}"):
+        load_data(DataConfig("image_folder", folder=str(pictures), class_names=names))
+
+
+def test_class_names_of_a_set_that_has_its_own():
+    with pytest.raises(ValueError, match="class_names: got .* with mnist5k, whose classes have their order"):
+        DataConfig("mnist5k", class_names=["1"])
+
+
+def test_data_that_moved_is_evaluated_with_data_path(pictures, tmp_path, capsys):
+    pictures.rename(tmp_path / "moved")
+    assert "or pass --data-path with where it lies now" in failure(evaluate, [tmp_path / "run"], capsys)
+    evaluate.main([str(tmp_path / "run"), "--num-samples", "2", "--data-path", str(tmp_path / "moved")])
+    assert (tmp_path / "run" / "evaluation.json").is_file()
 
 
 def test_what_changed_is_said_in_words():

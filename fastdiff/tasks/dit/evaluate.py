@@ -9,6 +9,7 @@ from fastdiff.errors import section
 from fastdiff.files import output_path, write_atomically
 from fastdiff.tasks.dit.run import load_run
 from fastdiff.tasks.options import DataOptions, SamplingOptions, at_least
+from fastdiff.tasks.run import finding_data
 
 
 @dataclass
@@ -40,8 +41,8 @@ def evaluate_images(path: str, options: EvaluateOptions) -> None:
     if run.recipe is None:
         raise ValueError(f"{path}: got a model without a recipe; expected a run, which names its real images")
     output = output_path(options.output, run.folder.path / "evaluation.json")
-    with section("data"):
-        data = load_data(run.recipe.data)
+    with finding_data(), section("data"):
+        data = load_data(run.data_config("data", options.data_path))
     run.check_data({"data": data}, options.accept_changed_data)
     classifier = load_or_train_classifier(data)
     sampling = options.applied_to(run.sampling)

@@ -22,6 +22,7 @@ from fastdiff.tasks.masked_lm.run import (
     load_length_predictor,
 )
 from fastdiff.tasks.results import results_folder, with_earlier
+from fastdiff.tasks.run import finding_data
 from fastdiff.training.run_folder import locate
 
 _PAIRS, _DRAWS, _ROWS = 500, 128, 32
@@ -124,7 +125,9 @@ def _held_out(
     loaded: LanguageModel, options: EvaluateOptions, config: Any, decoding: dict[str, Any], results: dict[str, Any]
 ) -> str:
     """Measures the held-out text, notes it in `results` and gives the table."""
-    recipe, data, rows = loaded.recipe, text_of_run(loaded, options.accept_changed_data), options.batch_size or _ROWS
+    with finding_data():
+        data = text_of_run(loaded, options.accept_changed_data, options.data_path)
+    recipe, rows = loaded.recipe, options.batch_size or _ROWS
     bound = likelihood_bound(
         loaded.model,
         **likelihood_arguments(recipe, loaded.model.config, data, options.likelihood_samples),

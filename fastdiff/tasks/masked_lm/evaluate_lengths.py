@@ -21,13 +21,14 @@ from fastdiff.tasks.masked_lm.length_report import LengthReport
 from fastdiff.tasks.masked_lm.options import EvaluateOptions
 from fastdiff.tasks.masked_lm.run import LanguageModel, language_model_recipe, load_language_model
 from fastdiff.tasks.results import with_earlier
+from fastdiff.tasks.run import finding_data
 from fastdiff.training.run_folder import locate
 
 # Fields of `LengthOptions` and the options of the command that set them.
 _OPTIONS = {"window": "window", "coverage": "coverage", "num_pairs": "num_pairs", "heads": "length_heads",
             "expansion_pairs": "length_expansion_pairs", "batch_size": "batch_size", "seed": "seed"}  # fmt: skip
 # any other one that is given is refused
-_USED = {"weights", "device", "output", "length", "accept_changed_data", *_OPTIONS.values()}
+_USED = {"weights", "device", "output", "length", "accept_changed_data", "data_path", *_OPTIONS.values()}
 RESAMPLES = 1000
 
 
@@ -80,7 +81,9 @@ def evaluate_lengths(path: str, given: EvaluateOptions) -> None:
         raise PermissionError(f"{loaded.source} cannot be written; the calibrations belong there")
     options = dataclasses.replace(options, window=options.window or recipe.data.max_length)
     predictors = make_predictors(loaded, options)
-    calibration, test = held_out_halves(loaded, text_of_run(loaded, given.accept_changed_data), options)
+    with finding_data():
+        text = text_of_run(loaded, given.accept_changed_data, given.data_path)
+    calibration, test = held_out_halves(loaded, text, options)
     rules = compare(predictors, calibration, test, loaded, options)
     calibrations = "calibrations: none saved, since they are for the averaged weights"
     if given.weights == "ema":  # that generate --length auto reads

@@ -14,22 +14,23 @@ from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
 from fastdiff.tasks.masked_lm.run import LanguageModel
 
 
-def text_of_run(loaded: LanguageModel, accept_changed: bool = False) -> TextData:
+def text_of_run(loaded: LanguageModel, accept_changed: bool = False, data_path: str | None = None) -> TextData:
     """A run's text, in its own tokenizer; the token files of its training where they are still there.
 
-    With `accept_changed` also a text that is not what the run was trained on, with a line on stderr.
+    With `accept_changed` also a text that is not what the run was trained on, with a line on stderr; `data_path` is
+    where it lies instead.
 
     Raises what `fastdiff.data.load_text_data` raises, and ValueError where the text is not what it was.
     """
     from fastdiff.data.text import load_text_data
     from fastdiff.data.tokenization import tokenizer_fingerprint
 
-    recipe, data = loaded.recipe, None
+    recipe, data, config = loaded.recipe, None, loaded.data_config("data", data_path)
     with section("data"):
         if recipe.model.init_from is None:
-            data = load_text_data(recipe.data, recipe.tokenizer)
+            data = load_text_data(config, recipe.tokenizer)
         if data is None or tokenizer_fingerprint(data.tokenizer) != tokenizer_fingerprint(loaded.tokenizer):
-            data = load_text_data(recipe.data, loaded.tokenizer)
+            data = load_text_data(config, loaded.tokenizer)
     loaded.check_data({"data": data}, accept_changed)
     return data
 

@@ -17,6 +17,7 @@ from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.run import QGFDRun, load_run
 from fastdiff.tasks.qgfd.samples import Samples, draw_samples, label_count, table_columns
 from fastdiff.tasks.qgfd.sources import Source
+from fastdiff.tasks.run import finding_data
 from fastdiff.training.run_folder import locate
 
 _REAL = 4000  # real training examples that the Fréchet distance is taken of, at most
@@ -62,7 +63,10 @@ def evaluate_qgfd(path: str, options: EvaluateOptions) -> None:
     # one of several has a file of its own: the others' numbers stay
     name = "evaluation.json" if modalities == run.recipe.modalities else f"evaluation_{options.modality}.json"
     output = output_path(options.output, run.folder.path / name)
-    sources = {name: run.source_of(name, options.accept_changed_data) for name in modalities}
+    if options.data_path is not None and len(modalities) > 1:
+        raise ValueError(f"--data-path: got {options.data_path!r} for {len(modalities)} modalities; pass --modality")
+    with finding_data():
+        sources = {name: run.source_of(name, options.accept_changed_data, options.data_path) for name in modalities}
     if "image" in sources:
         check_classifier_cache(sources["image"].data)
     report = measure_run(run, sources, sampling)
@@ -74,7 +78,7 @@ def evaluate_qgfd(path: str, options: EvaluateOptions) -> None:
 def measure_run(run: QGFDRun, sources: dict[str, Source], sampling: QGFDSamplingConfig) -> dict[str, Any]:
     """Measures of each modality, printed as they come; as plain values."""
     count = sampling.evaluation_samples or QGFDSamplingConfig().evaluation_samples
-    dtype = autocast_dtype(run.recipe.training.mixed_precision, next(run.model.parameters()).device.type)
+    dtype = autocast_dtype(run.recipe.training.mixed_precision, next(run.model.parameters()).device.type, run.model)
     report: dict[str, Any] = {"sampling": dataclasses.asdict(sampling)}
     for name, source in sources.items():
         classes, prompts = label_count(run.model, name), None

@@ -1,7 +1,7 @@
 """Runs of QGFD diffusion models, loaded to sample from or to take their adapters."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from fastdiff.recipes import load_recipe
 from fastdiff.tasks.labels import labels_of
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.sources import Source, load_source
-from fastdiff.tasks.run import Run, check_count, find, sampling_keys, stored_sampling
+from fastdiff.tasks.run import Run, check_count, find, going_by_choices, sampling_keys, stored_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,17 +49,22 @@ class QGFDRun(Run):
     sampling: QGFDSamplingConfig = field(default_factory=QGFDSamplingConfig)
     mixed_precision: str = "auto"
 
-    def source_of(self, modality: str, accept_changed: bool = False) -> Source:
+    def source_of(self, modality: str, accept_changed: bool = False, data_path: str | None = None) -> Source:
         """The data that a modality was trained on; with `accept_changed` also other data, with a line on stderr.
+
+        `data_path` is where it lies instead of where the recipe says.
 
         Raises what `load_source` raises, and ValueError where it is not what it was, or this is not a run.
         """
         if self.recipe is None:
             raise ValueError("modality: got a model without a recipe; expected a run, which names its data")
-        source = load_source(self.recipe, modality, self.tokenizer)
-        self.check_data({f"{modality}_data": source.data}, accept_changed)
+        section = f"{modality}_data"
+        recipe = replace(self.recipe, **{section: self.data_config(section, data_path)})
+        source = load_source(recipe, modality, self.tokenizer)
+        self.check_data({section: source.data}, accept_changed)
         return source
 
+    @going_by_choices
     def sample(
         self,
         modality: str | None = None,
@@ -113,7 +118,7 @@ class QGFDRun(Run):
         elif labels is not None:
             drawn = torch.tensor(labels_of(labels, names)).repeat_interleave(count // label_count(self.model, name))
             count = len(drawn)
-        dtype = autocast_dtype(self.mixed_precision, next(self.model.parameters()).device.type)
+        dtype = autocast_dtype(self.mixed_precision, next(self.model.parameters()).device.type, self.model)
         samples = draw_samples(
             self.model, name, count, sampling, labels=drawn, prompts=given, length=length, dtype=dtype,
             progress=progress,
@@ -140,6 +145,7 @@ class QGFDRun(Run):
         given += ['prompts=["…"]'] if self._takes_prompts(name) else ["num_samples=1"]
         return f"drawn = run.sample({', '.join(given)})\nprint(drawn.samples)"
 
+    @going_by_choices
     def _save(self, directory: Path) -> None:
         names = {name: facts.get("class_names", []) for name, facts in self.facts.items()}
         processors = [each for each in (self.tokenizer, self.schema) if each is not None]

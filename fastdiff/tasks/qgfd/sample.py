@@ -25,6 +25,7 @@ from fastdiff.tasks.qgfd.samples import (
     save_samples,
 )
 from fastdiff.tasks.results import AsTheyCome, results_folder
+from fastdiff.tasks.run import finding_data
 from fastdiff.training.run_folder import locate
 
 
@@ -93,7 +94,9 @@ def sample_qgfd(path: str, options: SampleOptions) -> None:
             )
     if options.length is not None and len(modalities) > 1:
         raise ValueError(f"--length: got {options.length}, whose unit differs by modality; say which with --modality")
-    output = output_path(options.output, results_folder(path, run.folder) / f"samples-seed-{sampling.seed}.png")
+    output = output_path(
+        options.output, results_folder(path, run.folder) / f"samples-seed-{sampling.seed}.png", SUFFIXES
+    )
     wanted = [(name, *_wanted(run, name, options)) for name in modalities]
     for name, shown, count, labels in wanted:
         stem: Path = output.with_suffix("") if output.suffix in SUFFIXES else output
@@ -102,7 +105,7 @@ def sample_qgfd(path: str, options: SampleOptions) -> None:
         write = functools.partial(_write, run, sampling, name, shown, stem, count, alone)
         samples = draw_samples(
             run.model, name, count, sampling, labels=labels, prompts=shown.prompts, length=options.length,
-            dtype=autocast_dtype(run.mixed_precision, next(run.model.parameters()).device.type),
+            dtype=autocast_dtype(run.mixed_precision, next(run.model.parameters()).device.type, run.model),
             progress=True, keep=AsTheyCome(write),
         )  # fmt: skip
         for path in write(samples):
@@ -131,7 +134,9 @@ def _wanted(run: QGFDRun, modality: str, options: SampleOptions) -> tuple[Shown,
         raise ValueError(f"--labels: the run's {modality} is not conditioned on classes; leave it out")
     if modality == "tabular" or (conditional and options.prompt is None):
         # real rows to draw beside the samples', held-out prompts
-        shown = Shown.of_source(run.source_of(modality, options.accept_changed_data))
+        with finding_data():
+            source = run.source_of(modality, options.accept_changed_data, options.data_path)
+        shown = Shown.of_source(source)
     else:
         prompts = encode_prompts(run.tokenizer, [options.prompt]) if conditional else None
         shown = Shown(names, run.tokenizer, conditional, run.schema, prompts=prompts)
