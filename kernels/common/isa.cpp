@@ -4,6 +4,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastdiff::cpu {
 namespace {
@@ -35,6 +40,22 @@ std::atomic<int>& current() {
   return isa;
 }
 
+// Whether the CPU has AMX's tiles and bf16 products, and the system lends them: Linux does to a process that asks.
+[[maybe_unused]] bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kBf16) == 0) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 Isa best_isa() {
@@ -45,7 +66,8 @@ Isa best_isa() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
     return Isa::kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  return has_amx() ? Isa::kAmxBf16 : Isa::kAvx512Bf16;
 #else
   return Isa::kBaseline;
 #endif

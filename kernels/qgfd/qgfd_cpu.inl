@@ -2,6 +2,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "kernels/common/amx.h"
 #include "kernels/common/exp.h"
 #include "kernels/common/lanes.h"
 #include "kernels/common/vec.h"
@@ -14,7 +15,9 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
-#if defined(__AVX512BF16__)
+#if defined(FD_HAS_AMX)
+using MathOfBf16 = Bf16Tiles;
+#elif defined(__AVX512BF16__)
 using MathOfBf16 = Bf16Pairs;
 #else
 using MathOfBf16 = Fp32;

@@ -166,6 +166,7 @@ struct Backward {
     Pieces pieces(memory.memory());
     Block block{};
     lay_out(pieces, block);
+    [[maybe_unused]] const typename Math::Registers registers;
     f(block);
   }
   template <class For, class F>

@@ -164,6 +164,7 @@ struct Forward {
         Pieces pieces_of_block(own.memory());
         Block block{};
         lay_out(pieces_of_block, block);
+        [[maybe_unused]] const typename Math::Registers registers;
         for (int64_t i = begin; i < end; i++) {
           // From both ends in turn, so that under a causal mask every stretch of blocks costs about the same.
           const int64_t turn = i % row_blocks, row = (turn % 2 == 0 ? turn / 2 : row_blocks - 1 - turn / 2) * kRows;

@@ -27,6 +27,7 @@ struct Fp32 {
   using Element = float;  // of operands as they are packed
   using Weight = float;   // of a probability: kUnit of them are an Element
   using Operand = Vec;
+  struct Registers {};  // what a thread must hold while it multiplies
   static constexpr int kUnit = 1;
   static FD_INLINE Vec load(const float* p) { return Vec::load(p); }
   static FD_INLINE Vec broadcast(float x) { return Vec::set(x); }
@@ -38,11 +39,23 @@ struct Bf16Pairs {
   using Element = uint32_t;
   using Weight = BF16;
   using Operand = __m512bh;
+  struct Registers {};
   static constexpr int kUnit = 2;
   static FD_INLINE __m512bh load(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static FD_INLINE __m512bh broadcast(uint32_t x) { return (__m512bh)_mm512_set1_epi32(int(x)); }
   static FD_INLINE Vec multiply_add(__m512bh a, __m512bh b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
 };
+#endif
+
+#if defined(FD_HAS_AMX)
+// The same packing; blocks of 32 x 32 whose left operand lies along k are multiplied in AMX's tiles.
+struct Bf16Tiles : Bf16Pairs {
+  using Registers = Tiles;
+};
+template <class Math>
+constexpr bool kHasTiles = false;
+template <>
+inline constexpr bool kHasTiles<Bf16Tiles> = true;
 #endif
 
 // kTileRows x kVectors vectors of C.
@@ -88,8 +101,23 @@ template <class Math>
 void product(int64_t rows, int64_t columns, int64_t steps, const typename Math::Element* a, int64_t a_row,
              int64_t a_step, const typename Math::Element* b, int64_t b_panel, float* c, int64_t c_row, bool add,
              Ahead ahead = {}) {
-  for (int64_t column = 0; column < columns; column += kPanel, b += b_panel)
-    for (int64_t r = 0; r < rows; r += kTileRows) {
+  for (int64_t column = 0; column < columns; column += kPanel, b += b_panel) {
+    int64_t r = 0;
+#if defined(FD_HAS_AMX)
+    if constexpr (kHasTiles<Math>) {
+      const int64_t in_tiles = a_step == 1 && columns - column > W ? steps / 16 * 16 : 0;
+      for (; in_tiles > 0 && r + 32 <= rows; r += 32) {
+        const uint32_t* const left = a + r * a_row;
+        float* const at = c + r * c_row + column;
+        for (int i = 0; i < 32; i += kTileRows) ahead.next();
+        multiply_add_32x32(in_tiles, left, a_row, b, kPanel, at, c_row, add);
+        for (int i = 0; in_tiles < steps && i < 32; i += kTileRows)
+          tile<Math, 2>(steps - in_tiles, left + i * a_row + in_tiles, a_row, 1, b + in_tiles * kPanel, at + i * c_row,
+                        c_row, true);
+      }
+    }
+#endif
+    for (; r < rows; r += kTileRows) {
       ahead.next();
       float* const at = c + r * c_row + column;
       if (columns - column > W)
@@ -97,6 +125,7 @@ void product(int64_t rows, int64_t columns, int64_t steps, const typename Math::
       else
         tile<Math, 1>(steps, a + r * a_row, a_row, a_step, b, at, c_row, add);
     }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------- packing

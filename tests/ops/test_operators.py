@@ -33,7 +33,7 @@ native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)
 operators = pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_instruction_sets(isa):
     if f"cpu-{isa}" not in {row.name for row in ROWS}:
         pytest.skip(

@@ -1,5 +1,7 @@
 """What QGFD attention means: its definition, masks, recurrences, gradients, on every backend."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -276,6 +278,42 @@ def test_blocks_of_masked_keys_are_as_if_cut_off(row, steps):
         alone = qgfd_attention(*cut, steps=steps)
     torch.testing.assert_close(out[:, :, 140:230], alone, **CLOSE)
     assert not grads[1][:, :, :140].any() and not grads[1][:, :, 230:].any() and all(g.isfinite().all() for g in grads)
+
+
+@functools.cache
+def long_heads(heads: int, length: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
+    """q, k, v, a mask of keys, and what two steps of them give under a causal mask in float64."""
+    q, k, v = (t.detach() for t in make(1, heads, length, 8, dtype=dtype))
+    key_mask = torch.rand(1, length, generator=torch.Generator().manual_seed(1)) < 0.8
+    key_mask[0, :200] = False  # a whole block of keys; the first queries see none
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & key_mask[0]
+    out = torch.empty(1, heads, length, 8, dtype=F64)
+    for h in range(heads):
+        matrix = (q[0, h].double() @ k[0, h].double().mT / 8**0.5).masked_fill_(~mask, -torch.inf)
+        matrix = matrix.softmax(-1).nan_to_num_(0.0)
+        w = matrix @ (matrix @ v[0, h].double())
+        out[0, h] = matrix @ (0.5 * w + 0.5 * v[0, h].double())
+    return [q, k, v], key_mask, out
+
+
+@native
+@pytest.mark.parametrize(("heads", "length", "dtype"), [(5, 1100, F32), (3, 1500, BF16), (1, 4200, F32)])
+def test_long_heads(row, heads, length, dtype):
+    """On a CPU: weights of several heads kept at once, also in 16 bits, and weights too many to be kept."""
+    operands, key_mask, exact = long_heads(heads, length, dtype)
+    operands = [t.to(row.device) for t in operands]
+    threads = torch.get_num_threads()
+    try:
+        outs = []
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            with row.active():
+                outs.append(qgfd_attention(*operands, steps=2, key_mask=key_mask.to(row.device), is_causal=True).cpu())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*outs)
+    # the largest seen: 3.5e-7, 1.9e-3
+    assert (outs[0].double() - exact).norm() <= (1e-6 if dtype == F32 else 5e-3) * exact.norm()
 
 
 @native
