@@ -137,7 +137,7 @@ class DiTRun(Run):
         labels, parts = torch.as_tensor(labels), []
         check_sampler(sampling, self.diffusion, len(labels))
         device = next(self.model.parameters()).device
-        if device.type == "cpu":  # as the trainer: else a fifth of the time goes into page faults of activations
+        if device.type == "cpu":  # else each step maps activations anew: up to a fifth of the CPU time
             keep_freed_memory()
         with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
