@@ -1,0 +1,50 @@
+"""The end of a step in one pass over the weights: against accelerate's clipping, torch's AdamW and `Ema.update`."""
+
+import torch
+from safetensors.torch import load_file
+
+from fastdiff.backends import use_backend
+from fastdiff.training import checkpoint as checkpoints
+
+
+def tensors_of(folder):
+    newest = checkpoints.list_checkpoints(folder / "checkpoints")[-1]
+    files = (checkpoints.WEIGHTS, checkpoints.AVERAGED, checkpoints.OPTIMIZER)
+    return {(file, name): tensor for file in files for name, tensor in load_file(newest / file).items()}
+
+
+def assert_alike(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=2e-5, msg=str(name))
+
+
+def test_a_run_is_that_of_torchs_optimizer(make_trainer, tmp_path):
+    """Weights, averages, moments and their names, with clipping; and a run of the one goes on as the other."""
+    options = ("--training.max_steps", 8, "--training.weight_decay", 0.1, "--training.max_grad_norm", 0.3)
+    ours, plain, mixed = tmp_path / "ours", tmp_path / "plain", tmp_path / "mixed"
+    make_trainer(ours, *options).train(stop_at=8)
+    with use_backend("reference"):
+        make_trainer(plain, *options).train(stop_at=8)
+        make_trainer(mixed, *options).train(stop_at=4)
+    make_trainer(mixed, *options, "--training.resume", "true").train(stop_at=8)
+    assert_alike(tensors_of(ours), tensors_of(plain))
+    assert_alike(tensors_of(mixed), tensors_of(plain))
+
+
+def test_parameters_without_a_gradient_stay_and_their_average_follows(make_trainer, tmp_path):
+    def run(backend):
+        with use_backend(backend):
+            trainer = make_trainer(tmp_path / backend, "--training.weight_decay", 0.1)
+            table = trainer.task.model.y_embedder.embedding_table.weight
+            with torch.no_grad():
+                trainer.ema.module.y_embedder.embedding_table.weight.zero_()
+            before = table.detach().clone()
+            table.requires_grad_(False)
+            trainer.train_step(0)
+            trainer.folder.unlock()
+        average = trainer.ema.module.y_embedder.embedding_table.weight
+        assert torch.equal(table, before) and table not in trainer.optimizer.state
+        return average
+
+    torch.testing.assert_close(run("cpu"), run("reference"))
