@@ -86,11 +86,11 @@ race: venv                       ## the CUDA kernels under ThreadSanitizer, on t
 fuzz: venv                       ## a million calls of the raw operators with right and wrong operands, under sanitizers
 	$(RUN) tools/fuzz.py
 
-gpu: venv                        ## on a machine with a GPU: tests, compute-sanitizer, benchmarks, one report
-	$(RUN) tools/gpu_report.py
+gpu: venv                        ## on a machine with a GPU: correctness, speed, models, tests; one report (MINUTES=8)
+	$(RUN) tools/gpu_report.py --minutes $(or $(MINUTES),8)
 
-abi: venv                        ## one binary for torch 2.13 and 2.14: this build's wheel in a fresh environment (large)
-	$(RUN) tools/abi.py
+abi: venv                        ## one binary for torch 2.10 to 2.14: the operators' tests on others (OTHER="torch==2.11.0"; large)
+	$(RUN) tools/abi.py $(OTHER)
 
 dist: venv                       ## source distribution and wheel in dist/
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m build --no-isolation

@@ -28,7 +28,7 @@ def installed_torch() -> tuple[Path, str, bool]:
     """The torch to build against: its folder, its version, whether it has CUDA.
 
     Nothing of it is imported, and it is found in build isolation too: pip hides the environment's packages from
-    sys.path then, but they still lie where sysconfig says. The stable ABI makes any torch >= 2.13 do.
+    sys.path then, but they still lie where sysconfig says. The stable ABI makes any torch >= 2.10 do.
     """
     spec = importlib.util.find_spec("torch")
     candidates = [Path(spec.origin).parent] if spec is not None and spec.origin else []
@@ -36,13 +36,13 @@ def installed_torch() -> tuple[Path, str, bool]:
     folder = next((c for c in candidates if (c / "version.py").is_file()), None)
     if folder is None:
         sys.exit(
-            "fastdiff is built against the installed torch, and none is found: first pip install 'torch>=2.13' (and if "
+            "fastdiff is built against the installed torch, and none is found: first pip install 'torch>=2.10' (and if "
             "it is installed, pass --no-build-isolation)"
         )
     facts: dict[str, str | None] = {}
     exec((folder / "version.py").read_text(), facts)  # a few assignments, written by torch's own build
-    if tuple(int(part) for part in facts["__version__"].split("+")[0].split(".")[:2]) < (2, 13):
-        sys.exit(f"fastdiff needs torch >= 2.13 and found {facts['__version__']}: pip install 'torch>=2.13'")
+    if tuple(int(part) for part in facts["__version__"].split("+")[0].split(".")[:2]) < (2, 10):
+        sys.exit(f"fastdiff needs torch >= 2.10 and found {facts['__version__']}: pip install 'torch>=2.10'")
     return folder, str(facts["__version__"]), facts.get("cuda") is not None
 
 

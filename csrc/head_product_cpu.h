@@ -26,11 +26,11 @@ inline void cpu_head_product(void* context, const HeadTile& tile) {
   const Tensor hidden = borrow(at(head.hidden, tile.first_row * dim), {tile.rows, dim}, {dim, 1}, type);
   const Tensor weight = borrow(at(head.weight, tile.begin * stride), {dim, ids}, {1, stride}, type);
   if (!head.bias) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), hidden.get(), weight.get()));
+    FASTDIFF_TORCH_CALL(aoti_torch_cpu_mm_out(out.get(), hidden.get(), weight.get()));
     return;
   }
   const Tensor bias = borrow(at(*head.bias, tile.begin), {ids}, {1}, type);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias.get(), hidden.get(), weight.get(), 1, 1));
+  FASTDIFF_TORCH_CALL(aoti_torch_cpu_addmm_out(out.get(), bias.get(), hidden.get(), weight.get(), 1, 1));
 }
 
 }  // namespace fastdiff::torch_binding

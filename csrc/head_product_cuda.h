@@ -19,7 +19,7 @@ inline void cuda_head_product(void* context, const HeadTile& tile) {
   if (bias) bias = torch::stable::narrow(*bias, 0, tile.begin, ids);
   std::array<StableIValue, 4> stack{torch::stable::detail::from(head.hidden), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  FASTDIFF_TORCH_CALL(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the result's reference
 }
 

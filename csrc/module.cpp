@@ -11,6 +11,7 @@
 
 #include "kernels/adaln/adaln.h"
 #include "kernels/common/isa.h"
+#include "kernels/common/tuning.h"
 
 namespace py = pybind11;
 
@@ -191,6 +192,17 @@ void choose_isa(const std::string& name) {
     throw py::value_error("unknown or unsupported instruction set '" + name + "'; expected one of isa_names()");
 }
 
+void set_tuning(const std::string& name, int64_t value) {
+  if (!cpu::set_tuning(name.c_str(), value))
+    throw py::value_error(name + ": got " + std::to_string(value) +
+                          "; expected thread_grain or stream_bytes, and a number, at least 0");
+}
+
+py::dict tuning() {
+  using namespace py::literals;
+  return py::dict("thread_grain"_a = cpu::thread_grain(), "stream_bytes"_a = cpu::stream_bytes());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -199,6 +211,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_names", &isa_names, "The instruction sets that can run here, the best last.");
   m.def("isa", [] { return cpu::kIsaNames[static_cast<int>(cpu::chosen_isa())]; }, "The one that kernels run with.");
   m.def("isa_error", &cpu::isa_error, "Why FASTDIFF_CPU_ISA could not be obeyed, or None.");
+  m.def("tuning", &tuning, "The sizes at which kernels change how they work, and never what they compute.");
+  m.def("set_tuning", &set_tuning, py::arg("name"), py::arg("value"),
+        "Sets one of tuning() for the process; 0 goes back to the default.");
   m.def("choose_isa", &choose_isa, py::arg("name"), "For tests; users set FASTDIFF_CPU_ISA before the import.");
   m.def("adaln_forward", &adaln_forward, py::arg("x"), py::arg("out"), py::kw_only(), py::arg("branch") = py::none(),
         py::arg("gate") = py::none(), py::arg("residual_out") = py::none(), py::arg("shift") = py::none(),

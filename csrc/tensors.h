@@ -8,11 +8,22 @@
 #include <limits>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "kernels/common/dtype.h"
 #include "kernels/common/parallel_for.h"
 
+// In torch since 2.13, null in older ones: what went wrong in the call that failed last.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace fastdiff::torch_binding {
+
+// A call of torch's C shim, which returns 0 or has failed; torch's own macros drop its message for targets before 2.13.
+#define FASTDIFF_TORCH_CALL(call)                                                                             \
+  STD_TORCH_CHECK((call) == 0, torch_exception_get_what_without_backtrace != nullptr                          \
+                                   ? torch_exception_get_what_without_backtrace()                             \
+                                   : "torch refused a call that fastdiff made and printed why",               \
+                  " (" #call ")")
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -56,24 +67,33 @@ inline bool poison_empty() {
 }
 
 // A new contiguous tensor on like's device. The C shim is called directly: the dispatcher costs a microsecond more.
-template <int kDims>
-Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type) {
-  int64_t strides[kDims], stride = 1;
-  for (int i = kDims - 1; i >= 0; i--) {
+inline Tensor empty(const Tensor& like, int64_t dims, const int64_t* sizes, ScalarType type) {
+  std::vector<int64_t> strides(dims);
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; i--) {
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  FASTDIFF_TORCH_CALL(aoti_torch_get_device_type(like.get(), &device_type));
+  FASTDIFF_TORCH_CALL(aoti_torch_get_device_index(like.get(), &device_index));
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(kDims, sizes, strides, dtype, device_type, device_index, &handle));
+  FASTDIFF_TORCH_CALL(
+      aoti_torch_empty_strided(dims, sizes, strides.data(), dtype, device_type, device_index, &handle));
   Tensor result(handle);
   if (poison_empty())
     torch::stable::fill_(result, type == ScalarType::Long ? -0x1p62 : std::numeric_limits<double>::quiet_NaN());
   return result;
+}
+template <int kDims>
+Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], ScalarType type) {
+  return empty(like, kDims, sizes, type);
+}
+inline Tensor empty_like_contiguous(const Tensor& x) {  // its shape and dtype
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
+  return empty(x, x.dim(), sizes.data(), x.scalar_type());
 }
 
 // Views of bytes can begin anywhere; the kernels' elements cannot.
@@ -88,8 +108,8 @@ inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
   int32_t type, like;
   // torch takes None for any tensor of a schema
   STD_TORCH_CHECK(t.defined() && x.defined(), t.defined() ? "an operand" : name, " is None; expected a tensor");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &like));
+  FASTDIFF_TORCH_CALL(aoti_torch_get_device_type(t.get(), &type));
+  FASTDIFF_TORCH_CALL(aoti_torch_get_device_type(x.get(), &like));
   STD_TORCH_CHECK(type == like && t.get_device_index() == x.get_device_index(), name, " is not on x's device");
   check_aligned(t, name);
 }
@@ -137,7 +157,7 @@ const T* numbers(const OptionalTensor& t, const Tensor& like, int64_t count, con
 
 inline bool on_cpu(const Tensor& t) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  FASTDIFF_TORCH_CALL(aoti_torch_get_device_type(t.get(), &type));
   return type == aoti_torch_device_type_cpu();
 }
 

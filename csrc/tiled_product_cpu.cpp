@@ -43,7 +43,7 @@ void tiled_addmm_(Tensor out, OptionalTensor input, Tensor a, Tensor b, double b
       const int64_t at = k * tile, size = columns - at < tile ? columns - at : tile;
       const Tensor to = torch::stable::narrow(out, 1, at, size), from = torch::stable::narrow(b, 1, at, size);
       const Tensor plus = input ? torch::stable::narrow(*input, 0, at, size) : to;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), plus.get(), a.get(), from.get(), beta, alpha));
+      FASTDIFF_TORCH_CALL(aoti_torch_cpu_addmm_out(to.get(), plus.get(), a.get(), from.get(), beta, alpha));
     }
   });
 }

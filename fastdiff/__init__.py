@@ -20,11 +20,11 @@ if _importlib_util.find_spec("fastdiff.kernels") is None and (_CHECKOUT / "kerne
 if _importlib_util.find_spec("torch") is None:
     raise ImportError(
         f"fastdiff needs torch, which {_sys.executable} does not have: enter the environment that make built "
-        "(. .venv/bin/activate), or run pip install 'torch>=2.13'",
+        "(. .venv/bin/activate), or run pip install 'torch>=2.10'",
         name=__name__,
     )
 
-_MINIMUM_TORCH = (2, 13)
+_MINIMUM_TORCH = (2, 10)
 _torch = _sys.modules.get("torch")  # not imported here: `fastdiff --help` need not wait for it
 try:
     _version = _importlib_metadata.version("torch") if _torch is None else _torch.__version__

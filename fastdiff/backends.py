@@ -19,12 +19,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from fastdiff.errors import BackendError
+
 BACKENDS = ("reference", "cpu", "cuda", "triton")  # every name that can be asked for, beside "auto"
 _AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}  # by device type
-
-
-class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run; the message lists its reasons."""
 
 
 @dataclass(frozen=True)

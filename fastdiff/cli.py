@@ -1,21 +1,20 @@
-"""What the commands share: options made from dataclasses, and errors as one line."""
+"""What the commands share: options made from dataclasses."""
 
 import dataclasses
-import functools
 import json
 import logging
 import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
-from jsonargparse import SUPPRESS, ActionYesNo, ArgumentError
+from jsonargparse import SUPPRESS, ActionYesNo
 
 from fastdiff.arguments import ArgumentParser, meanings_of
-from fastdiff.errors import TrainingError, one_line
+from fastdiff.errors import one_line
 from fastdiff.tasks.options import GenerationOptions
 
 # Types of the fields whose default, None, does not tell. A field that is in neither is read as JSON, or else as text.
@@ -27,70 +26,13 @@ _TYPES: dict[str, Any] = {
 _LISTS: dict[str, Any] = {
     "suppress_tokens": int, "begin_suppress_tokens": int, "cfg_keep_tokens": int, "stop_strings": str,
 }  # fmt: skip
-# What a user can cause; anything else keeps its traceback, since it is a fault of ours.
-_USER_ERRORS = (
-    ValueError,
-    TypeError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-    ModuleNotFoundError,
-)
-
-
-def fail(message: object, code: int) -> NoReturn:
-    """Prints an error as one line and ends the process."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
-    """Makes a command of a function: its errors are printed as one line.
-
-    Exit codes: 2 for what the user can mend (arguments, files, folders), 1 for a run that failed on its way.
-    FASTDIFF_TRACEBACK=1 shows where an error comes from.
-    """
-
-    @functools.wraps(main)
-    def wrapper(argv: Sequence[str] | None = None) -> None:
-        from fastdiff.backends import BackendError
-
-        if getattr(sys.stdout, "errors", None) == "strict":  # a terminal of few characters ends no command
-            sys.stdout.reconfigure(errors="backslashreplace")
-        if os.environ.get("FASTDIFF_TRACEBACK") == "1":
-            return main(argv)
-        format_of_before = warnings.formatwarning
-        warnings.formatwarning = lambda message, *_, **__: f"{one_line(message)}\n"  # without the line of our source
-        try:
-            main(argv)
-            sys.stdout.flush()  # here, where an error of it is caught
-        except BrokenPipeError:  # who read the output has gone, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-        except (TrainingError, BackendError) as error:
-            fail(error, 1)
-        except ArgumentError as error:
-            fail(f"{one_line(error)}; --help lists what there is", 2)
-        except _USER_ERRORS as error:
-            fail(error, 2)
-        except OSError as error:
-            if error.filename is None:  # not about a file of the user's
-                raise
-            fail(f"{error.filename}: {error.strerror}", 2)
-        finally:
-            warnings.formatwarning = format_of_before
-
-    return wrapper
 
 
 def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
     """`fastdiff <action> RUN [options]`: does a kind's action on a run; the options are those that fit the run."""
     from fastdiff.tasks.kinds import KINDS, action_of, kind_named
+    from fastdiff.training.run_folder import locate
+    from fastdiff.tuning import using
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     usage = f"fastdiff {action} RUN [options]"
@@ -117,7 +59,9 @@ def action_command(action: str, about: str, argv: Sequence[str] | None) -> None:
     given = vars(parser.parse_args([path, *arguments]))  # first: an option with several values would take it
     made = options_from(options, given)
     quiet_libraries()
-    act(given["run"], made)
+    folder, _ = locate(given["run"])
+    with using(folder.choices() or None):  # what the run goes by, or what is measured
+        act(given["run"], made)
 
 
 def find_path(arguments: Sequence[str], switches: Collection[str] = ()) -> str | None:

@@ -7,7 +7,6 @@ scores what comes out. Everything lies in runs/demo/ afterwards.
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -20,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from fastdiff.arguments import ArgumentParser
-from fastdiff.cli import command, quiet_libraries
+from fastdiff.cli import quiet_libraries
+from fastdiff.commands import command
 from fastdiff.errors import TrainingError
 from fastdiff.files import write_atomically
 from fastdiff.recipes import parse_recipe
@@ -77,15 +77,10 @@ def measure_rates(recipe: Any, data: Any, *, rounds: int, steps: int, seconds: f
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     from fastdiff.device import computes_bf16
+    from fastdiff.tuning import cpu_name
 
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a kernel that does not tell
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16_instructions": computes_bf16("cpu"),

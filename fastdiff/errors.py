@@ -7,6 +7,26 @@ from contextvars import ContextVar
 _section: ContextVar[str | None] = ContextVar("section", default=None)
 
 
+# What brings a package that may be missing. `pip install fastdiff-kernels` brings those that are not in an extra.
+_BROUGHT_BY = {
+    **{name: name for name in ("accelerate", "diffusers", "filelock", "huggingface_hub", "matplotlib", "numpy")},
+    **{name: name for name in ("safetensors", "torchmetrics", "tqdm", "transformers")},
+    **dict.fromkeys(("docstring_parser", "jsonargparse"), "jsonargparse[signatures]"),
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    **dict.fromkeys(("mlxtend", "pandas", "scipy", "sklearn"), "fastdiff-kernels[data]"),
+    **dict.fromkeys(("datasets", "num2words"), "fastdiff-kernels[text]"),
+    "lm_eval": "fastdiff-kernels[lm-eval]",
+    "peft": "fastdiff-kernels[lora]",
+    "tensorboard": "fastdiff-kernels[trackers]",
+    "triton": "fastdiff-kernels[triton]",
+}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message lists its reasons."""
+
+
 class TrainingError(RuntimeError):
     """A run that failed on its way; the message is one line and says what of it is left."""
 
@@ -46,3 +66,12 @@ def reason_of(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     line = "".join(char if char.isprintable() else "\ufffd" for char in text.splitlines()[0][:200])
     return f"{line} is missing" if isinstance(error, KeyError) else line
+
+
+def package_advice(error: ModuleNotFoundError) -> str | None:
+    """One line that says how to get a package that is not installed; None where fastdiff knows nothing of it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _BROUGHT_BY:
+        return None
+    brought_by = _BROUGHT_BY[package]
+    return f"this needs {package}: pip install " + (f"'{brought_by}'" if "[" in brought_by else brought_by)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
-from fastdiff.cli import action_command, command
+from fastdiff.commands import command
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
+    from fastdiff.cli import action_command
+
     action_command("generate", "Continues prompts with a model, and fills mask tokens in them.", argv)
 
 

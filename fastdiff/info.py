@@ -1,14 +1,16 @@
 """`python -m fastdiff.info`: what this installation is, what it can run here, and why it cannot run the rest."""
 
+import argparse
+import json
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 import fastdiff
-from fastdiff import backends
-from fastdiff.arguments import ArgumentParser
-from fastdiff.cli import command
+from fastdiff import backends, tuning
+from fastdiff.commands import command
 from fastdiff.ops import _native
 
 
@@ -16,6 +18,7 @@ def report() -> str:
     """Version, CPU, instruction set, CUDA architectures, and every backend of every operator, as text."""
     lines = [
         f"fastdiff {fastdiff.__version__} on Python {platform.python_version()}, torch {torch.__version__}",
+        tested_versions(),
         f"machine: {platform.machine()}, {torch.get_num_threads()} threads",
     ]
     if _native.cpu_module is not None:
@@ -39,7 +42,15 @@ def report() -> str:
     for name, entries in backends.table().items():
         alike.setdefault(_backends_of(name, entries), []).append(f"fastdiff.ops.{name}")
     lines += [line for text, names in alike.items() for line in (*names, text)]  # what holds of many is said once
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *tuning.table(), "`fastdiff tune` measures again; FASTDIFF_TUNE=0 takes defaults"])
+
+
+def tested_versions() -> str:
+    """The line that says with which versions of the packages under it fastdiff was tested (tools/abi.py)."""
+    tested = json.loads(Path(__file__).with_name("tested.json").read_text())
+    torches = (f"{version} ({', '.join(machines)})" for version, machines in tested.pop("torch").items())
+    rest = (f"{package} {', '.join(versions)}" for package, versions in tested.items())
+    return f"tested with: torch {'; '.join((', '.join(torches), *rest))}"
 
 
 def _backends_of(operator: str, entries: dict[str, str | None]) -> str:
@@ -59,7 +70,10 @@ def _backends_of(operator: str, entries: dict[str, str | None]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     about = "Tells what this installation is, which kernels it can run here, and why it cannot run the others."
-    ArgumentParser(prog="fastdiff info", description=about, exit_on_error=False, allow_abbrev=False).parse_args(argv)
+    parser = argparse.ArgumentParser(prog="fastdiff info", description=about, allow_abbrev=False)
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise argparse.ArgumentError(None, f"unrecognized arguments: {' '.join(unknown)}")
     print(report())
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
-from fastdiff.cli import action_command, command
+from fastdiff.commands import command
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
+    from fastdiff.cli import action_command
+
     action_command("sample", "Draws samples of a run, as pictures and other files.", argv)
 
 

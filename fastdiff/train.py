@@ -9,10 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fastdiff.cli import command, quiet_libraries
-from fastdiff.recipes import RecipeArguments, parse_recipe
-from fastdiff.shipped import list_recipes
-from fastdiff.tasks.kinds import KINDS, kind_named, recipe_kind
+from fastdiff.commands import command
 
 _USAGE = "fastdiff train RECIPE [--SECTION.FIELD VALUE ...]"
 _HELP = f"""usage: {_USAGE}
@@ -27,6 +24,10 @@ options:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
+    from fastdiff.recipes import RecipeArguments, parse_recipe
+    from fastdiff.shipped import list_recipes
+    from fastdiff.tasks.kinds import KINDS, kind_named, recipe_kind
+
     arguments = RecipeArguments.find(sys.argv[1:] if argv is None else argv)
     if "--list" in arguments.options:
         return print("\n".join(f"{name:32} {about}" for name, about in list_recipes()))
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(kind: Any, recipe: Any) -> None:
+    from fastdiff.cli import quiet_libraries
     from fastdiff.training.trainer import Trainer
 
     make_task = kind.get("task")

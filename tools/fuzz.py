@@ -25,9 +25,12 @@ FOLDER = ROOT / "build" / "sanitized"
 
 def build() -> Path:
     """The module; raises Unavailable where tools are missing, RuntimeError with a compiler's words."""
-    import pybind11
     from torch.version import __version__ as torch_version
 
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        raise Unavailable("no pybind11: pip install pybind11") from None
     for name in ("g++", "cmake", "ninja"):
         if not shutil.which(name, path=TOOL_PATH):
             raise Unavailable(f"no {name}: apt-get install g++; pip install cmake ninja")

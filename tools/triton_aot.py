@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastdiff.kernels.adaln import triton_kernels
+from fastdiff.kernels.bias_activation import triton_kernels as bias_activation_kernels
 from fastdiff.kernels.eos_log_prob import triton_kernels as eos_kernels
 from fastdiff.kernels.masked_linear_cross_entropy import triton_kernels as loss_kernels
 from fastdiff.kernels.qgfd import triton_kernels as qgfd_kernels
@@ -306,6 +307,18 @@ def scale_shift_variants(dim: int, dtype: torch.dtype, tokens: int = 64) -> list
     return variants
 
 
+def bias_activation_variants(
+    dim: int, dtype: torch.dtype, activation: int, full: bool, rows: int = 64
+) -> list[Variant]:
+    """The kernels that bias_activation launches, forward and backward; full: with biases and what is gated."""
+    x, bias = meta(rows, dim, dtype=dtype), meta(dim, dtype=F32)
+    operands = (x, bias, x, bias, activation) if full else (x, None, None, None, activation)
+    with recorded_launches() as variants:
+        bias_activation_kernels.bias_activation(*operands)
+        bias_activation_kernels.bias_activation_backward(x, *operands, True)
+    return variants
+
+
 def labelled_variants() -> dict[Variant, str]:
     """Every kernel variant of every operator that is compiled, with the label of the first case that launches it."""
     labels: dict[Variant, str] = {}
@@ -334,6 +347,9 @@ def labelled_variants() -> dict[Variant, str]:
         add("qgfd", attention_variants(case), case, "ROWS", "KEYS")
     for dim, dtype in itertools.product((64, 1151, 1152), (F32, BF16, F16)):
         add("scale_shift", scale_shift_variants(dim, dtype), f"D={dim} {dtype}", "TILE")
+    for dim, dtype, activation, full in itertools.product((32, 77, 3072), (F32, BF16, F16), range(3), (False, True)):
+        case = f"D={dim} {dtype} activation={activation} full={full}"
+        add("bias_activation", bias_activation_variants(dim, dtype, activation, full), case, "ROWS", "COLS")
     return labels
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastdiff.device import evaluating
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.diffusion.guidance import Guided, check_guidance
-from fastdiff.diffusion.sampling import sample
+from fastdiff.diffusion.modulated import Modulated, knows_modulations
+from fastdiff.diffusion.sampling import make_steps, sample
 from fastdiff.nn.embeddings import check_label_range
 
 
@@ -64,9 +65,11 @@ def sample_classes(
         null |= {name: value for name, value in (null_conditioning or {}).items() if name in null}
         null["class_labels"] = torch.full_like(conditional["class_labels"], config.num_classes)
 
-    def predict(x: Tensor, time: Tensor, class_labels: Tensor, **conditioning: Tensor) -> Tensor:
-        parameter = next(model.parameters(), x)
-        return model(x.to(parameter.dtype), time, class_labels, **conditioning)  # the samples stay in float32
+    predict = _as_given(model)
+    if not conditioning and knows_modulations(model):
+        times = make_steps(diffusion, num_inference_steps, options).times
+        labels_in_use = [each["class_labels"] for each in (conditional, null) if each is not None]
+        predict = Modulated(model, diffusion.model_time(times.to(device)), torch.cat(labels_in_use))
 
     guided = Guided(
         predict, conditional, null, diffusion, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
@@ -77,6 +80,16 @@ def sample_classes(
             guided, diffusion, shape, device=device, num_inference_steps=num_inference_steps, seed=seed,
             callback=callback, progress=progress, **options,
         )  # fmt: skip
+
+
+def _as_given(model: torch.nn.Module) -> Callable[..., Tensor]:
+    """The model, called in the dtype of its weights: samples stay in float32."""
+
+    def predict(x: Tensor, time: Tensor, class_labels: Tensor, **conditioning: Tensor) -> Tensor:
+        parameter = next(model.parameters(), x)
+        return model(x.to(parameter.dtype), time, class_labels, **conditioning)
+
+    return predict
 
 
 def _as_labels(class_labels: Tensor | Sequence[int]) -> Tensor:  # [B], int64

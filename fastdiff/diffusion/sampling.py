@@ -58,16 +58,26 @@ def sample(
     if not shape[0]:
         return torch.empty(shape, device=device)
     x = fresh_noise(generators, shape[1:], device)
-    for index, level in enumerate(tqdm(steps.times, disable=not progress, desc="sampling")):
-        t = level.to(device).expand(shape[0])
-        prediction, variance = split_variance(predict(x, diffusion.model_time(t)).float(), shape[1])
-        unclipped = diffusion.predicted_x0(prediction, x, t)
-        clip = steps.options.clip_sample
-        x0 = unclipped if clip is None else unclipped.clamp(-clip, clip)
-        x = steps.step(index, x, x0, unclipped, variance)
-        if callback is not None:
-            callback(index, float(diffusion.noise_share(level)), x, x0)
+    with _casts_kept(device):
+        for index, level in enumerate(tqdm(steps.times, disable=not progress, desc="sampling")):
+            t = level.to(device).expand(shape[0])
+            prediction, variance = split_variance(predict(x, diffusion.model_time(t)).float(), shape[1])
+            unclipped = diffusion.predicted_x0(prediction, x, t)
+            clip = steps.options.clip_sample
+            x0 = unclipped if clip is None else unclipped.clamp(-clip, clip)
+            x = steps.step(index, x, x0, unclipped, variance)
+            if callback is not None:
+                callback(index, float(diffusion.noise_share(level)), x, x0)
     return x
+
+
+def _casts_kept(device: torch.device) -> torch.autocast:
+    """A block in which autocast is on or off as it is outside, and casts a model's weights once, not at every step.
+
+    Autocast forgets its casts where the outermost of its blocks ends, and `predict` may open one at each call.
+    """
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
 
 
 def make_steps(

@@ -8,7 +8,6 @@ Fashion-MNIST diffusion: predict the image, add fresh noise of the next lower le
 from collections.abc import Sequence
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from fastdiff.diffusion.continuous import Diffusion
@@ -115,6 +114,8 @@ class SolverSteps(Steps):
     """diffusers' DPM-Solver++ (second order, midpoint), over discrete levels or along a flow from t = 1 to 0."""
 
     def prepare(self, count: int) -> None:
+        from diffusers import DPMSolverMultistepScheduler  # a second, and nothing else here needs it
+
         config = self.diffusion.config
         fixed = {"num_train_timesteps": config.num_train_timesteps, "prediction_type": "sample"}
         if not config.is_discrete:

@@ -7,6 +7,7 @@ the next site's `gated_residual_adaln`: all sites but the first are one fused op
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,13 @@ class DiTBlock(nn.Module):
         residual: Tensor,  # [B, N, D]
         branch: Tensor | None,  # [B, N, D]: pending from the block before; None in the first block
         gate: Tensor | None,  # [B, D] or [B, N, D]: its gate
-        conditioning: Tensor,  # [B, D], or [B, N, D]: a token's own
+        conditioning: Tensor | None,  # [B, D], or [B, N, D]: a token's own
+        modulation: Tensor | None = None,  # [B, 6 * D]: what is made of it, where that is known already
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if modulation is None:
+            modulation = self.adaLN_modulation(conditioning)
         # Six strided views of one projection; the operators read them in place.
-        modulation = self.adaLN_modulation(conditioning).chunk(6, dim=-1)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         residual, x = self.norm1(residual, branch, gate, shift_attn, scale_attn)
         residual, x = self.norm2(residual, self.attn(x), gate_attn, shift_mlp, scale_mlp)
         return residual, self.mlp(x), gate_mlp
@@ -72,8 +75,17 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, residual: Tensor, branch: Tensor, gate: Tensor, conditioning: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=-1)
+    def forward(
+        self,
+        residual: Tensor,  # [B, N, D]
+        branch: Tensor,  # [B, N, D]
+        gate: Tensor,  # as the blocks'
+        conditioning: Tensor | None,
+        modulation: Tensor | None = None,  # [B, 2 * D]
+    ) -> Tensor:
+        if modulation is None:
+            modulation = self.adaLN_modulation(conditioning)
+        shift, scale = modulation.chunk(2, dim=-1)
         return self.linear(self.norm_final(residual, branch, gate, shift, scale)[1])
 
 
@@ -122,6 +134,7 @@ class DiT(Pretrained):
         layer_conditioning: Tensor | None = None,  # [B, L, D]
         token_conditioning: Tensor | None = None,  # [B, N, D]
         label_generator: torch.Generator | None = None,
+        modulations: Sequence[Tensor] | None = None,  # depth of [B, 6 * D], then [B, 2 * D]
     ) -> Tensor:  # [B, C, H, W], or [B, 2 * C, H, W] with learn_sigma
         """Returns the network's prediction: noise, image or velocity, depending on `prediction_type`.
 
@@ -134,40 +147,62 @@ class DiT(Pretrained):
             token_conditioning: added to the conditioning vector of every block and of the final layer before it is
                 modulated, so that each token has its own shift, scale and gate.
             label_generator: where label dropout draws from in training mode; None is torch's generator.
+            modulations: rows of what `modulations` gave. Timestep and labels are then known and not looked at again.
 
         Raises:
-            ValueError: a shape that does not fit, or (on CPU tensors) a label out of range.
+            ValueError: a shape that does not fit, modulations beside a conditioning by layer or token, or (on CPU
+                tensors) a label out of range.
             TypeError: labels that are not int64.
         """
         x = self.x_embedder(sample)
         batch, tokens, dim = x.shape
         self._check_conditioning(batch, tokens, timestep, class_labels, layer_conditioning, token_conditioning)
-        timestep = timestep.expand(batch)
-        if class_labels is None:
-            if not self.config.null_label:
-                raise ValueError("class_labels: got None; this model has no null label: pass a label for each sample")
-            class_labels = torch.full((batch,), self.config.num_classes, device=sample.device)
-        labels = self.y_embedder.drop(class_labels, label_generator)
-        shared = self.t_embedder(timestep) + self.y_embedder(labels)
+        if modulations is None:
+            timestep = timestep.expand(batch)
+            labels = self._dropped(class_labels, batch, sample.device, label_generator)
+            shared = self.t_embedder(timestep) + self.y_embedder(labels)
+        else:
+            self._check_modulations(modulations, layer_conditioning, token_conditioning)
 
         # Under autocast the patches are bfloat16 and the positions float32: the residual stream is float32.
         residual, branch, gate = x + self._positions(sample), None, None
         for index, block in enumerate(self.blocks):
-            if index and self.config.embedders_per_block:
-                t_embedder, y_embedder = self.block_embedders[index - 1]
-                conditioning = t_embedder(timestep) + y_embedder(labels)
+            if modulations is not None:
+                inputs = (residual, branch, gate, None, modulations[index])
             else:
-                conditioning = shared
-            conditioning = _add_conditioning(conditioning, layer_conditioning, token_conditioning, index)
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                own = self._own_embedding(index, timestep, labels)
+                conditioning = shared if own is None else own
+                conditioning = _add_conditioning(conditioning, layer_conditioning, token_conditioning, index)
                 inputs = (residual, branch, gate, conditioning)
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 residual, branch, gate = checkpoint(
                     with_this_backend(block), *inputs, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                residual, branch, gate = block(residual, branch, gate, conditioning)
-        conditioning = _add_conditioning(shared, layer_conditioning, token_conditioning, -1)
-        return self._unpatchify(self.final_layer(residual, branch, gate, conditioning), sample)
+                residual, branch, gate = block(*inputs)
+        if modulations is not None:
+            last = (None, modulations[-1])
+        else:
+            last = (_add_conditioning(shared, layer_conditioning, token_conditioning, -1),)
+        return self._unpatchify(self.final_layer(residual, branch, gate, *last), sample)
+
+    @torch.no_grad()
+    def modulations(
+        self,
+        timesteps: Tensor,  # [S]
+        class_labels: Tensor,  # [U] int64 in [0, num_classes]
+    ) -> list[Tensor]:  # depth of [S, U, 6 * D], then [S, U, 2 * D]
+        """The shifts, scales and gates of every layer at each of these times for each of these labels.
+
+        They depend on nothing else, so a sampler that knows its steps needs one matrix product a layer for all of them.
+        `forward` takes rows of them as `modulations`. Labels are looked up as they are: none is dropped.
+        """
+        shared = self.t_embedder(timesteps)[:, None] + self.y_embedder(class_labels)
+        found = []
+        for index, layer in enumerate((*self.blocks, self.final_layer)):
+            own = self._own_embedding(index, timesteps, class_labels, outer=True)
+            found.append(layer.adaLN_modulation(shared if own is None else own))
+        return found
 
     @classmethod
     def from_pretrained(
@@ -233,6 +268,31 @@ class DiT(Pretrained):
         p, (rows, columns) = self.config.patch_size, self._grid(sample.shape[-2:])
         pixels = patches.view(batch, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
         return pixels.reshape(batch, channels, rows * p, columns * p)
+
+    def _dropped(self, class_labels: Tensor | None, batch: int, device: torch.device, generator) -> Tensor:  # [B]
+        """The labels of a batch, with some dropped in training mode."""
+        if class_labels is None:
+            if not self.config.null_label:
+                raise ValueError("class_labels: got None; this model has no null label: pass a label for each sample")
+            class_labels = torch.full((batch,), self.config.num_classes, device=device)
+        return self.y_embedder.drop(class_labels, generator)
+
+    def _own_embedding(self, layer: int, timestep: Tensor, labels: Tensor, outer: bool = False) -> Tensor | None:
+        """Time and label as a layer embeds them by itself; None where it has those of the first block.
+
+        `outer`: of each time with each label, [S, U, D].
+        """
+        if not self.config.embedders_per_block or layer in (0, len(self.blocks)):
+            return None
+        t_embedder, y_embedder = self.block_embedders[layer - 1]
+        time = t_embedder(timestep)
+        return (time[:, None] if outer else time) + y_embedder(labels)
+
+    def _check_modulations(self, modulations, layer_conditioning, token_conditioning):
+        if layer_conditioning is not None or token_conditioning is not None:
+            raise ValueError("modulations: got them beside layer_conditioning or token_conditioning; expected one")
+        if len(modulations) != len(self.blocks) + 1:
+            raise ValueError(f"modulations: got {len(modulations)}; expected {len(self.blocks) + 1}, one a layer")
 
     def _check_conditioning(self, batch, tokens, timestep, class_labels, layer_conditioning, token_conditioning):
         expected = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.device import check_dtype
@@ -40,7 +39,7 @@ class Pretrained(nn.Module):
     config_class: ClassVar[type]
     title: ClassVar[str]
     free_fields: ClassVar[tuple[str, ...]] = ()
-    extra_keys: ClassVar[tuple[str, ...] | None] = ("id2label", "sampling", "mixed_precision")
+    extra_keys: ClassVar[tuple[str, ...] | None] = ("id2label", "sampling", "mixed_precision", "choices")
     also_reads: ClassVar[tuple[str, ...]] = ()
 
     def save_pretrained(self, directory: str | os.PathLike, *, extra: Mapping[str, Any] | None = None) -> None:
@@ -49,13 +48,16 @@ class Pretrained(nn.Module):
         Args:
             directory: the folder; it is made where there is none.
             extra: further keys of config.json, with plain values: `id2label`, the names of classes by their number
-                ({"0": "zero", …}); `sampling` and `mixed_precision`, how samples are drawn where nobody says otherwise.
+                ({"0": "zero", …}); `sampling`, `mixed_precision` and `choices`, how samples are drawn where nobody
+                says otherwise.
                 `read_config` gives them back.
 
         Raises:
             ValueError: a key of `extra` that loading would refuse, or that the configuration has itself.
             OSError: the folder cannot be written.
         """
+        from safetensors.torch import save_file  # here, so that models can be made where it is not installed
+
         directory, extra = Path(directory), dict(extra or {})
         config = self.header() | dataclasses.asdict(self.config)
         for name in extra:

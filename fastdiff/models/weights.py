@@ -15,8 +15,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdiff.files import read_json
@@ -62,6 +60,8 @@ def read_tensors(path: Path, owner: str = "a model") -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the weights of {owner}")
     if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # here, so that models can be made where it is not installed
+
         with reading(path, _BAD_SAFETENSORS):
             return load_file(path)
     problem = f": cut short, damaged, or more than tensors in it; expected a PyTorch checkpoint of {owner}"
@@ -132,6 +132,8 @@ def header_of(files: Iterable[Path]) -> dict[str, Tensor]:
 
     Raises ValueError for a damaged file.
     """
+    from safetensors import safe_open
+
     state: dict[str, Tensor] = {}
     for path in files:
         if path.suffix != ".safetensors":

@@ -5,28 +5,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import backends
+from fastdiff.nn.attention_path import longest_of_products
 from fastdiff.ops.self_attention import OPERATOR, self_attention
 
 FUSED, SDPA, MATMUL = "fused", "sdpa", "matmul"
 ATTENTION_BACKENDS = ("auto", SDPA, MATMUL, FUSED)
 
-# The longest sequence for which plain matrix products beat torch's fused attention on a CPU, by dtype; beyond it
-# fused attention is as fast and never holds the L x L weights. Measured forward and backward with 2 threads of an
-# AVX-512-BF16 machine, 64 channels per head, ms (plain / fused):
-#   bfloat16  L 16: 1.1 / 7.7    49: 1.1 / 10.3    256: 11 / 27    512: 17 / 37    1024: 49 / 52
-#   float32   L 16: 0.9 / 1.8    49: 1.5 / 1.9     256: 22 / 22    512: 43 / 44    1024: 110 / 71
-_CPU_MATMUL_MAX_TOKENS = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
-
 
 def prefers_matmul(query: Tensor, keys: int | None = None) -> bool:
-    """Whether plain products are the faster attention for a `[..., L, d]` query, by the table above.
+    """Whether plain products are the faster attention for a `[B, H, L, d]` query (`longest_of_products`).
 
-    The table was measured with as many keys as queries: with more than twice as many `keys` (None is L) it says nothing
-    for plain products.
+    That is found with as many keys as queries: with more than twice as many `keys` (None is L) it is fused attention.
     """
     queries = query.shape[-2]
-    fits = query.device.type == "cpu" and queries <= _CPU_MATMUL_MAX_TOKENS.get(query.dtype, 0)
-    return fits and (keys is None or keys <= 2 * queries)
+    if query.device.type != "cpu" or (keys is not None and keys > 2 * queries):
+        return False
+    return queries <= longest_of_products(query, matmul_attention)
 
 
 def self_attention_path(qkv: Tensor) -> str:  # [B, N, 3, H, d]

@@ -35,7 +35,7 @@ def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """
     if parametrize.type_before_parametrizations(module) not in (nn.Linear, nn.Embedding):
         return None
-    if "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS):  # offloading, torch's older norms
+    if not unhooked(module):
         return None
     if getattr(module, "max_norm", None) is not None:
         return None
@@ -43,6 +43,13 @@ def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if any(type(t) not in (Tensor, nn.Parameter) for t in (weight, bias) if t is not None):  # quantised or sharded
         return None
     return weight, bias
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling a module is its class's forward and nothing else: no hooks (offloading, torch's older norms), no
+    other forward put in, not compiled in place."""
+    hooked = "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS)
+    return not hooked and module._compiled_call_impl is None
 
 
 def embedding_table(embedding: nn.Module, size: int) -> Tensor:  # [size, D]

@@ -1,17 +1,42 @@
 """The two-layer perceptron of a transformer block."""
 
-from collections.abc import Callable
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.nn.head import plain_weights
+from fastdiff.ops import bias_activation
+from fastdiff.ops._checks import autocast_dtype, choose_backend
+from fastdiff.ops.bias_activation import ACTIVATIONS
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+
+def linear_activation(
+    linear: nn.Module,  # dim -> hidden_dim
+    x: Tensor,  # [..., dim]
+    activation: str,
+    up: nn.Module | None = None,  # dim -> hidden_dim
+) -> Tensor:  # [..., hidden_dim]
+    """activation(linear(x)), or with `up` activation(linear(x)) · up(x).
+
+    Where the layers are plain nn.Linear, their biases, the activation and the product with `up` are one pass over what
+    the matrix products return (`fastdiff.ops.bias_activation`). Elsewhere the modules are called.
+    """
+    plain = plain_weights(linear) if _fuses(x) else None
+    up_plain = None if up is None or plain is None else plain_weights(up)
+    if plain is None or (up is not None and up_plain is None):
+        result = ACTIVATIONS[activation](linear(x))
+        return result if up is None else result * up(x)
+    weight, bias = plain
+    gated = F.linear(x, weight)
+    if up is None:
+        return bias_activation(gated, bias, activation)
+    return bias_activation(gated, bias, activation, up=F.linear(x, up_plain[0]), up_bias=up_plain[1])
 
 
-# In bfloat16 on a CPU the tanh form costs 2.6 times the exact one, and SiLU is the cheapest.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "silu": F.silu}
+def _fuses(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() and x.device.type == "cuda":  # Inductor fuses it by itself
+        return False
+    return choose_backend("bias_activation", x.device.type, (autocast_dtype(x),)) != "reference"
 
 
 class Mlp(nn.Module):
@@ -25,8 +50,8 @@ class Mlp(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: got {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = ACTIVATIONS[activation]
+        self.activation = activation
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(linear_activation(self.fc1, x, self.activation))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.nn.flash import SDPA, attend
-from fastdiff.nn.mlp import ACTIVATIONS
+from fastdiff.nn.mlp import linear_activation
 from fastdiff.nn.norm import AdaLayerNorm
 
 
@@ -183,12 +183,12 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
         self.down_proj.branch = "residual"
-        self.act = ACTIVATIONS[activation]
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
         if self.gate_proj is None:
-            return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(linear_activation(self.up_proj, x, self.activation))
+        return self.down_proj(linear_activation(self.gate_proj, x, self.activation, self.up_proj))
 
 
 class TransformerBlock(nn.Module):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdiff import tuning
 from fastdiff.ops import _native
 from fastdiff.ops._register import register_backends, register_fake
 
@@ -37,9 +38,11 @@ _SCHEMA = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is cut. Fixed numbers: results must not depend on the machine's load or threads."""
+    """How the work is cut. Results must not depend on the machine's load or threads: of these numbers only `rows` may
+    be measured, and a run keeps what was measured when it began.
+    """
 
-    rows: int  # of logits at a time
+    rows: int  # of logits at a time: where nothing is measured; see `_chunk_rows`
     # At most so many ids, or features of hidden's gradient, that one thread multiplies at a time (CPU); what was found
     # is in kernels/masked_linear_cross_entropy/README.md
     tile: int
@@ -51,8 +54,37 @@ class Plan:
         return Plan(rows=512 if device == "cpu" else 1024, tile=512, feature_tile=128, part=1 << 13)
 
 
+_CHUNKS = (256, 512, 1024)  # rows of logits at a time that are tried on a CPU
+_MOST_BYTES = 1 << 26  # of a chunk's logits, where it is larger than by default
+
 # So many chunks may add to a 16-bit gradient in its own dtype; beyond that the sum is kept in fp32. See README.md.
 MAX_ADDITIONS = 4
+
+
+def _chunk_rows(rows_kernel: Callable[..., Tensor], hidden: Tensor, weight: Tensor, count: int, rows: int) -> int:
+    """Rows of logits at a time: a choice of `fastdiff.tuning` on a CPU, by dtype and features (next power of two)."""
+    if hidden.device.type != "cpu" or count <= _CHUNKS[0]:
+        return rows
+    dim, name = 1 << max(weight.shape[1] - 1, 0).bit_length(), str(hidden.dtype).removeprefix("torch.")
+    key = f"masked loss {name}, {dim} features"
+    chosen = tuning.decide(key, rows, lambda: _measure_chunks(rows_kernel, hidden.dtype, min(dim, 512)), _CHUNKS)
+    return chosen if chosen * weight.shape[0] * hidden.element_size() <= _MOST_BYTES else min(chosen, rows)
+
+
+def _measure_chunks(rows_kernel: Callable[..., Tensor], dtype: torch.dtype, dim: int) -> tuning.Measured:
+    source, count, vocab = torch.Generator().manual_seed(0), _CHUNKS[-1], 2048
+    options = {"generator": source, "dtype": torch.float32, "device": "cpu"}
+    hidden, weight = (torch.randn(size, dim, **options).to(dtype) for size in (count, vocab))
+    targets = torch.arange(count, device="cpu")
+    mask = torch.ones(count, dtype=torch.bool, device="cpu")
+    rest = (None, targets, mask, None, None, 0.0, True, True, False, torch.float32)
+    trials = {
+        str(rows): lambda rows=rows: loss_and_gradients(rows_kernel, hidden, weight, *rest, rows=rows)
+        for rows in _CHUNKS
+    }
+    with torch.no_grad():
+        found = tuning.fastest(trials, default="512", seconds=0.2)
+    return tuning.Measured(int(found.chosen), {f"{name} rows": each for name, each in found.seconds.items()})
 
 
 def _parts(size: int, at_most: int) -> Iterator[tuple[int, int]]:
@@ -137,8 +169,12 @@ def loss_and_gradients(
     need_weight: bool,
     need_bias: bool,
     weight_grad_dtype: torch.dtype,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss [], row_loss [R] and the gradients of the loss, those that are needed."""
+    """loss [], row_loss [R] and the gradients of the loss, those that are needed.
+
+    `rows` of logits are made at a time; None is what was measured, or `Plan`'s.
+    """
     plan = Plan.of(hidden.device.type)
     any_grad = need_hidden or need_weight or need_bias
     index = mask.nonzero()[:, 0]  # on a GPU this waits for the device: the number of rows sets what is launched
@@ -148,7 +184,8 @@ def loss_and_gradients(
     if any_grad and count and hidden.dtype == torch.float16:
         weights = hidden.new_ones(count, dtype=torch.float32) if weights is None else weights
         scale = _fp16_scale(weights)
-    chunks = list(_parts(count, plan.rows)) if count else []
+    rows = _chunk_rows(rows_kernel, hidden, weight, count, plan.rows) if rows is None else rows
+    chunks = list(_parts(count, rows)) if count else []
 
     row_loss = hidden.new_zeros(mask.shape[0], dtype=torch.float32)
     loss = hidden.new_zeros((), dtype=torch.float64)
@@ -157,20 +194,20 @@ def loss_and_gradients(
     grad_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
     buffer = hidden.new_empty(max((b - a for a, b in chunks), default=0), vocab)
     for a, b in chunks:
-        rows, logits = index[a:b], buffer[: b - a]
-        h = hidden[rows]
+        these, logits = index[a:b], buffer[: b - a]
+        h = hidden[these]
         _add_product_(logits, h, weight.t(), tile=plan.tile, plus=bias, beta=0.0 if bias is None else 1.0)
         w = None if weights is None else weights[a:b]
         factors = w if scale == 1 else w * scale
-        row_loss[rows] = losses = rows_kernel(
-            logits, targets[rows], factors, suppress_tokens, label_smoothing, any_grad
+        row_loss[these] = losses = rows_kernel(
+            logits, targets[these], factors, suppress_tokens, label_smoothing, any_grad
         )
         loss += (losses.double() if w is None else losses.double() * w).sum()
         if grad_weight is not None:
             grad_weight.add(logits, h, 1 / scale)
         if need_hidden:  # h has served
             _add_product_(h, logits, weight, tile=plan.feature_tile, alpha=1 / scale)
-            grad_hidden[rows] = h
+            grad_hidden[these] = h
         if need_bias:
             grad_bias.add_(logits.sum(0, dtype=torch.float32), alpha=1 / scale)
     weight_result = hidden.new_empty(0, dtype=weight_grad_dtype) if grad_weight is None else grad_weight.result()

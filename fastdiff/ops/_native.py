@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from fastdiff.tuning import apply_sizes
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what every native operator takes
 
 
@@ -22,6 +24,8 @@ def _load(name: str, how_to_get_it: str) -> tuple[ModuleType | None, str | None]
 cpu_module, cpu_missing = _load("fastdiff._C", "fastdiff._C was not built; run: pip install -e . --no-build-isolation")
 if cpu_module is not None and cpu_module.isa_error():
     raise ValueError(cpu_module.isa_error())
+if cpu_module is not None:
+    apply_sizes(cpu_module)
 cuda_module, cuda_missing = _load(
     "fastdiff._C_cuda", "this build has no CUDA module; build it with nvcc: FASTDIFF_CUDA=1 pip install -e ."
 )

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -11,7 +12,9 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import numpy as np
 from torch import nn
 
+from fastdiff import tuning
 from fastdiff.data.file_checks import class_folders
+from fastdiff.device import PRECISIONS
 from fastdiff.files import read_json
 from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, naming_config, read_config
 from fastdiff.recipes import plain
@@ -24,7 +27,7 @@ from fastdiff.training.run_folder import RunFolder, locate, locate_checkpoint
 
 Sampling = TypeVar("Sampling")
 ACCEPT_CHANGED_DATA = "--accept-changed-data"  # the option of commands that compare a run with its data
-_PRECISIONS = ("auto", "bf16", "no")
+_PRECISIONS = ("auto", *PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,20 @@ class Found:
         """The fields of `Run` that say where it came from."""
         step = None if self.state is None else self.state["step"]
         return {
-            "source": self.source, "folder": self.folder, "step": step, "weights": self.weights, "state": self.state
+            "source": self.source, "folder": self.folder, "step": step, "weights": self.weights, "state": self.state,
+            "choices": self.choices,
         }  # fmt: skip
+
+    @property
+    def choices(self) -> dict[str, Any] | None:
+        """What it goes by on a CPU: its run's record, or its config.json's; None where that is the machine's to say."""
+        if self.folder is not None:
+            return self.folder.choices() or None
+        file = self.source / CONFIG_NAME
+        choices = read_config(self.source).get("choices") if file.is_file() else None
+        if choices is not None and not isinstance(choices, dict):
+            raise ValueError(f"{file}: choices: got {choices!r}; expected an object")
+        return choices or None
 
 
 def find(path: str | Path, kind: str, weights: str, files: Sequence[str] | None = None) -> Found:
@@ -110,8 +125,10 @@ def check_count(option: str, value: Any) -> None:
 
 
 def sampling_keys(sampling: Any, mixed_precision: str) -> dict[str, Any]:
-    """What config.json of a saved model says of its sampling; `stored_sampling` reads it."""
-    return {"sampling": plain(dataclasses.asdict(sampling)), "mixed_precision": mixed_precision}
+    """What config.json of a saved model says of its sampling; `stored_sampling` reads it, and `Found` the choices."""
+    choices = dict(tuning.record())
+    keys = {"sampling": plain(dataclasses.asdict(sampling)), "mixed_precision": mixed_precision}
+    return keys | ({"choices": choices} if choices else {})
 
 
 def stored_sampling(folder: Path, kind: type[Sampling]) -> tuple[Sampling, str]:
@@ -133,6 +150,17 @@ def stored_sampling(folder: Path, kind: type[Sampling]) -> tuple[Sampling, str]:
         )
 
 
+def going_by_choices(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a run within which choices are the run's."""
+
+    @functools.wraps(method)
+    def call(self: "Run", *args: Any, **kwargs: Any) -> Any:
+        with tuning.using(self.choices):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Run:
     """Something trained, loaded to be used. `fastdiff.load` makes one.
@@ -145,6 +173,7 @@ class Run:
         step: optimizer steps behind the checkpoint; None for what is not a checkpoint of fastdiff.train.
         weights: which of a checkpoint's weights these are, "ema" or "model"; None for what is not a checkpoint.
         state: the checkpoint's trainer_state.json, or None.
+        choices: what it goes by on a CPU (`fastdiff.tuning.using`): its `training.choices`. None: what is measured.
     """
 
     kind: ClassVar[str]
@@ -156,6 +185,7 @@ class Run:
     step: int | None = None
     weights: str | None = None
     state: dict[str, Any] | None = field(default=None, repr=False)
+    choices: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def check_data(self, data: Mapping[str, DataSet], accept: bool = False) -> None:
         """Compares data that was loaded by the run's recipe with what the run was trained on.

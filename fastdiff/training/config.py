@@ -26,7 +26,10 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm; 0 turns clipping off.
         ema_decay: decay of the moving average of the weights that sampling uses; reached gradually in the first steps.
         mixed_precision: "bf16" computes under autocast, weights stay float32; "no" is float32; "auto" takes bf16
-            where the device has instructions for it.
+            where a GPU has instructions for it, and on a CPU that has them the one in which the run's own training
+            step is faster (measured in two seconds when the run begins, once a machine).
+        choices: what a run on a CPU goes by (fastdiff.tuning): training writes here what it measured, and a resumed run
+            keeps it. Where a recipe gives them, nothing is measured.
         device: "auto" takes a GPU where there is one; "cpu" does not.
         seed: seed of everything random: initial weights, order of the data, noise, times, label dropout.
         checkpoint_every: steps between checkpoints; the last step always makes one.
@@ -54,6 +57,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     mixed_precision: Literal["auto", "bf16", "no"] = "auto"
+    choices: dict[str, int | str] = field(default_factory=dict)
     device: Literal["auto", "cpu"] = "auto"
     seed: int = 0
     checkpoint_every: int = 1000

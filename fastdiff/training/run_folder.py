@@ -70,6 +70,13 @@ class RunFolder:
         found = list_checkpoints(self.checkpoints)
         return found[-1] if found else None
 
+    def choices(self) -> dict[str, Any]:
+        """`training.choices` in config.yaml; {} where there are none: runs of earlier versions have none."""
+        try:
+            return dict(self._read_config()["training"].get("choices") or {})
+        except (OSError, ValueError, TypeError):  # what is wrong is said where the recipe is read
+            return {}
+
     def prepare(self, training: TrainingConfig, recipe: dict[str, Any], check: Callable[[Path, int], object]) -> None:
         """Makes the folder ready for a run and writes config.yaml.
 

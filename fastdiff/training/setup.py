@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,45 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
-from fastdiff.device import computes_bf16
+from fastdiff.device import PRECISIONS, computes_bf16
 from fastdiff.training.config import TrainingConfig
+from fastdiff.tuning import made, using
 
 
-def resolve_precision(config: TrainingConfig) -> str:
-    """accelerate's name of the precision that "auto" means here: "bf16" or "no"."""
+def on_cpu(config: TrainingConfig) -> bool:
+    """Whether a run trains on the CPU."""
+    return config.device == "cpu" or not torch.accelerator.is_available()
+
+
+def resolve_precision(config: TrainingConfig, choices: Mapping[str, Any]) -> str:
+    """accelerate's name of the precision that "auto" means here: "bf16" or "no". `choices`: what the run goes by."""
     if config.mixed_precision != "auto":
         return config.mixed_precision
+    with using(choices):
+        found = made("mixed_precision", PRECISIONS) if on_cpu(config) else None
     on_gpu = config.device == "auto" and torch.cuda.is_available()
-    return "bf16" if computes_bf16("cuda" if on_gpu else "cpu") else "no"
+    return found or ("bf16" if computes_bf16("cuda" if on_gpu else "cpu") else "no")
 
 
-def make_accelerator(config: TrainingConfig, partial_gradients: bool = False) -> Accelerator:
+def forget_accelerator() -> None:
+    """Lets a run of one process have another device and precision than the run before it."""
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        # accelerate keeps device and precision for the life of a process; another run in it may want others
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_accelerator(
+    config: TrainingConfig, choices: Mapping[str, Any], partial_gradients: bool = False
+) -> Accelerator:
     """accelerate's view of devices, precision, processes and trackers.
 
     With `partial_gradients` a step of several processes may leave parameters without a gradient.
     """
-    if PartialState._shared_state and PartialState().num_processes == 1:
-        # accelerate keeps device and precision for the life of a process; another run in it may want others
-        AcceleratorState._reset_state(reset_partial_state=True)
     folder = config.output_dir
     # where there is none to use it has to be told: of processes that torchrun started each would think itself alone
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     return Accelerator(
-        mixed_precision=resolve_precision(config),
-        cpu=on_cpu,
+        mixed_precision=resolve_precision(config, choices),
+        cpu=on_cpu(config),
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(folder, logging_dir=str(Path(folder) / "tracking")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if partial_gradients else None,

@@ -1,6 +1,7 @@
 """One training loop for every task: on accelerate, with exact resume, atomic checkpoints and a clean end."""
 
 import contextlib
+import functools
 import sys
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from fastdiff.data.stream import share
 from fastdiff.errors import TrainingError
 from fastdiff.training import checkpoint as checkpoints
 from fastdiff.training.ahead import Ahead, pays
+from fastdiff.training.choices import choices_of, with_choices
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.ema import Ema
 from fastdiff.training.provenance import check_data, records_of
@@ -20,16 +22,30 @@ from fastdiff.training.randomness import derive_seed
 from fastdiff.training.run_folder import MetricsLog, RunFolder
 from fastdiff.training.schedule import learning_rate, rate_jump
 from fastdiff.training.setup import (
+    forget_accelerator,
     keep_freed_memory,
     make_accelerator,
+    on_cpu,
     parameter_groups,
     stop_on_signals,
 )
 from fastdiff.training.task import Batch, Task, to_device
 from fastdiff.training.trackers import Trackers, check_trackers
 from fastdiff.training.update import WeightUpdate
+from fastdiff.tuning import using
 
 _GLOBAL_RNG = 1  # purpose of the seed given to torch's own generator at each step
+
+
+def _going_by_choices(method):
+    """A method of a trainer within which choices are those of its run (`fastdiff.tuning.using`)."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with using(self.choices):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -67,9 +83,11 @@ class Trainer:
         check_trackers(config)
         self.task, self.config = task, config
         self.folder = RunFolder(config.output_dir)
-        self.accelerator = make_accelerator(config, task.partial_gradients)
-        if self.accelerator.device.type == "cpu":
+        forget_accelerator()
+        if on_cpu(config):
             keep_freed_memory()
+        self.choices = choices_of(task, config, self.folder)
+        self.accelerator = make_accelerator(config, self.choices, task.partial_gradients)
         processes, parts = self.accelerator.num_processes, config.accumulation_steps
         if config.batch_size < processes * parts:
             raise ValueError(
@@ -113,7 +131,8 @@ class Trainer:
 
     def _prepare(self) -> None:
         self._data = records_of(self.task.data_sets())
-        self.folder.prepare(self.config, self.task.recipe(), self._check_resumed)
+        recipe = with_choices(self.task.recipe(), self.choices)
+        self.folder.prepare(self.config, recipe, self._check_resumed)
 
     def _check_resumed(self, newest: Path, planned: int) -> None:
         """Raises ValueError where the files or the data of the run to go on with changed; says what else does."""
@@ -215,6 +234,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.steps_done == self.config.max_steps or (every > 0 and self.steps_done % every == 0)
 
+    @_going_by_choices
     def train_step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step: (this process's part of the loss, gradient norm), both detached."""
         accelerator, config = self.accelerator, self.config
@@ -319,6 +339,7 @@ class Trainer:
         self._on_main(self._write_checkpoint)
         self._clock = time.perf_counter()
 
+    @_going_by_choices
     def _write_checkpoint(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
 
@@ -364,6 +385,7 @@ class Trainer:
             text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items())
             tqdm.write(f"step {self.steps_done}: {text}", file=sys.stderr)
 
+    @_going_by_choices
     def _pictures(self, replace: bool = True) -> None:
         """Validation, loss.png, samples.png, by the first process; with `replace` False only where one is missing."""
         from fastdiff.visualization import save_loss_curve

@@ -4,16 +4,11 @@
 #include <stdlib.h>
 
 #include "kernels/adaln/adaln.h"
+#include "kernels/common/tuning.h"
 #include "kernels/common/vec.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
-
-constexpr int64_t kGrain = 16384;  // elements a thread should have before a second one is woken
-
-// A call that moves at least so many bytes finds nothing in the caches afterwards; its outputs are then stored past them,
-// which saves the read of a line that a plain store begins with.
-constexpr int64_t kStreamBytes = int64_t(40) << 20;
 
 template <class V, class T>
 bool streamable(const void* rows, int64_t dim) {

@@ -226,7 +226,7 @@ bool streams(const AdaLNBackwardParams& p) {
   const int64_t streams_of_x = p.branch ? 3 : 2, gated = p.branch ? 2 * dtype_size(p.branch_dtype) : 0;
   const int64_t moved = p.dim * p.batch * p.tokens * (sizeof(G) + streams_of_x * sizeof(X) + gated);
   // a vector of floats has the widest alignment that the branch's type may ask for
-  return moved >= kStreamBytes && streamable<V, X>(p.grad_x, p.dim) &&
+  return moved >= stream_bytes() && streamable<V, X>(p.grad_x, p.dim) &&
          (p.branch == nullptr || streamable<V, float>(p.grad_branch, p.dim));
 }
 
@@ -239,8 +239,9 @@ void backward_typed(const AdaLNBackwardParams& p, const ParallelFor& parallel_fo
   const bool through_workspace = wants_sums(p) && (segments.per_frame > 1 || affine);
   S* workspace = static_cast<S*>(p.workspace);
   const bool stream = streams<V, G, X>(p);
-  const int64_t grain = kGrain / (p.dim * (p.grad_tokens_per_frame < p.rows_per_segment ? p.grad_tokens_per_frame
-                                                                                         : p.rows_per_segment));
+  const int64_t least_rows =
+      p.grad_tokens_per_frame < p.rows_per_segment ? p.grad_tokens_per_frame : p.rows_per_segment;
+  const int64_t grain = thread_grain() / (p.dim * least_rows);
   parallel_for(0, segments.count, grain, [&](int64_t first, int64_t last) {
     const Scratch<S> scratch(2, p.dim), local_sums(1, 3 * p.dim), kept(p.branch ? kBlock : 0, p.dim);
     const Modulation no_shift{nullptr, p.scale.dtype, 0, 0, 1};
@@ -262,7 +263,7 @@ void backward_typed(const AdaLNBackwardParams& p, const ParallelFor& parallel_fo
     return (block + 1) * kColumns < p.dim ? (block + 1) * kColumns : p.dim;
   };
   if (through_workspace && segments.per_frame > 1)
-    parallel_for(0, segments.count / segments.per_frame * blocks, kGrain / (kColumns * segments.per_frame),
+    parallel_for(0, segments.count / segments.per_frame * blocks, thread_grain() / (kColumns * segments.per_frame),
                  [&](int64_t first, int64_t last) {
                    for (int64_t k = first; k < last; k++) {
                      const int64_t frame = k / blocks, block = k % blocks;

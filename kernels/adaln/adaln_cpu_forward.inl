@@ -80,7 +80,7 @@ void normalise_row(const X* x, const Statistics<typename V::Scalar>& s, const ty
 template <class V, class X, class O>
 bool streams(const AdaLNForwardParams& p) {
   const int64_t moved = p.dim * ((p.branch ? 3 : 1) * sizeof(X) + sizeof(O)) * p.batch * p.tokens;
-  return moved >= kStreamBytes && streamable<V, O>(p.out, p.dim) &&
+  return moved >= stream_bytes() && streamable<V, O>(p.out, p.dim) &&
          (p.branch == nullptr || streamable<V, X>(p.residual_out, p.dim));
 }
 
@@ -140,7 +140,7 @@ template <class V>
 void forward(const AdaLNForwardParams& p, const ParallelFor& parallel_for) {
   with_type<V>(p.x_dtype, [&](auto x_type) {
     with_type<V>(p.out_dtype, [&](auto out_type) {
-      parallel_for(0, p.batch * p.tokens, kGrain / p.dim, [&](int64_t begin, int64_t end) {
+      parallel_for(0, p.batch * p.tokens, thread_grain() / p.dim, [&](int64_t begin, int64_t end) {
         forward_rows<V, typename decltype(x_type)::type, typename decltype(out_type)::type>(p, begin, end);
       });
     });

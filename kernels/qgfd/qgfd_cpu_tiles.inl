@@ -73,12 +73,24 @@ __attribute__((noinline)) void tile(int64_t steps, const typename Math::Element*
     for (int v = 0; v < kVectors; v++) sum[r][v].store(c + r * c_row + v * W);
 }
 
+// What comes from far is asked for while other numbers are multiplied: a piece of it at each tile.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t bytes_a_tile = 0;
+  FD_INLINE void next() {
+    for (int64_t i = 0; i < bytes_a_tile; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += bytes_a_tile;
+  }
+};
+
 // rows a multiple of kTileRows; `columns` of C are wanted, and C's rows are long enough for whole vectors.
 template <class Math>
 void product(int64_t rows, int64_t columns, int64_t steps, const typename Math::Element* a, int64_t a_row,
-             int64_t a_step, const typename Math::Element* b, int64_t b_panel, float* c, int64_t c_row, bool add) {
+             int64_t a_step, const typename Math::Element* b, int64_t b_panel, float* c, int64_t c_row, bool add,
+             Ahead ahead = {}) {
   for (int64_t column = 0; column < columns; column += kPanel, b += b_panel)
     for (int64_t r = 0; r < rows; r += kTileRows) {
+      ahead.next();
       float* const at = c + r * c_row + column;
       if (columns - column > W)
         tile<Math, 2>(steps, a + r * a_row, a_row, a_step, b, at, c_row, add);

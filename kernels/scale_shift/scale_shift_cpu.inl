@@ -1,11 +1,10 @@
 // scale_shift on the CPU, compiled once an instruction set (see kernels/common/vec.h).
+#include "kernels/common/tuning.h"
 #include "kernels/common/vec.h"
 #include "kernels/scale_shift/scale_shift.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
-
-constexpr int64_t kGrain = 16384;  // elements a thread should have before a second one is woken
 
 template <class T>
 void scale_shift_rows(const ScaleShiftParams& p, int64_t begin, int64_t end) {
@@ -27,7 +26,7 @@ void scale_shift_rows(const ScaleShiftParams& p, int64_t begin, int64_t end) {
 void scale_shift(const ScaleShiftParams& p, const ParallelFor& parallel_for) {
   with_type<Vec>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(0, p.batch * p.tokens, kGrain / p.dim,
+    parallel_for(0, p.batch * p.tokens, thread_grain() / p.dim,
                  [&](int64_t begin, int64_t end) { scale_shift_rows<T>(p, begin, end); });
   });
 }

@@ -13,6 +13,7 @@ inline std::vector<float> numbers(int64_t count) {
 
 // 0, or 1 where a launch was refused
 int race_adaln();
+int race_bias_activation();
 int race_eos_log_prob();
 int race_masked_linear_cross_entropy();
 int race_qgfd();

@@ -12,8 +12,8 @@
 namespace {
 
 constexpr int (*kOperators[])() = {
-    race_adaln,       race_eos_log_prob,   race_masked_linear_cross_entropy, race_qgfd,
-    race_scale_shift, race_token_sampling, race_unmask,
+    race_adaln, race_bias_activation, race_eos_log_prob,   race_masked_linear_cross_entropy,
+    race_qgfd,  race_scale_shift,     race_token_sampling, race_unmask,
 };
 
 int run_fault(const char* name) {

@@ -92,7 +92,9 @@ def test_only_free_fields_may_change(tmp_path):
 
 
 def test_extra_keys(tmp_path):
-    with pytest.raises(ValueError, match="extra: got 'classes'; expected id2label, sampling, mixed_precision in"):
+    with pytest.raises(
+        ValueError, match="extra: got 'classes'; expected id2label, sampling, mixed_precision, choices in"
+    ):
         make_dit().save_pretrained(tmp_path, extra={"classes": NAMES})
     with pytest.raises(ValueError, match="extra: got 'head'; expected other names in the config.json of a length head"):
         EndClassifier(8).save_pretrained(tmp_path, extra={"head": "regression"})

@@ -6,10 +6,11 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:  # as a GPU rounds and multiplies
-    from ops.triton_interpreter import checked_memory, mend_bf16_products, mend_bf16_rounding
+    from ops.triton_interpreter import checked_memory, mend_bf16_products, mend_bf16_rounding, mend_indices
 
     mend_bf16_rounding()
     mend_bf16_products()
+    mend_indices()
 
     @pytest.fixture(autouse=True)
     def bounds(request):

@@ -103,6 +103,20 @@ def self_attention(rng: random.Random) -> Operands:
     return tensors | {"grad_out": floats(rng, *make["out"], dtype=dtype), "lse": lse, "scale": 0.5}
 
 
+def bias_activation(rng: random.Random) -> Operands:
+    shape = [rng.randint(0, 5) for _ in range(rng.randint(0, 2))] + [rng.randint(0, 70)]
+    dtype = rng.choice((*FLOATS, torch.float64))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    x, up, grad_out, out = (floats(rng, *shape, dtype=dtype) for _ in range(4))
+    gated = rng.random() < 0.5
+    bias, up_bias = (maybe(rng, lambda: floats(rng, shape[-1], dtype=compute)) for _ in range(2))
+    return {
+        "x": x, "bias": bias, "up": up if gated else None, "up_bias": up_bias if gated else None,
+        "activation": rng.randint(0, 2), "grad_out": grad_out, "need_bias": rng.random() < 0.7,
+        "out": rng.choice((out, x)),
+    }  # fmt: skip
+
+
 def qgfd(rng: random.Random) -> Operands:
     batch, kv_heads, group, dim = (
         rng.randint(0, 2),
@@ -208,9 +222,10 @@ def product(rng: random.Random) -> Operands:
 
 
 FAMILIES: dict[str, Callable[[random.Random], Operands]] = {
-    "adaln": adaln, "gated": adaln, "scale_shift": scale_shift, "self_attention": self_attention, "qgfd": qgfd,
-    "sample_tokens": sampling, "lm_head_sample": sampling, "eos_log_prob": sampling, "unmask": unmask, "cross_entropy": cross_entropy,
-    "tiled": product,
+    "adaln": adaln, "gated": adaln, "bias_activation": bias_activation, "scale_shift": scale_shift,
+    "self_attention": self_attention, "qgfd": qgfd,
+    "sample_tokens": sampling, "lm_head_sample": sampling, "eos_log_prob": sampling, "unmask": unmask,
+    "cross_entropy": cross_entropy, "tiled": product,
 }  # fmt: skip
 
 

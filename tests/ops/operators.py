@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.kernels.adaln import reference as adaln_reference
+from ops.bias_activation_cases import BIAS_ACTIVATION
 from ops.eos_log_prob_cases import EOS_HEAD, EOS_LOGITS
 from ops.harness import Case, Dtypes, Inputs, Operator
 from ops.masked_linear_cross_entropy_cases import MASKED_LOSS
@@ -100,4 +101,16 @@ ADALN = Operator("adaln", lambda **kw: (ops.adaln(**kw),), _adaln_reference, _ad
 GATED = Operator(
     "gated_residual_adaln", lambda **kw: ops.gated_residual_adaln(**kw), _gated_reference, _adaln_cases(gated=True)
 )
-OPERATORS = [ADALN, GATED, SAMPLE, HEAD, MASKED_LOSS, EOS_LOGITS, EOS_HEAD, QGFD, SCALE_SHIFT, SELF_ATTENTION]
+OPERATORS = [
+    ADALN,
+    GATED,
+    SAMPLE,
+    HEAD,
+    MASKED_LOSS,
+    EOS_LOGITS,
+    EOS_HEAD,
+    QGFD,
+    SCALE_SHIFT,
+    SELF_ATTENTION,
+    BIAS_ACTIVATION,
+]

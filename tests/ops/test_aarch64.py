@@ -29,10 +29,8 @@ def build(folder: Path, kernel: str, main: str) -> Path:
     baseline.write_text(
         f'#define FASTDIFF_ISA baseline\n#define FASTDIFF_ISA_BASELINE\n#include "kernels/{kernel}_cpu.inl"\n'
     )
-    sources = [
-        baseline,
-        *(ROOT / s for s in (f"tests/ops/{main}", f"kernels/{kernel}_cpu.cpp", "kernels/common/isa.cpp")),
-    ]
+    others = (f"tests/ops/{main}", f"kernels/{kernel}_cpu.cpp", "kernels/common/isa.cpp", "kernels/common/tuning.cpp")
+    sources = [baseline, *(ROOT / name for name in others)]
     flags = ["-std=c++20", "-O2", "-fno-math-errno", "-static", f"-I{ROOT}"]
     subprocess.run([TOOLS[0], *flags, *map(str, sources), "-o", str(folder / "program")], check=True)
     return folder / "program"

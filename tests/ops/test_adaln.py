@@ -7,13 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastdiff import BackendError, use_backend
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops import _adaln_backends, _native, adaln, gated_residual_adaln
 from ops.harness import A_DEVICE, NATIVE, ROWS, check_operators, check_schemas
+from ops.properties import given, settings, st
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 native = pytest.mark.parametrize("row", NATIVE, ids=lambda r: r.name)

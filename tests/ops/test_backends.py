@@ -7,12 +7,16 @@ import warnings
 
 import pytest
 import torch
-from generation.plain import randomise, tiny
 
 import fastdiff
 from fastdiff import backends, use_backend
-from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
 from fastdiff.ops import _adaln_backends, adaln
+
+
+def need_packages_of_models():
+    """Nothing else of the operators' tests needs these."""
+    for package in ("safetensors", "transformers"):
+        pytest.importorskip(package, reason=f"NOT TESTED: operators in threads of models: {package} is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +90,11 @@ def test_threads_and_tasks_have_their_own():
 
 
 def test_eight_threads_generate_each_on_its_backend(ran):
+    need_packages_of_models()
+    from generation.plain import randomise, tiny
+
+    from fastdiff.generation import MaskedDiffusionGenerationConfig, generate
+
     model, prompt = randomise(tiny("llada"), 7).float(), torch.tensor([[5, 9, 4]])
     config = MaskedDiffusionGenerationConfig(max_new_tokens=6, num_inference_steps=3, temperature=1.0, seed=3)
 
@@ -136,6 +145,7 @@ def test_backward_runs_on_the_backend_of_its_forward_in_any_thread(monkeypatch):
 
 
 def test_what_a_checkpoint_computes_again_runs_on_the_backend_of_its_forward(ran):
+    need_packages_of_models()
     from fastdiff.models import DiT, DiTConfig
 
     model = DiT(DiTConfig(

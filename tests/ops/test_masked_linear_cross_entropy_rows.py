@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff.kernels.masked_linear_cross_entropy import reference
 from fastdiff.ops import _masked_linear_cross_entropy_backends as backends
 from ops.harness import BF16, F16, F32, NATIVE, across_threads
+from ops.properties import given, settings, st
 
 
 def randn(*shape, dtype=F32, seed=0):

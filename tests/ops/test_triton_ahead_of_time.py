@@ -17,6 +17,7 @@ AUTOCAST = (aot.F32, aot.BF16, aot.BF16)
 
 def test_every_kernel_is_among_the_variants():
     from fastdiff.kernels.adaln import triton_device as adaln
+    from fastdiff.kernels.bias_activation import triton_device as bias_activation
     from fastdiff.kernels.eos_log_prob import triton_device as eos
     from fastdiff.kernels.masked_linear_cross_entropy import triton_device as loss
     from fastdiff.kernels.qgfd import triton_backward_device as qgfd_backward
@@ -26,10 +27,10 @@ def test_every_kernel_is_among_the_variants():
     from fastdiff.kernels.token_sampling import triton_threshold_device as threshold
     from fastdiff.kernels.unmask import triton_device as unmask
 
-    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd, qgfd_backward, scale_shift)
+    modules = (adaln, sampling, threshold, unmask, loss, eos, qgfd, qgfd_backward, scale_shift, bias_activation)
     kernels = {(module.__name__, name) for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(variant.module, variant.kernel) for variant in aot.labelled_variants()}
-    assert found == kernels and len(kernels) == 25
+    assert found == kernels and len(kernels) == 28
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -53,6 +54,8 @@ def test_another_batch_or_length_compiles_nothing_new(vocab, full):
     assert all(set(aot.eos_log_prob_variants(vocab, aot.BF16, length=length)) == first for length in (1, 7, 1023))
     first = set(aot.scale_shift_variants(1152, aot.BF16, tokens=64))
     assert all(set(aot.scale_shift_variants(1152, aot.BF16, tokens=tokens)) == first for tokens in (1, 7, 1023))
+    first = set(aot.bias_activation_variants(3072, aot.BF16, 1, full, rows=64))
+    assert all(set(aot.bias_activation_variants(3072, aot.BF16, 1, full, rows=r)) == first for r in (1, 7, 1023))
 
 
 @pytest.mark.parametrize("masks", ["", "begin end", "keys"])
@@ -81,7 +84,7 @@ def some_variants() -> list[aot.Variant]:
     sampling = aot.sampling_variants(aot.SamplingCase(126464, aot.BF16, 0.7, (50, 0.9), full=True))
     others = aot.unmask_variants(2, 3, full=True) + aot.cross_entropy_variants(50257, aot.F32, True, True)
     others += aot.eos_log_prob_variants(126464, aot.BF16) + aot.attention_variants(aot.AttentionCase(64, aot.BF16))
-    others += aot.scale_shift_variants(1152, aot.BF16)
+    others += aot.scale_shift_variants(1152, aot.BF16) + aot.bias_activation_variants(3072, aot.BF16, 0, True)
     return aot.adaln_variants(aot.Case(1152, AUTOCAST)) + sampling + others
 
 

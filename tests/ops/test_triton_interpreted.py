@@ -14,7 +14,8 @@ HERE = Path(__file__).parent
 HARNESS = (
     "triton and (adaln and (f32-bf16-autocast and (dim384 or unaligned) or alone or export)"
     " or test_values and f32-f32 and (sample and (unaligned or peaked or dim77) or masked and (prime or smoothing)"
-    " or eos and (unaligned or peaked or dim77) or qgfd and (key-sink or turned or without) or scale_shift)"
+    " or eos and (unaligned or peaked or dim77) or qgfd and (key-sink or turned or without) or scale_shift"
+    " or bias_activation and (odd or swiglu))"
     " or test_values and bf16-bf16 and qgfd and (varlen-causal or grouped-t))"
 )
 

@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import BackendError, use_backend
 from fastdiff.ops import TokenSample, sample_tokens, unmask_
 from ops.harness import NATIVE, ROWS, across_threads, cover
+from ops.properties import given, settings, st
 from ops.unmask_cases import KINDS, MASK, NUMBERS, ORDERS, RULES, Problem, numbers, problem
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)

@@ -1,6 +1,6 @@
-"""Triton's interpreter for tests: its bf16 rounding mended, memory accesses checked, programs in any order.
+"""Triton's interpreter for tests: its bf16 mended, memory accesses checked, programs in any order.
 
-Import it in a process that was started with TRITON_INTERPRET=1. Written for Triton 3.7 to 3.9, whose interpreter
+Import it in a process that was started with TRITON_INTERPRET=1. Written for Triton 3.6 to 3.9, whose interpreter
 truncates fp32 to bf16, multiplies matrices of bf16 as if their bits were integers, reads and writes out of bounds
 without a word, and runs programs in the order of the grid.
 """
@@ -56,6 +56,20 @@ def mend_bf16_products() -> None:
 
     create_dot.mended = True
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def mend_indices() -> None:
+    """Lets Triton 3.6 count with its scalars, arrays of one element, which NumPy 2.4 refuses to take for numbers."""
+    original = interpreter._patch_lang_tensor
+    if getattr(original, "mended", False):
+        return
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    patch.mended = True
+    interpreter._patch_lang_tensor = patch
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What a person meets when installing: messages, archives, and an import that needs no GPU, nvcc or Triton."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,9 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def test_an_older_torch_is_named_in_one_sentence():
-    done = python("import torch; torch.__version__ = '2.12.1+cpu'; import fastdiff")
+    done = python("import torch; torch.__version__ = '2.9.1+cpu'; import fastdiff")
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: fastdiff 0.1.0 needs torch >= 2.13 and found 2.12.1+cpu; run: pip install")
+    assert last.startswith("ImportError: fastdiff 0.1.0 needs torch >= 2.10 and found 2.9.1+cpu; run: pip install")
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_checkout_that_is_not_installed_says_what_to_do(bare_checkout, module)
 def test_a_python_without_torch_says_what_to_do(bare_checkout):
     (bare_checkout / "kernels").rename(bare_checkout / "fastdiff" / "kernels")  # as in an installed package
     (line,) = without_packages(bare_checkout, "-m", "fastdiff.train")
-    assert "fastdiff needs torch, which " in line and "pip install 'torch>=2.13'" in line
+    assert "fastdiff needs torch, which " in line and "pip install 'torch>=2.10'" in line
 
 
 def test_import_needs_no_triton_and_no_compiled_module():
@@ -104,6 +105,18 @@ def test_the_cuda_module_loads_without_a_gpu():
 
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastdiff::adaln_forward", "CUDA")
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastdiff::gated_residual_adaln_backward", "CUDA")
+    assert _native.cuda_module.finds_stream() == (torch.version.cuda is not None)
+
+
+def test_the_oldest_torch_is_said_alike_everywhere():
+    for name, pattern in {
+        "pyproject.toml": r'"torch>=(\d+)\.(\d+)"',
+        "setup.py": r"< \((\d+), (\d+)\):",
+        "CMakeLists.txt": r'FASTDIFF_OLDEST_TORCH "(\d+)\.(\d+)"',
+        "fastdiff/__init__.py": r"_MINIMUM_TORCH = \((\d+), (\d+)\)",
+        "docs/installation.md": r"torch >= (\d+)\.(\d+)",
+    }.items():
+        assert re.findall(pattern, (ROOT / name).read_text()) == [("2", "10")], name
 
 
 def test_kernel_headers_know_no_torch():

@@ -61,7 +61,7 @@ def test_a_reader_that_has_gone_is_no_traceback():
 def test_a_full_disk_while_tokens_are_prepared_is_one_line(tmp_path, monkeypatch, capsys, error):
     import errno
 
-    from fastdiff.cli import command
+    from fastdiff.commands import command
     from fastdiff.data import TextDataConfig, TokenizerConfig, load_text_data
     from fastdiff.data.token_files import TokenFileWriter
 

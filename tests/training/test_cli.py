@@ -336,7 +336,7 @@ def test_output_is_checked_before_work(run, tmp_path, capsys, monkeypatch, comma
 
 
 def test_errors_of_the_file_system_are_one_line(capsys):
-    from fastdiff.cli import command
+    from fastdiff.commands import command
 
     @command
     def loop(argv=None):

@@ -23,7 +23,7 @@ from fastdiff.tasks.dit.decoder import FOLDER, decode, load_decoder
 from fastdiff.tasks.dit.recipe import DiTRecipe, SamplingConfig
 from fastdiff.tasks.images import to_pil
 from fastdiff.tasks.labels import labels_of, parse_labels
-from fastdiff.tasks.run import Found, Run, check_count, find, sampling_keys, stored_sampling
+from fastdiff.tasks.run import Found, Run, check_count, find, going_by_choices, sampling_keys, stored_sampling
 from fastdiff.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class DiTRun(Run):
         images = latents if output_type == "latent" else self.decoded(latents)
         return to_pil(images) if output_type == "pil" else images
 
+    @going_by_choices
     def draw(
         self,
         labels: Sequence[int] | Tensor,
@@ -146,7 +147,7 @@ class DiTRun(Run):
                     guidance_scale=sampling.guidance_scale,
                     guidance_interval=sampling.guidance_interval,
                     guidance_channels=sampling.guidance_channels,
-                    autocast_dtype=autocast_dtype(self.mixed_precision, device.type),
+                    autocast_dtype=autocast_dtype(self.mixed_precision, device.type, self.model),
                     **sampling.options(),
                 )
                 parts.append(images.cpu())
@@ -173,6 +174,7 @@ class DiTRun(Run):
         show = ', output_type="pt")  # latents' if latents else ')\nimages[0].save("sample.png")'
         return f'images = run.sample(["{self.class_names[0]}"]{show}'
 
+    @going_by_choices
     def _save(self, directory: Path) -> None:
         save_model(directory, self.model, self.diffusion, self.class_names, self.sampling, self.mixed_precision)
         if self.decoder is not None:

@@ -14,7 +14,7 @@ from fastdiff.recipes import load_recipe
 from fastdiff.tasks.hub import local_folder
 from fastdiff.tasks.kinds import kind_named, kind_of
 from fastdiff.tasks.masked_lm.recipe import MaskedLMRecipe
-from fastdiff.tasks.run import Found, Run, find
+from fastdiff.tasks.run import Found, Run, find, going_by_choices
 from fastdiff.training.run_folder import locate
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class LanguageModel(Run):
     tokenizer: "PreTrainedTokenizerBase | None" = field(default=None, repr=False)
     decoding: dict[str, Any] = field(default_factory=dict)
 
+    @going_by_choices
     def generate(
         self,
         prompts: str | Sequence[str] = "",

@@ -78,7 +78,7 @@ def evaluate_qgfd(path: str, options: EvaluateOptions) -> None:
 def measure_run(run: QGFDRun, sources: dict[str, Source], sampling: QGFDSamplingConfig) -> dict[str, Any]:
     """Measures of each modality, printed as they come; as plain values."""
     count = sampling.evaluation_samples or QGFDSamplingConfig().evaluation_samples
-    dtype = autocast_dtype(run.recipe.training.mixed_precision, next(run.model.parameters()).device.type)
+    dtype = autocast_dtype(run.recipe.training.mixed_precision, next(run.model.parameters()).device.type, run.model)
     report: dict[str, Any] = {"sampling": dataclasses.asdict(sampling)}
     for name, source in sources.items():
         classes, prompts = label_count(run.model, name), None

@@ -18,7 +18,7 @@ from fastdiff.recipes import load_recipe
 from fastdiff.tasks.labels import labels_of
 from fastdiff.tasks.qgfd.recipe import QGFDRecipe, QGFDSamplingConfig
 from fastdiff.tasks.qgfd.sources import Source, load_source
-from fastdiff.tasks.run import Run, check_count, find, sampling_keys, stored_sampling
+from fastdiff.tasks.run import Run, check_count, find, going_by_choices, sampling_keys, stored_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +64,7 @@ class QGFDRun(Run):
         self.check_data({section: source.data}, accept_changed)
         return source
 
+    @going_by_choices
     def sample(
         self,
         modality: str | None = None,
@@ -117,7 +118,7 @@ class QGFDRun(Run):
         elif labels is not None:
             drawn = torch.tensor(labels_of(labels, names)).repeat_interleave(count // label_count(self.model, name))
             count = len(drawn)
-        dtype = autocast_dtype(self.mixed_precision, next(self.model.parameters()).device.type)
+        dtype = autocast_dtype(self.mixed_precision, next(self.model.parameters()).device.type, self.model)
         samples = draw_samples(
             self.model, name, count, sampling, labels=drawn, prompts=given, length=length, dtype=dtype,
             progress=progress,
@@ -144,6 +145,7 @@ class QGFDRun(Run):
         given += ['prompts=["…"]'] if self._takes_prompts(name) else ["num_samples=1"]
         return f"drawn = run.sample({', '.join(given)})\nprint(drawn.samples)"
 
+    @going_by_choices
     def _save(self, directory: Path) -> None:
         names = {name: facts.get("class_names", []) for name, facts in self.facts.items()}
         processors = [each for each in (self.tokenizer, self.schema) if each is not None]

@@ -105,7 +105,7 @@ def sample_qgfd(path: str, options: SampleOptions) -> None:
         write = functools.partial(_write, run, sampling, name, shown, stem, count, alone)
         samples = draw_samples(
             run.model, name, count, sampling, labels=labels, prompts=shown.prompts, length=options.length,
-            dtype=autocast_dtype(run.mixed_precision, next(run.model.parameters()).device.type),
+            dtype=autocast_dtype(run.mixed_precision, next(run.model.parameters()).device.type, run.model),
             progress=True, keep=AsTheyCome(write),
         )  # fmt: skip
         for path in write(samples):

@@ -1,0 +1,56 @@
+"""Sampling with networks whose condition acts through modulations alone (adaLN of DiT, Peebles & Xie, 2023).
+
+A modulation depends on time and label, not on the sample. A sampler knows its times before it starts, and a batch has
+few labels: ten classes and the null label need eleven rows a step, where a guided batch of a hundred has two hundred.
+"""
+
+from torch import Tensor, nn
+
+from fastdiff.nn.head import unhooked
+
+_MOST_BYTES = 64 << 20  # of the modulations held at a time (one step's, where these are more)
+
+
+def knows_modulations(model: nn.Module) -> bool:
+    """Whether a model makes its modulations ahead (`DiT.modulations`), and calling its parts does nothing else.
+
+    Wrapped models (compiled, sharded, with hooks somewhere) are called as they are.
+    """
+    return hasattr(type(model), "modulations") and all(unhooked(module) for module in model.modules())
+
+
+class Modulated:
+    """What `Guided` takes as `predict`: a model that gets its modulations from a table.
+
+    Calls must come in the order of the steps, one each, as `sample` makes them. The table is made in pieces of whole
+    steps, each for the first step that needs it, under the autocast of that call.
+
+    Args:
+        model: a `DiT`, or another module with its `modulations`.
+        times: [S], the time of each step as the model gets it.
+        class_labels: [N], those of all samples of a call; a call of fewer samples has the first of them.
+    """
+
+    def __init__(self, model: nn.Module, times: Tensor, class_labels: Tensor) -> None:
+        self.model, self.times = model, times
+        self.labels, self.rows = class_labels.unique(return_inverse=True)
+        self.step = 0  # of the next call
+        self.table: list[Tensor] = []  # by layer, [steps, labels, width]: of the steps from `first` to `end`
+        self.first = self.end = 0
+
+    def __call__(self, x: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:  # [N, C, H, W], [N], [N]
+        if self.step == self.end:
+            self._advance()
+        rows = self.rows[: len(x)]
+        modulations = [layer[self.step - self.first].index_select(0, rows) for layer in self.table]
+        self.step += 1
+        dtype = next(self.model.parameters()).dtype
+        return self.model(x.to(dtype), time, class_labels, modulations=modulations)
+
+    def _advance(self) -> None:
+        """The next piece of the table: first one step, which tells how many fit."""
+        held = sum(layer[0].nbytes for layer in self.table)
+        count = max(1, _MOST_BYTES // held) if held else 1
+        self.table = []  # before the next is made: both would be twice the memory
+        self.first, self.end = self.end, min(self.end + count, len(self.times))
+        self.table = self.model.modulations(self.times[self.first : self.end], self.labels)

@@ -1,0 +1,1 @@
+"""bias_activation: bias and activation of an MLP in one pass, reference and Triton kernels."""
