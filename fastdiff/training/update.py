@@ -57,8 +57,10 @@ class WeightUpdate:
         groups = []
         for group in self._optimizer.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            groups.append((group, parameters, [p.grad.contiguous() for p in parameters]))
-        norm = gradient_norm([grad for *_, grads in groups for grad in grads])[0]
+            if parameters:
+                groups.append((group, parameters, [p.grad.contiguous() for p in parameters]))
+        every = [grad for *_, grads in groups for grad in grads]
+        norm = gradient_norm(every)[0] if every else torch.zeros(())
         scale = min(1.0, self._limit / (norm.item() + 1e-6)) if self._limit < float("inf") else 1.0
         if norm != norm:  # as torch's clipping: the weights become NaN, too, and the run ends with a message
             scale = float("nan")

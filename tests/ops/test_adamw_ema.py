@@ -91,5 +91,5 @@ def test_schemas_and_refusals():
         for wrong in (lists()[name][:-1], [t.double() for t in lists()[name]]):
             with pytest.raises(RuntimeError, match="do not fit|different lengths"):
                 run(module.adamw_ema_, lists() | {name: wrong})
-    with pytest.raises(RuntimeError, match="grads is empty"):
+    with pytest.raises(RuntimeError, match="empty list"):  # torch's own message
         module.gradient_norm([])

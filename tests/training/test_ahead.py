@@ -58,11 +58,11 @@ def weights(folder):
 
 def test_a_run_is_the_same_and_resumes_the_same(make_trainer, tmp_path, monkeypatch):
     """Bit for bit: at once without the thread, and in two parts with it."""
-    options = ("--training.max_steps", 7, "--training.accumulation_steps", 2)
-    make_trainer(tmp_path / "plain", *options).train()
+    options = ("--training.max_steps", 8, "--training.accumulation_steps", 2)
+    make_trainer(tmp_path / "plain", *options).train(stop_at=7)
     monkeypatch.setattr(trainers, "pays", lambda device: True)
     make_trainer(tmp_path / "ahead", *options).train(stop_at=3)
-    make_trainer(tmp_path / "ahead", *options, "--training.resume", "true").train()
+    make_trainer(tmp_path / "ahead", *options, "--training.resume", "true").train(stop_at=7)
     (name, plain), (other, ahead) = weights(tmp_path / "plain"), weights(tmp_path / "ahead")
     assert name == other == "step_7" and plain.keys() == ahead.keys()
     assert all(torch.equal(plain[key], ahead[key]) for key in plain)
