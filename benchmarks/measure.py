@@ -28,6 +28,8 @@ class Row:
     values: dict[str, float]  # by contender; "fastdiff" is ours
     speedups: dict[str, float] = field(default_factory=dict)  # of fastdiff over a contender
     targets: dict[str, float] = field(default_factory=dict)  # what each speed-up, or "fastdiff" itself, should reach
+    # shares of fastdiff's time, "products' share of the step": their matrix products alone; targets may name them
+    shares: dict[str, float] = field(default_factory=dict)
 
     def met(self) -> bool | None:
         """Whether every target is reached; None where there is none."""
@@ -37,6 +39,8 @@ class Row:
             if name == "fastdiff":
                 value = self.values[name]
                 reached = value <= target if self.unit in LESS_IS_BETTER else value >= target
+            elif name in self.shares:
+                reached = self.shares[name] >= target
             else:
                 reached = self.speedups[name] >= target
             if not reached:
@@ -49,7 +53,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _sample(function: Callable[[], object], calls: int) -> float:
+def sample(function: Callable[[], object], calls: int) -> float:
     """Seconds a call, over `calls` of them."""
     synchronize()
     start = time.perf_counter()
@@ -67,16 +71,16 @@ def in_turns(benchmark, contenders: dict[str, Callable[[], object]], rounds: int
     """
     calls, times = {}, {name: [] for name in contenders}
     for name, function in contenders.items():
-        _sample(function, 1)  # warms up: compiles, allocates
-        shortest = _sample(function, 1)
+        sample(function, 1)  # warms up: compiles, allocates
+        shortest = sample(function, 1)
         if shortest < 100 * SAMPLE_SECONDS:  # of longer calls nothing is repeated
-            shortest = min(shortest, *(_sample(function, 1) for _ in range(2)))
+            shortest = min(shortest, *(sample(function, 1) for _ in range(2)))
         calls[name] = max(1, round(SAMPLE_SECONDS / max(shortest, 1e-7)))
     order = list(contenders)
 
     def one_round() -> None:
         for name in order:
-            times[name].append(_sample(contenders[name], calls[name]))
+            times[name].append(sample(contenders[name], calls[name]))
         order.append(order.pop(0))
 
     benchmark.pedantic(one_round, rounds=rounds, iterations=1)
@@ -129,7 +133,7 @@ def write_json(name: str, rows: list[Row], machine: dict) -> Path:
     table = []
     for row in rows:
         entry = asdict(row) | {"met": row.met()}
-        table.append(entry | {key: _rounded(entry[key]) for key in ("values", "speedups", "targets")})
+        table.append(entry | {key: _rounded(entry[key]) for key in ("values", "speedups", "targets", "shares")})
     path.write_text(json.dumps({"machine": machine, "rows": table}, indent=1, ensure_ascii=False) + "\n")
     return path
 
@@ -144,6 +148,9 @@ def table_lines(rows: list[Row]) -> list[str]:
         for name, speedup in row.speedups.items():
             target = f" (target {row.targets[name]:g})" if name in row.targets else ""
             notes.append(f"{speedup:.2f}x {name}{target}")
+        for name, share in row.shares.items():
+            target = f" (target {row.targets[name]:.0%})" if name in row.targets else ""
+            notes.append(f"{name} {share:.0%}{target}")
         if "fastdiff" in row.targets:
             notes.append(f"(target {row.targets['fastdiff']:g})")
         verdict = {True: "ok", False: "SHORT", None: ""}[row.met()]

@@ -36,7 +36,7 @@ class DiTConfig:
         frequency_embedding_size: Number of sinusoids of the timestep.
         frequency_shift: Subtracted from half that number in the sinusoids' exponent (diffusers' models have 1).
         embedders_per_block: Each block has its own timestep and label embedding (diffusers' models do).
-        attention: "auto" (the fastest for device, dtype and length), "sdpa" or "matmul".
+        attention: "auto" (the fastest for device, dtype and length), "fused" (our own, for CPUs), "sdpa" or "matmul".
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
     """
 
@@ -60,7 +60,7 @@ class DiTConfig:
     frequency_embedding_size: int = 256
     frequency_shift: float = 0.0
     embedders_per_block: bool = False
-    attention: Literal["auto", "sdpa", "matmul"] = "auto"
+    attention: Literal["auto", "fused", "sdpa", "matmul"] = "auto"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -4,9 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff import backends
 from fastdiff.nn.attention_path import products_win
+from fastdiff.ops.self_attention import OPERATOR, self_attention
 
-ATTENTION_BACKENDS = ("auto", "sdpa", "matmul")
+FUSED, SDPA, MATMUL = "fused", "sdpa", "matmul"
+ATTENTION_BACKENDS = ("auto", SDPA, MATMUL, FUSED)
 
 
 def prefers_matmul(query: Tensor, keys: int | None = None) -> bool:
@@ -19,12 +22,24 @@ def prefers_matmul(query: Tensor, keys: int | None = None) -> bool:
     return products_win(query, matmul_attention)
 
 
+def self_attention_path(qkv: Tensor) -> str:  # [B, N, 3, H, d]
+    """What "auto" takes for self-attention on a packed projection: "fused", "matmul" or "sdpa".
+
+    The fused operator, for CPUs, is faster than both others at every length measured, 16 to 300 tokens
+    (kernels/self_attention/README.md).
+    """
+    runs = backends.requested() in ("auto", "cpu")  # another backend was asked for by name: torch's own attention
+    if runs and backends.why_not(OPERATOR, "cpu", qkv.device.type, (qkv.dtype,)) is None:
+        return FUSED
+    return MATMUL if prefers_matmul(qkv[:, :, 0].transpose(1, 2)) else SDPA
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention of `[B, N, dim]`, with one projection for query, key and value.
 
-    `backend` is "sdpa" (torch's scaled_dot_product_attention), "matmul" (plain products: fastest for short
-    sequences on a CPU) or "auto", which chooses by `prefers_matmul`. Raises ValueError where dim is not a multiple
-    of num_heads or the backend is unknown.
+    `backend` is "fused" (`fastdiff.ops.self_attention`, on the projection as it is: fastest on a CPU), "sdpa" (torch's
+    scaled_dot_product_attention), "matmul" (plain products) or "auto", which chooses by `self_attention_path`. Raises
+    ValueError where dim is not a multiple of num_heads or the backend is unknown.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, backend: str = "auto") -> None:
@@ -39,9 +54,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         batch, tokens, dim = x.shape
-        # [B, N, 3 * D] seen as [3, B, heads, N, head_dim]
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
-        if self.backend == "matmul" or (self.backend == "auto" and prefers_matmul(qkv[0])):
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        path = self_attention_path(qkv) if self.backend == "auto" else self.backend
+        if path == FUSED:
+            return self.proj(self_attention(qkv).view(batch, tokens, dim))
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, heads, N, head_dim]
+        if path == MATMUL:
             # one copy for all three: batched products would otherwise copy each of their strided operands
             mixed = matmul_attention(*qkv.contiguous().unbind(0))
         else:

@@ -1,6 +1,7 @@
 """Moving average of a model's weights."""
 
 import copy
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -16,11 +17,22 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
-        self._average = list(self.module.parameters())
-        self._current = list(model.parameters())
+        self._average = dict(zip(model.parameters(), self.module.parameters(), strict=True))
+
+    def decay_of(self, step: int) -> float:
+        """The decay of the update after the optimizer's step `step` (the first is 0)."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    def pairs(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+        """Every weight of the model and its average."""
+        return self._average.items()
+
+    def update(self, step: int) -> None:
+        """Takes the model's weights after the optimizer's step `step` into the average."""
+        self.follow(list(self._average), 1 - self.decay_of(step))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes the model's weights after the optimizer's step `step` (the first is 0) into the average."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, self._current, 1 - decay)
+    def follow(self, parameters: Sequence[nn.Parameter], weight: float) -> None:
+        """Takes some of the model's weights into the average, with weight `weight`."""
+        if parameters:
+            torch._foreach_lerp_([self._average[p] for p in parameters], list(parameters), weight)

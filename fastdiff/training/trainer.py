@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fastdiff.data.stream import share
 from fastdiff.errors import TrainingError
 from fastdiff.training import checkpoint as checkpoints
+from fastdiff.training.ahead import Ahead, pays
 from fastdiff.training.choices import choices_of, with_choices
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.ema import Ema
@@ -28,8 +29,9 @@ from fastdiff.training.setup import (
     parameter_groups,
     stop_on_signals,
 )
-from fastdiff.training.task import Task, to_device
+from fastdiff.training.task import Batch, Task, to_device
 from fastdiff.training.trackers import Trackers, check_trackers
+from fastdiff.training.update import WeightUpdate
 from fastdiff.tuning import using
 
 _GLOBAL_RNG = 1  # purpose of the seed given to torch's own generator at each step
@@ -98,10 +100,13 @@ class Trainer:
             parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
         )
         self.ema = Ema(task.model, config.ema_decay)
+        self._batches = Ahead(self._batches_of, False)  # `train` prepares them ahead where that pays
+        self._end_step = 0  # of `train`
         # The last thing that a bad argument can stop: with `overwrite` it deletes the run that is there.
         self._on_main(self._prepare)
         self.steps_done = self._restore(optimizer) if config.resume else 0
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
+        self._update = WeightUpdate(self.accelerator, self.model, self.optimizer, self.ema, config.max_grad_norm)
         self._log = MetricsLog(self.folder.metrics, self.steps_done) if self.accelerator.is_main_process else None
         self._trackers: Trackers | None = None
         self._interrupted = False
@@ -110,6 +115,7 @@ class Trainer:
 
     def _on_main(self, action) -> None:
         """Runs `action` on the first process; where it fails there, the others stop too instead of waiting."""
+        self._batches.settle()
         failure: Exception | None = None
         if self.accelerator.is_main_process:
             try:
@@ -181,8 +187,9 @@ class Trainer:
         self._seconds, self._timed_steps, self._clock = 0.0, 0, time.perf_counter()
         deadline = float("inf") if seconds is None else self._clock + seconds
         self._smooth_loss, self._smoothed = 0.0, 0
+        self._end_step, self._batches = end, Ahead(self._batches_of, pays(self.accelerator.device))
         stopped = False
-        with self._progress, stop_on_signals() as signals:
+        with self._progress, contextlib.closing(self._batches), stop_on_signals() as signals:
             for step in range(start, end):
                 self._pending.append((step, *self.train_step(step)))
                 self.steps_done = step + 1
@@ -235,7 +242,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         with self._kept_when_data_fails():
-            batches = [self.task.batch(step, slots) for slots in self._slots()]
+            batches = self._batches.take(step, following=step + 1 < self._end_step)
         total = torch.tensor(sum(self.task.weight(batch) for batch in batches), dtype=torch.float64)
         total = accelerator.reduce(total.to(accelerator.device), "sum") if accelerator.num_processes > 1 else total
         # DistributedDataParallel averages gradients over processes; the loss is a sum over them, divided by `total`
@@ -247,11 +254,7 @@ class Trainer:
                 part = self.task.loss(self.model, to_device(batch, accelerator.device)) * factor
                 accelerator.backward(part)
             loss += part.detach() / accelerator.num_processes
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or float("inf"))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step)
-        return loss, norm
+        return loss, self._update(step)
 
     @contextlib.contextmanager
     def _kept_when_data_fails(self):
@@ -268,6 +271,9 @@ class Trainer:
                 self._save()
                 tqdm.write(f"stopped after step {self.steps_done}; {self._last_whole()}", file=sys.stderr)
             raise
+
+    def _batches_of(self, step: int) -> list[Batch]:
+        return [self.task.batch(step, slots) for slots in self._slots()]
 
     def _slots(self) -> list[range]:
         """This process's slots of the global batch, one range an accumulation step."""
@@ -308,6 +314,7 @@ class Trainer:
         for name in ("loss", "gradient_norm"):
             if not abs(line[name]) < float("inf"):
                 step = line["step"]
+                self._batches.settle()
                 raise TrainingError(
                     f"step {step}: {name.replace('_', ' ')} is {line[name]}; sample ids of the batch: "
                     f"{self.task.sample_ids(step - 1)}; {self._last_whole()}"

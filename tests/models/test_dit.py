@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastdiff
+from fastdiff import use_backend
 from fastdiff.models import PRESETS, DiT, DiTConfig
 from fastdiff.nn import (
     AdaLayerNorm,
@@ -19,7 +20,7 @@ from fastdiff.nn import (
     SelfAttention,
     TimestepEmbedding,
 )
-from fastdiff.nn.attention import prefers_matmul
+from fastdiff.nn.attention import prefers_matmul, self_attention_path
 
 
 def small_dit(**overrides) -> DiT:
@@ -188,9 +189,12 @@ def test_attention_backends_agree(batch, tokens, heads, bias):
     torch.manual_seed(tokens)
     matmul = SelfAttention(24, heads, qkv_bias=bias, backend="matmul")
     sdpa = SelfAttention(24, heads, qkv_bias=bias, backend="sdpa")
-    sdpa.load_state_dict(matmul.state_dict())
+    fused = SelfAttention(24, heads, qkv_bias=bias, backend="fused")
+    for other in (sdpa, fused):
+        other.load_state_dict(matmul.state_dict())
     x = torch.randn(batch, tokens, 24)
     torch.testing.assert_close(matmul(x), sdpa(x), rtol=0, atol=1e-5)  # seen: 4e-7
+    torch.testing.assert_close(fused(x), sdpa(x), rtol=0, atol=1e-5)
 
 
 def test_the_rule_for_attention_looks_at_device_dtype_and_length():
@@ -198,6 +202,13 @@ def test_the_rule_for_attention_looks_at_device_dtype_and_length():
     assert prefers_matmul(torch.empty(1, 2, 49, 64))
     assert not prefers_matmul(torch.empty(1, 2, 1024, 64))
     assert not prefers_matmul(torch.empty(1, 2, 49, 64, device="meta"))
+
+    qkv = torch.empty(1, 49, 3, 2, 64)
+    assert self_attention_path(qkv) == "fused"
+    assert self_attention_path(qkv.double()) == self_attention_path(qkv.to("meta")) == "sdpa"
+    with use_backend("reference"):
+        assert self_attention_path(qkv) == "matmul"
+        assert self_attention_path(torch.empty(1, 1024, 3, 2, 64)) == "sdpa"
 
 
 def test_norm_modules_and_a_first_site_without_a_branch():

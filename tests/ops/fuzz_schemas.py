@@ -94,6 +94,15 @@ def scale_shift(rng: random.Random) -> Operands:
     return {name: floats(rng, *shape, dtype=dtype) for name, shape in make.items()}
 
 
+def self_attention(rng: random.Random) -> Operands:
+    batch, tokens, heads, dim = rng.randint(0, 2), rng.choice((0, 1, 7, 65)), rng.randint(0, 2), rng.choice((1, 8, 33))
+    make = {"qkv": (batch, tokens, 3, heads, dim), "out": (batch, tokens, heads, dim)}
+    dtype = rng.choice(FLOATS)
+    tensors: Operands = {name: floats(rng, *shape, dtype=dtype) for name, shape in make.items()}
+    lse = floats(rng, batch, heads, tokens)
+    return tensors | {"grad_out": floats(rng, *make["out"], dtype=dtype), "lse": lse, "scale": 0.5}
+
+
 def bias_activation(rng: random.Random) -> Operands:
     shape = [rng.randint(0, 5) for _ in range(rng.randint(0, 2))] + [rng.randint(0, 70)]
     dtype = rng.choice((*FLOATS, torch.float64))
@@ -213,7 +222,8 @@ def product(rng: random.Random) -> Operands:
 
 
 FAMILIES: dict[str, Callable[[random.Random], Operands]] = {
-    "adaln": adaln, "gated": adaln, "bias_activation": bias_activation, "scale_shift": scale_shift, "qgfd": qgfd,
+    "adaln": adaln, "gated": adaln, "bias_activation": bias_activation, "scale_shift": scale_shift,
+    "self_attention": self_attention, "qgfd": qgfd,
     "sample_tokens": sampling, "lm_head_sample": sampling, "eos_log_prob": sampling, "unmask": unmask,
     "cross_entropy": cross_entropy, "tiled": product,
 }  # fmt: skip

@@ -11,6 +11,7 @@ from ops.harness import Case, Dtypes, Inputs, Operator
 from ops.masked_linear_cross_entropy_cases import MASKED_LOSS
 from ops.qgfd_cases import QGFD
 from ops.scale_shift_cases import SCALE_SHIFT
+from ops.self_attention_cases import SELF_ATTENTION
 from ops.token_sampling_cases import HEAD, SAMPLE
 
 
@@ -100,4 +101,16 @@ ADALN = Operator("adaln", lambda **kw: (ops.adaln(**kw),), _adaln_reference, _ad
 GATED = Operator(
     "gated_residual_adaln", lambda **kw: ops.gated_residual_adaln(**kw), _gated_reference, _adaln_cases(gated=True)
 )
-OPERATORS = [ADALN, GATED, SAMPLE, HEAD, MASKED_LOSS, EOS_LOGITS, EOS_HEAD, QGFD, SCALE_SHIFT, BIAS_ACTIVATION]
+OPERATORS = [
+    ADALN,
+    GATED,
+    SAMPLE,
+    HEAD,
+    MASKED_LOSS,
+    EOS_LOGITS,
+    EOS_HEAD,
+    QGFD,
+    SCALE_SHIFT,
+    SELF_ATTENTION,
+    BIAS_ACTIVATION,
+]

@@ -1,0 +1,1 @@
+"""AdamW and a moving average of the weights in one pass: reference."""

@@ -1,0 +1,1 @@
+"""Self-attention on one packed projection: reference."""
