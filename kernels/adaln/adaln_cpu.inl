@@ -15,9 +15,10 @@ constexpr int64_t kGrain = 16384;  // elements a thread should have before a sec
 // which saves the read of a line that a plain store begins with.
 constexpr int64_t kStreamBytes = int64_t(40) << 20;
 
-template <class V, class T>
+// Rows of whole cache lines.
+template <class T>
 bool streamable(const void* rows, int64_t dim) {
-  return dim % V::kWidth == 0 && reinterpret_cast<uintptr_t>(rows) % (V::kWidth * sizeof(T)) == 0;
+  return dim * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(rows) % 64 == 0;
 }
 
 // Rows of the arithmetic's type, 64-byte aligned, one block a thread's chunk.
