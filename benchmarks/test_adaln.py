@@ -18,10 +18,10 @@ TOLERANCE = {F32: 2e-6, BF16: 1e-2}
 ROUNDS = 40
 BATCH, TOKENS = 8, 256
 FORWARD_TARGETS = {
-    ("adaln", F32): {"eager": 5.0, "compile": 3.0},
-    ("adaln", BF16): {"eager": 4.0, "compile": 2.5},
-    ("gated", F32): {"eager": 5.0, "compile": 2.5},
-    ("gated", BF16): {"eager": 5.0, "compile": 2.5},
+    ("adaln", F32): {"eager": 5.0, "compile": 2.0},
+    ("adaln", BF16): {"eager": 4.0, "compile": 2.0},
+    ("gated", F32): {"eager": 5.0, "compile": 2.0},
+    ("gated", BF16): {"eager": 5.0, "compile": 2.0},
 }
 TRAINING_TARGETS = {"eager": 3.0, "compile": 1.5}
 
@@ -108,7 +108,7 @@ def test_reused_output_beyond_the_cache(dtype, benchmark, report):
     share = seconds["copy"] / seconds["fastdiff"]
     gigabytes = 2 * x.nbytes / seconds["copy"] / 1e9
     case = f"adaln out= reused {NAMES[dtype]} {list(x.shape)} ({x.nbytes >> 20} MiB, copy {gigabytes:.1f} GB/s)"
-    report(measure.Row(case, "of copy", {"fastdiff": share}, targets={"fastdiff": 0.6}))
+    report(measure.Row(case, "of copy", {"fastdiff": share}, targets={"fastdiff": 0.9}))
 
 
 @on_operator

@@ -12,18 +12,26 @@ namespace fastdiff::torch_binding {
   "Tensor? block_start, Tensor? block_end, Tensor? active, int rule, int order, Tensor? values, float value, "    \
   "int mask_token_id, Tensor? seeds, int seed, Tensor? steps, int step, Tensor? sequence_ids) -> Tensor"
 
+// Of `size` elements, and apart from what is written.
 template <class T>
-const T* unmask_operand(const Tensor& t, const Tensor& token_ids, ScalarType type, int64_t size, const char* name) {
+const T* unmask_operand(const Tensor& t, const Tensor& token_ids, const Span& written, int64_t size, const char* name) {
   check_device(t, token_ids, name);
+  constexpr ScalarType type = std::is_same_v<T, float> ? ScalarType::Float
+                              : std::is_same_v<T, bool> ? ScalarType::Bool
+                                                        : ScalarType::Long;
   STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == size && t.is_contiguous(), name,
                   " does not fit; expected contiguous, of the documented dtype and of ", size, " elements");
-  return static_cast<const T*>(t.const_data_ptr());
+  const T* data = static_cast<const T*>(t.const_data_ptr());
+  const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + size * sizeof(T);
+  STD_TORCH_CHECK(begin >= written.end || written.begin >= end, "token_ids overlaps ", name,
+                  "; expected memory of its own");
+  return data;
 }
 
 template <class T>
-const T* unmask_operand(const OptionalTensor& t, const Tensor& token_ids, ScalarType type, int64_t size,
+const T* unmask_operand(const OptionalTensor& t, const Tensor& token_ids, const Span& written, int64_t size,
                         const char* name) {
-  return t ? unmask_operand<T>(*t, token_ids, type, size, name) : nullptr;
+  return t ? unmask_operand<T>(*t, token_ids, written, size, name) : nullptr;
 }
 
 template <class Backend>
@@ -41,22 +49,20 @@ Tensor unmask(Tensor token_ids, Tensor token, Tensor log_prob, Tensor entropy, T
   STD_TORCH_CHECK(length <= INT32_MAX && entries <= INT32_MAX,
                   "token_ids or the sample is too large; expected at most 2^31 - 1 positions a row and entries");
   STD_TORCH_CHECK(rule >= 0 && rule <= 4 && order >= 0 && order <= 3, "rule or order is unknown; expected 0-4, 0-3");
+  const Span written = span_of(token_ids);
   UnmaskParams p{};
-  p.token = unmask_operand<int64_t>(token, token_ids, ScalarType::Long, entries, "token");
-  p.log_prob = unmask_operand<float>(log_prob, token_ids, ScalarType::Float, entries, "log_prob");
-  p.entropy = unmask_operand<float>(entropy, token_ids, ScalarType::Float, entries, "entropy");
-  p.margin = unmask_operand<float>(margin, token_ids, ScalarType::Float, entries, "margin");
-  p.rows = unmask_operand<int64_t>(rows, token_ids, ScalarType::Long, entries, "rows");
-  p.block_start = unmask_operand<int64_t>(block_start, token_ids, ScalarType::Long, batch, "block_start");
-  p.block_end = unmask_operand<int64_t>(block_end, token_ids, ScalarType::Long, batch, "block_end");
-  p.active = unmask_operand<bool>(active, token_ids, ScalarType::Bool, batch, "active");
-  p.values = unmask_operand<float>(values, token_ids, ScalarType::Float, batch, "values");
-  p.seed_at = unmask_operand<int64_t>(seeds, token_ids, ScalarType::Long, 1, "seeds");
-  p.step_at = unmask_operand<int64_t>(steps, token_ids, ScalarType::Long, 1, "steps");
-  p.sequence_ids = unmask_operand<int64_t>(sequence_ids, token_ids, ScalarType::Long, batch, "sequence_ids");
-  for (const Tensor& t : {token, log_prob, entropy, margin}) check_apart(token_ids, "token_ids", t, "the sample");
-  for (const OptionalTensor& t : {rows, block_start, block_end, active, values, seeds, steps, sequence_ids})
-    check_apart(token_ids, "token_ids", t, "another operand");
+  p.token = unmask_operand<int64_t>(token, token_ids, written, entries, "token");
+  p.log_prob = unmask_operand<float>(log_prob, token_ids, written, entries, "log_prob");
+  p.entropy = unmask_operand<float>(entropy, token_ids, written, entries, "entropy");
+  p.margin = unmask_operand<float>(margin, token_ids, written, entries, "margin");
+  p.rows = unmask_operand<int64_t>(rows, token_ids, written, entries, "rows");
+  p.block_start = unmask_operand<int64_t>(block_start, token_ids, written, batch, "block_start");
+  p.block_end = unmask_operand<int64_t>(block_end, token_ids, written, batch, "block_end");
+  p.active = unmask_operand<bool>(active, token_ids, written, batch, "active");
+  p.values = unmask_operand<float>(values, token_ids, written, batch, "values");
+  p.seed_at = unmask_operand<int64_t>(seeds, token_ids, written, 1, "seeds");
+  p.step_at = unmask_operand<int64_t>(steps, token_ids, written, 1, "steps");
+  p.sequence_ids = unmask_operand<int64_t>(sequence_ids, token_ids, written, batch, "sequence_ids");
   p.row_stride = token_ids.stride(0);
   p.batch = batch;
   p.length = length;

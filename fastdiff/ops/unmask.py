@@ -97,7 +97,7 @@ def unmask_(
     _check_token_ids(token_ids, ids)
     batch, length = ids.shape
     number = _check_rule(rule, order, count, threshold, factor, entropy_budget, probability)
-    if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or not 0 <= mask_token_id < 2**63:
+    if not isinstance(mask_token_id, int) or isinstance(mask_token_id, bool) or not 0 <= mask_token_id < 2**63:
         raise ValueError(f"mask_token_id: got {mask_token_id!r}; expected an int >= 0, the id that stands for a mask")
     fields = _check_sample(sample, token_ids, ids, rows)
     backend = select("unmask_", ids.device.type, (fields[1].dtype,))
@@ -148,9 +148,9 @@ def _check_rule(rule, order, count, threshold, factor, entropy_budget, probabili
         raise ValueError(f"order: got {order!r}; expected one of {', '.join(ORDERS)}")
     numbers = (count, threshold, factor, entropy_budget, probability)
     wanted, number = _NUMBER_OF[rule], numbers[_RULE_NUMBERS[rule]]
-    for other, name in zip(numbers, _NUMBERS, strict=True):
-        if other is not None and name != wanted:
-            raise ValueError(f"{name}: got one with rule {rule!r}; expected {wanted} alone: leave {name} out")
+    if len([n for n in numbers if n is not None]) > (number is not None):
+        name = next(name for n, name in zip(numbers, _NUMBERS, strict=True) if n is not None and name != wanted)
+        raise ValueError(f"{name}: got one with rule {rule!r}; expected {wanted} alone: leave {name} out")
     if number is None:
         raise ValueError(f"{wanted}: got None; rule {rule!r} needs it: pass {wanted}=, a number or a tensor [B]")
     if not isinstance(number, Tensor):
@@ -189,14 +189,14 @@ def _check_sample(sample, token_ids: Tensor, ids: Tensor, rows: Tensor | None) -
         shape = rows.shape if isinstance(rows, Tensor) else shape
         _check_tensor("rows", rows, ids, torch.int64, shape)
         _check_positions(rows, ids)
-    dtype = torch.float32
-    if isinstance(fields[1], Tensor) and fields[1].dtype == torch.float64:
-        dtype = torch.float64
+    double = isinstance(fields[1], Tensor) and fields[1].dtype is torch.float64
+    wanted, device = torch.int64, ids.device
     for i, t in enumerate(fields):
-        wanted = dtype if i else torch.int64
-        if not (isinstance(t, Tensor) and t.dtype == wanted and t.shape == shape and t.device == ids.device):
+        if not (isinstance(t, Tensor) and t.dtype is wanted and t.shape == shape and t.device == device):
             _check_tensor(f"sample.{('token', *_FLOATS)[i]}", t, ids, wanted, shape)  # says which
-        fields[i] = t.detach().contiguous() if t.requires_grad else t.contiguous()
+        if t.requires_grad or not t.is_contiguous():
+            fields[i] = t.detach().contiguous()
+        wanted = torch.float64 if double else torch.float32
     return fields
 
 

@@ -10,9 +10,10 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
-template <class V, class T>
+// Rows of whole cache lines.
+template <class T>
 bool streamable(const void* rows, int64_t dim) {
-  return dim % V::kWidth == 0 && reinterpret_cast<uintptr_t>(rows) % (V::kWidth * sizeof(T)) == 0;
+  return dim * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(rows) % 64 == 0;
 }
 
 // Rows of the arithmetic's type, 64-byte aligned, one block a thread's chunk.

@@ -226,8 +226,8 @@ bool streams(const AdaLNBackwardParams& p) {
   const int64_t streams_of_x = p.branch ? 3 : 2, gated = p.branch ? 2 * dtype_size(p.branch_dtype) : 0;
   const int64_t moved = p.dim * p.batch * p.tokens * (sizeof(G) + streams_of_x * sizeof(X) + gated);
   // a vector of floats has the widest alignment that the branch's type may ask for
-  return moved >= stream_bytes() && streamable<V, X>(p.grad_x, p.dim) &&
-         (p.branch == nullptr || streamable<V, float>(p.grad_branch, p.dim));
+  return moved >= stream_bytes() && streamable<X>(p.grad_x, p.dim) &&
+         (p.branch == nullptr || streamable<float>(p.grad_branch, p.dim));
 }
 
 template <class V, class G, class X>

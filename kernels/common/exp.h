@@ -57,6 +57,31 @@ FD_INLINE Vec exp_above_floor(Vec x) {
 #endif
 }
 
+constexpr float kTermFloor = -87.0f;  // exp is a normal number from here on
+
+// For the terms of long sums whose largest is about 1, and kTermFloor <= x <= 88 or NaN: exact at 0, else within
+// 2.6e-9 |x| + 1.5e-7 of the exact value, relative to it. With AVX-512 it takes 5 instructions on the units that multiply,
+// where exp_above_floor takes 10: 2^(k/32) comes from a table in two registers, and what is left is at most ln(2) / 64.
+#if defined(__AVX512F__)
+constexpr uint32_t kPowers[32] = {  // the bits of 2^(k/32), less k in the places that n << 18 fills
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+
+FD_INLINE Vec exp_of_term(Vec x) {
+  const Vec magic = Vec::set(0x1.8p18f);  // adding it rounds to n / 32; n stands in the last bits then
+  const Vec t = fma(x, Vec::set(1.44269504f), magic), r = fma(t - magic, Vec::set(-0.693147181f), x);
+  const Vec less_one = fma(r, Vec::set(0.500002444f), Vec::set(1.00001466f)) * r;  // exp(r) - 1, to 5e-8
+  const __m512i n = _mm512_castps_si512(t.v);
+  const __m512i power = _mm512_permutex2var_epi32(_mm512_loadu_si512(kPowers), n, _mm512_loadu_si512(kPowers + 16));
+  const Vec whole{_mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_slli_epi32(n, 18)))};  // 2^(n/32)
+  return fma(whole, less_one, whole);
+}
+#else
+FD_INLINE Vec exp_of_term(Vec x) { return exp_above_floor(x); }
+#endif
+
 FD_INLINE Vec exp(Vec x) { return exp_above_floor(max(Vec::set(kExpFloor), x)); }  // NaN stays
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

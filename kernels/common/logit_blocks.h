@@ -65,7 +65,12 @@ template <class T>
 FD_INLINE float block_maximum(const T* z, int64_t n) {
   Vec top[4] = {Vec::set(-INFINITY), Vec::set(-INFINITY), Vec::set(-INFINITY), Vec::set(-INFINITY)};
   for (int64_t i = 0; i < n; i += 4 * Vec::kWidth)
-    for (int k = 0; k < 4; k++) top[k] = max(Vec::load(z + i + k * Vec::kWidth), top[k]);
+    for (int k = 0; k < 4; k += 2) {
+      Vec a, b;
+      load_two(z + i + k * Vec::kWidth, &a, &b);
+      top[k] = max(a, top[k]);
+      top[k + 1] = max(b, top[k + 1]);
+    }
   return max(max(top[0], top[1]), max(top[2], top[3])).max();
 }
 

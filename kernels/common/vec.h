@@ -84,6 +84,12 @@ struct Vec {
   static FD_INLINE Vec load(const F16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
+  // 2·kWidth numbers, the even ones and the odd ones: two instructions where load() takes four
+  static FD_INLINE void load_halves(const BF16* p, Vec* even, Vec* odd) {
+    const __m512i h = _mm512_loadu_si512(p);
+    *even = {_mm512_castsi512_ps(_mm512_slli_epi32(h, 16))};
+    *odd = {_mm512_castsi512_ps(_mm512_and_si512(h, _mm512_set1_epi32(int(0xffff0000))))};
+  }
   static FD_INLINE Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
   static FD_INLINE Vec load(const BF16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(mask(n), p)); }
   static FD_INLINE Vec load(const F16* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p))}; }
@@ -100,6 +106,15 @@ struct Vec {
   FD_INLINE void stream(BF16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   FD_INLINE void stream(F16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half()); }
   static FD_INLINE void stream_fence() { _mm_sfence(); }
+  // a's lanes, then b's, rounded and put together: 64 bytes, a whole cache line
+  static FD_INLINE void store_two(Vec a, Vec b, BF16* p) { _mm512_storeu_si512(p, narrow(a, b)); }
+  static FD_INLINE void store_two(Vec a, Vec b, F16* p) { _mm512_storeu_si512(p, together(a.half(), b.half())); }
+  static FD_INLINE void stream_two(Vec a, Vec b, BF16* p) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(a, b));
+  }
+  static FD_INLINE void stream_two(Vec a, Vec b, F16* p) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), together(a.half(), b.half()));
+  }
 
   FD_INLINE Vec first(int64_t n) const { return {_mm512_maskz_mov_ps(mask(n), v)}; }
   FD_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
@@ -112,8 +127,20 @@ struct Vec {
   friend FD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
  private:
-  static FD_INLINE Vec widen(__m256i h) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+  static FD_INLINE Vec widen(__m256i h) {  // each number into the upper half of its lane, zeros below: one instruction
+    const __m512i from = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4,
+                                          4, 3, 3, 2, 2, 1, 1, 0, 0);
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, _mm512_castsi256_si512(h)))};
+  }
+  static FD_INLINE __m512i together(__m256i a, __m256i b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+  }
+  static FD_INLINE __m512i narrow(Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+    return (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+#else
+    return together(a.narrow(), b.narrow());
+#endif
   }
   FD_INLINE __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   FD_INLINE __m256i narrow() const {
@@ -146,6 +173,11 @@ struct Vec {
   static FD_INLINE Vec load(const F16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
+  static FD_INLINE void load_halves(const BF16* p, Vec* even, Vec* odd) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *even = {_mm256_castsi256_ps(_mm256_slli_epi32(h, 16))};
+    *odd = {_mm256_castsi256_ps(_mm256_and_si256(h, _mm256_set1_epi32(int(0xffff0000))))};
+  }
   template <class T>
   static FD_INLINE Vec load(const T* p, int64_t n) {
     T tail[kWidth] = {};
@@ -160,14 +192,30 @@ struct Vec {
   FD_INLINE void stream(F16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), half()); }
   static FD_INLINE void stream_fence() { _mm_sfence(); }
   FD_INLINE __m128i half() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  FD_INLINE __m128i narrow() const {
+  FD_INLINE __m256i rounded() const {  // to bfloat16, in the lower half of each lane
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  }
+  FD_INLINE __m128i narrow() const {
+    const __m256i top = rounded();
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08));
+  }
+  // a's lanes, then b's, rounded and put together
+  static FD_INLINE __m256i together(Vec a, Vec b, const BF16*) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(a.rounded(), b.rounded()), 0xd8);
+  }
+  static FD_INLINE __m256i together(Vec a, Vec b, const F16*) { return _mm256_set_m128i(b.half(), a.half()); }
+  template <class T>
+  static FD_INLINE void store_two(Vec a, Vec b, T* p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), together(a, b, p));
+  }
+  template <class T>
+  static FD_INLINE void stream_two(Vec a, Vec b, T* p) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), together(a, b, p));
   }
   template <class T>
   FD_INLINE void store(T* p, int64_t n) const {
@@ -223,6 +271,13 @@ struct Vec {
     return r;
   }
   static FD_INLINE Vec load(const F16* p) { return {Lanes{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}}; }
+  static FD_INLINE void load_halves(const BF16* p, Vec* even, Vec* odd) {
+    Bits h;
+    memcpy(&h, p, sizeof h);
+    const Bits low = h << 16, high = h & 0xffff0000;
+    memcpy(&even->v, &low, sizeof low);
+    memcpy(&odd->v, &high, sizeof high);
+  }
   template <class T>
   static FD_INLINE Vec load(const T* p, int64_t n) {
     T tail[kWidth] = {};
@@ -230,12 +285,15 @@ struct Vec {
     return load(tail);
   }
   FD_INLINE void store(float* p) const { memcpy(p, &v, sizeof v); }
-  FD_INLINE void store(BF16* p) const {
+  FD_INLINE Shorts narrow() const {
     Bits u;
     memcpy(&u, &v, sizeof u);
     const Bits rounded = u + 0x7fff + (u >> 16 & 1), quiet = u | 0x400000;
     const Bits nan = (Bits)((u & 0x7fffffff) > 0x7f800000);
-    const Shorts s = __builtin_convertvector(((rounded & ~nan) | (quiet & nan)) >> 16, Shorts);
+    return __builtin_convertvector(((rounded & ~nan) | (quiet & nan)) >> 16, Shorts);
+  }
+  FD_INLINE void store(BF16* p) const {
+    const Shorts s = narrow();
     memcpy(p, &s, sizeof s);
   }
   FD_INLINE void store(F16* p) const {
@@ -244,6 +302,19 @@ struct Vec {
   template <class T>
   FD_INLINE void stream(T* p) const {
     store(p);
+  }
+  static FD_INLINE void store_two(Vec a, Vec b, BF16* p) {  // one store: load_halves would wait for two
+    typedef uint16_t Both __attribute__((vector_size(16)));
+    const Both s = __builtin_shufflevector(a.narrow(), b.narrow(), 0, 1, 2, 3, 4, 5, 6, 7);
+    memcpy(p, &s, sizeof s);
+  }
+  static FD_INLINE void store_two(Vec a, Vec b, F16* p) {
+    a.store(p);
+    b.store(p + kWidth);
+  }
+  template <class T>
+  static FD_INLINE void stream_two(Vec a, Vec b, T* p) {
+    store_two(a, b, p);
   }
   static FD_INLINE void stream_fence() {}
   template <class T>
@@ -322,6 +393,30 @@ FD_INLINE void put(V v, T* p, N n) {
     v.stream(p);
   else
     store(v, p, n);
+}
+
+// 2·kWidth numbers for a sum: all of them once, in an order that is the type's own.
+template <class V, class T>
+FD_INLINE void load_two(const T* p, V* a, V* b) {
+  if constexpr (__is_same(T, BF16)) {
+    V::load_halves(p, a, b);
+  } else {
+    *a = V::load(p);
+    *b = V::load(p + V::kWidth);
+  }
+}
+
+// a at p and b behind it. A streamed row begins at a cache line.
+template <bool kStream, class V, class T>
+FD_INLINE void put_two(V a, V b, T* p) {
+  if constexpr (sizeof(T) == 2 && kStream) {
+    V::stream_two(a, b, p);
+  } else if constexpr (sizeof(T) == 2) {
+    V::store_two(a, b, p);
+  } else {
+    put<kStream>(a, p, Whole{});
+    put<kStream>(b, p + V::kWidth, Whole{});
+  }
 }
 
 // Calls f(Type<T>{}) with the C++ type of a DType; a kernel instantiated for double sees double alone.

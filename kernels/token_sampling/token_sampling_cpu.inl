@@ -45,14 +45,16 @@ bool has_distribution(const Record* records, int64_t blocks) {
   return sum == sum && sum > 0;
 }
 
-Statistics combine(const Record* records, int64_t blocks, int64_t top, const Peak& peak) {
+// `scales`: of every block its weights' factor exp(its maximum - the row's), for later.
+Statistics combine(const Record* records, int64_t blocks, int64_t top, const Peak& peak, double* scales) {
   const double m = records[top].max;
   double others = peak.others, weighted = records[top].weighted;
   float second = peak.second;
   for (int64_t b = 0; b < blocks; b++) {
     const Record& r = records[b];
+    scales[b] = b == top;
     if (b == top || r.sum == 0) continue;
-    const double below = r.max - m, e = ::exp(below);
+    const double below = r.max - m, e = scales[b] = ::exp(below);
     others += r.sum * e;
     weighted += e * (r.weighted + below * r.sum);
     second = r.max > second ? r.max : second;
@@ -66,20 +68,25 @@ struct Choice {
   double target;  // in the block's own weights
 };
 
-double tempered_total(const Record* records, int64_t blocks, double m, double inverse) {
+// The weights of all blocks together, from the row's maximum. `scales` holds the factors at temperature 1, and those at
+// the row's own afterwards.
+double tempered_total(const Record* records, int64_t blocks, double m, const RowTemperature& t, double* scales) {
+  const double inverse = t.inverse;
   double total = 0;
-  for (int64_t b = 0; b < blocks; b++)
-    if (records[b].tempered > 0) total += records[b].tempered * ::exp((records[b].max - m) * inverse);
+  for (int64_t b = 0; b < blocks; b++) {
+    if (!(records[b].tempered > 0)) continue;
+    if (t.temper != Temper::kOne) scales[b] = ::exp((records[b].max - m) * inverse);
+    total += records[b].tempered * scales[b];
+  }
   return total;
 }
 
-// `scale_of(b)`: what a block's tempered weights are multiplied with to be measured from the row's maximum.
-template <class F>
-Choice choose_block(const Record* records, int64_t blocks, double u, double total, const F& scale_of) {
+// `scales`: what a block's tempered weights are multiplied with to be measured from the row's maximum.
+Choice choose_block(const Record* records, int64_t blocks, double u, double total, const double* scales) {
   Choice choice{0, 0};
   double before = 0;
   for (int64_t b = 0; b < blocks; b++) {
-    const double scale = records[b].tempered > 0 ? scale_of(b) : 0, weight = records[b].tempered * scale;
+    const double scale = records[b].tempered > 0 ? scales[b] : 0, weight = records[b].tempered * scale;
     if (!(weight > 0)) continue;
     choice = {b, (u * total - before) / scale};
     before += weight;
@@ -128,7 +135,7 @@ void store_row(const TokenSampleParams& p, int64_t r, const Statistics& s, int64
 
 // ------------------------------------------------------------------------------------------------ sample_tokens
 template <class T>
-void sample_row(const TokenSampleParams& p, int64_t r, Record* records, const Work& work, float* pad) {
+void sample_row(const TokenSampleParams& p, int64_t r, Record* records, double* scales, const Work& work, float* pad) {
   const int64_t blocks = divide_up(p.vocab, kSampleBlock);
   const T* row = static_cast<const T*>(p.logits) + r / p.length * p.batch_stride + r % p.length * p.row_stride;
   const Blocks<T> block{row, 0, p.vocab, p.suppress, p.suppress_count, pad};
@@ -141,25 +148,25 @@ void sample_row(const TokenSampleParams& p, int64_t r, Record* records, const Wo
   const float m = records[top].max;
   const Peak peak =
       block(top, [&](const auto* z, int64_t n) { return find_peak(z, n, m, pad + kSampleBlock); });
-  const Statistics s = combine(records, blocks, top, peak);
+  const Statistics s = combine(records, blocks, top, peak, scales);
   const int64_t argmax = top * kSampleBlock + peak.argmax;
   int64_t token = argmax;
   if (t.temper != Temper::kZero) {
     const double inverse = t.inverse;
-    double total = tempered_total(records, blocks, m, inverse);
+    double total = tempered_total(records, blocks, m, t, scales);
     float cut = -INFINITY;
-    Choice choice;
-    if (work.values != nullptr) {
+    const bool cuts = work.values != nullptr;
+    if (cuts) {  // which leaves what is kept of each block, measured from the row's maximum
       const RowView<T> view{block, blocks, m, t.inverse};
       cut = cut_row(view, p.vocab, p.vocab - p.suppress_count, p.top_k, p.top_p, total, work, records);
       total = 0;
-      for (int64_t b = 0; b < blocks; b++) total += records[b].tempered;
-      choice = choose_block(records, blocks, row_uniform(p, r), total, [](int64_t) { return 1.0; });
-      choice.target *= ::exp((m - double(records[choice.block].max)) * inverse);
-    } else {
-      choice = choose_block(records, blocks, row_uniform(p, r), total,
-                            [&](int64_t b) { return ::exp((records[b].max - double(m)) * inverse); });
+      for (int64_t b = 0; b < blocks; b++) {
+        total += records[b].tempered;
+        scales[b] = 1;
+      }
     }
+    Choice choice = choose_block(records, blocks, row_uniform(p, r), total, scales);
+    if (cuts) choice.target *= ::exp((m - double(records[choice.block].max)) * inverse);
     const float from = records[choice.block].max;
     token = choice.block * kSampleBlock + block(choice.block, [&](const auto* z, int64_t n) {
       return scan(z, n, from, t.inverse, cut, choice.target, pad + kSampleBlock);
@@ -173,6 +180,7 @@ void sample(const TokenSampleParams& p, const ParallelFor& parallel_for) {
   const bool cuts = p.top_p < 1 || (p.top_k > 0 && p.top_k < p.vocab);
   parallel_for(0, p.batch * p.length, divide_up(16384, p.vocab), [&](int64_t begin, int64_t end) {
     const Array<Record> records(blocks);
+    const Array<double> scales(blocks);
     const Array<float> pad(2 * kSampleBlock), floats(cuts ? 2 * (p.vocab + Vec::kWidth) + kSample * 2 : 1);
     const Array<int64_t> offsets(cuts ? blocks + 1 : 1);
     const Array<double> above(cuts ? blocks : 1);
@@ -180,7 +188,7 @@ void sample(const TokenSampleParams& p, const ParallelFor& parallel_for) {
     const Work work{values, values + p.vocab + Vec::kWidth + kSample, offsets.data, above.data};
     with_type<Vec>(p.dtype, [&](auto type) {
       for (int64_t r = begin; r < end; r++)
-        sample_row<typename decltype(type)::type>(p, r, records.data, work, pad.data);
+        sample_row<typename decltype(type)::type>(p, r, records.data, scales.data, work, pad.data);
     });
   });
 }
@@ -226,13 +234,11 @@ float logit_again(const LmHeadSampleParams& h, int64_t r, int64_t id) {
 
 template <class T>
 int64_t draw_from_head(const LmHeadSampleParams& h, int64_t r, const Record* records, int64_t blocks, float m,
-                       float* logits, float* weights, double* logit) {
+                       double* scales, float* logits, float* weights, double* logit) {
   const TokenSampleParams& p = h.sample;
   const RowTemperature t = row_temperature(p, r);
-  const double inverse = t.inverse;
-  const double total = tempered_total(records, blocks, m, inverse);
-  Choice choice = choose_block(records, blocks, row_uniform(p, r), total,
-                               [&](int64_t b) { return ::exp((records[b].max - double(m)) * inverse); });
+  const double total = tempered_total(records, blocks, m, t, scales);
+  const Choice choice = choose_block(records, blocks, row_uniform(p, r), total, scales);
   const Record& record = records[choice.block];
   int64_t cell = 0;
   double before = 0;
@@ -252,15 +258,15 @@ int64_t draw_from_head(const LmHeadSampleParams& h, int64_t r, const Record* rec
 
 template <class T>
 void finish_row(const LmHeadSampleParams& h, int64_t r, const Record* records, int64_t blocks, const RowState& state,
-                const float* end_logits, float* pad) {
+                const float* end_logits, double* scales, float* pad) {
   const TokenSampleParams& p = h.sample;
   if (!has_distribution(records, blocks)) return store_invalid(p, r);
-  const Statistics s = combine(records, blocks, state.top, state.peak);
+  const Statistics s = combine(records, blocks, state.top, state.peak, scales);
   const int64_t argmax = state.top * kSampleBlock + state.peak.argmax;
   int64_t token = argmax;
   double logit = state.top_max;
   if (row_temperature(p, r).temper != Temper::kZero)
-    token = draw_from_head<T>(h, r, records, blocks, state.top_max, pad, pad + kSampleBlock, &logit);
+    token = draw_from_head<T>(h, r, records, blocks, state.top_max, scales, pad, pad + kSampleBlock, &logit);
   store_row(p, r, s, argmax, token, logit, [&](int64_t i) { return end_logits[i]; });
 }
 
@@ -283,11 +289,13 @@ void head_sample(const LmHeadSampleParams& h, const ParallelFor& parallel_for, c
     });
     parallel_for(0, rows, 1, [&](int64_t from, int64_t to) {
       const Array<float> pad(2 * kSampleBlock);
+      const Array<double> scales(blocks);
       for (int64_t r = from; r < to; r++) {
         const RowState* top = states.data + r * tiles;
         for (int64_t k = 1; k < tiles; k++)  // the first of equals
           if (states.data[r * tiles + k].top_max > top->top_max) top = states.data + r * tiles + k;
-        finish_row<T>(h, r, records.data + r * blocks, blocks, *top, end_logits.data + r * p.end_count, pad.data);
+        finish_row<T>(h, r, records.data + r * blocks, blocks, *top, end_logits.data + r * p.end_count, scales.data,
+                      pad.data);
       }
     });
   });

@@ -15,37 +15,66 @@ struct Record {
 // Which exponentials a temperature needs: none but those of the statistics, or a second one an id.
 enum class Temper { kZero, kOne, kOther };
 
+struct Sums {
+  DoubleSum sum, weighted, tempered;
+};
+
+// Adds up kCount cells, one sum of each kind for all of them. `next`: logits that are needed soon.
+template <Temper kTemper, int kCount, class T>
+FD_INLINE void add_cells(const T* z, const T* next, Vec from, Vec scale, Sums* sums, float* cell) {
+  constexpr int kWidth = Vec::kWidth;
+  const Vec zero = Vec::set(0), floor = Vec::set(kTermFloor);
+  Vec sum = zero, weighted = zero, tempered = zero;
+  for (int64_t c = 0; c < kCount * kSampleCell; c += kSampleCell) {
+    Vec s[2] = {zero, zero}, q[2] = {zero, zero}, t[2] = {zero, zero};
+    for (int64_t i = c; i < c + kSampleCell; i += 2 * kWidth) {
+      Vec v[2];
+      load_two(z + i, v, v + 1);
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; k++) {
+        // else memory waits while this block is computed
+        if (k == 0 || sizeof(T) == 4) __builtin_prefetch(next + i + k * kWidth);
+        const Vec below = v[k] - from, x = max(floor, below);  // NaN stays
+        const Vec w = exp_of_term(x);
+        s[k] = s[k] + w;
+        q[k] = fma(w, x, q[k]);
+        if constexpr (kTemper == Temper::kOther) t[k] = t[k] + exp_of_term(max(floor, below * scale));
+      }
+    }
+    const Vec of_cell = s[0] + s[1], tempered_of_cell = t[0] + t[1];
+    sum = sum + of_cell;
+    weighted = weighted + (q[0] + q[1]);
+    tempered = tempered + tempered_of_cell;
+    if (cell != nullptr) cell[c / kSampleCell] = (kTemper == Temper::kOther ? tempered_of_cell : of_cell).sum();
+  }
+  sums->sum.add(sum);
+  sums->weighted.add(weighted);
+  if constexpr (kTemper == Temper::kOther) sums->tempered.add(tempered);
+}
+
 // z: `n` logits, a multiple of kSampleCell.
 template <Temper kTemper, bool kWithCells, class T>
 FD_INLINE Record block_record(const T* z, int64_t n, float inverse) {
-  constexpr int kWidth = Vec::kWidth;
+  // as many as leave 16 terms a lane, which are added up in fp32
+  constexpr int kAtOnce = Vec::kWidth * 16 > kSampleCell ? Vec::kWidth * 16 / kSampleCell : 1;
   Record r;
   r.max = block_maximum(z, n);
   // A block of -Inf alone is measured from 0, so that a NaN among them still shows.
-  const Vec from = Vec::set(r.max == -INFINITY ? 0.0f : r.max), floor = Vec::set(kExpFloor), scale = Vec::set(inverse);
-  DoubleSum sum, weighted, tempered;
-  for (int64_t c = 0; c < n; c += kSampleCell) {
-    const Vec zero = Vec::set(0);
-    Vec s[2] = {zero, zero}, q[2] = {zero, zero}, t[2] = {zero, zero};
-    for (int64_t i = c; i < c + kSampleCell; i += 2 * kWidth) {
-#pragma GCC unroll 2
-      for (int k = 0; k < 2; k++) {
-        __builtin_prefetch(z + n + i + k * kWidth);  // the next block: else memory waits while this one is computed
-        const Vec x = max(floor, Vec::load(z + i + k * kWidth) - from);  // NaN stays
-        const Vec w = exp_above_floor(x);
-        s[k] = s[k] + w;
-        q[k] = fma(w, x, q[k]);
-        if constexpr (kTemper == Temper::kOther) t[k] = t[k] + exp((Vec::load(z + i + k * kWidth) - from) * scale);
-      }
-    }
-    sum.add(s[0] + s[1]);
-    weighted.add(q[0] + q[1]);
-    if constexpr (kTemper == Temper::kOther) tempered.add(t[0] + t[1]);
-    if constexpr (kWithCells) r.cell[c / kSampleCell] = kTemper == Temper::kOther ? (t[0] + t[1]).sum() : (s[0] + s[1]).sum();
+  const Vec from = Vec::set(r.max == -INFINITY ? 0.0f : r.max), scale = Vec::set(inverse);
+  Sums sums;
+  int64_t c = 0;
+  const auto cells = [&] { return kWithCells ? r.cell + c / kSampleCell : nullptr; };
+  for (; c + kAtOnce * kSampleCell <= n; c += kAtOnce * kSampleCell)
+    add_cells<kTemper, kAtOnce>(z + c, z + n + c, from, scale, &sums, cells());
+  for (; c < n; c += kSampleCell) add_cells<kTemper, 1>(z + c, z + n + c, from, scale, &sums, cells());
+  r.sum = sums.sum.total();
+  r.weighted = sums.weighted.total();
+  r.tempered = kTemper == Temper::kOther ? sums.tempered.total() : r.sum;
+  if (r.max == -INFINITY) {  // what the floor made of nothing; NaN stays
+    r.sum *= 0;
+    r.weighted = r.tempered = r.sum;
+    for (int64_t k = 0; kWithCells && k < kCells; k++) r.cell[k] = 0;
   }
-  r.sum = sum.total();
-  r.weighted = weighted.total();
-  r.tempered = kTemper == Temper::kOther ? tempered.total() : r.sum;
   return r;
 }
 
@@ -66,10 +95,10 @@ struct Peak {
 // `copy`: kSampleBlock floats to work in.
 template <class T>
 Peak find_peak(const T* z, int64_t n, float maximum, float* copy) {
-  Peak p{n, 0, 0};
+  Peak p{0, 0, 0};
   for (int64_t i = 0; i < n; i += Vec::kWidth) Vec::load(z + i).store(copy + i);
-  for (int64_t i = n - 1; i >= 0; i--)
-    if (copy[i] == maximum) p.argmax = i;
+  for (p.argmax = 0; p.argmax < n && copy[p.argmax] != maximum; p.argmax++) {
+  }
   copy[p.argmax] = -INFINITY;
   Vec second = Vec::set(-INFINITY);
   DoubleSum others;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/common/vec.h"
 #include "kernels/unmask/unmask.h"
 #include "kernels/unmask/unmask_order.h"
 
@@ -107,6 +108,7 @@ void make_keys(const Row& row, bool check_tokens, Entry entry) {
       key[i] = flags[i] ? k : kNoKey;
     }
   }
+  for (int64_t i = count; i % 64 != 0; i++) key[i] = kNoKey;  // count_above reads four vectors at a time
   if (p.rule == UnmaskRule::kEntropyBudget) {
     float* cost = row.s.cost;
     for (int64_t i = 0; i < count; i++) cost[i] = cost_of(p.entropy[entry(i)]);
@@ -132,10 +134,19 @@ Extent extent_of(const Row& row) {
 }
 
 int64_t count_above(const Row& row, int32_t limit) {
-  const int32_t* key = row.s.key;
-  int32_t n = 0;
-  for (int64_t i = 0; i < row.count; i++) n += key[i] > limit;
-  return n;
+  typedef int32_t Ints __attribute__((vector_size(sizeof(Vec))));
+  constexpr int kWidth = Vec::kWidth;
+  Ints n[4] = {};
+  for (int64_t i = 0; i < row.count; i += 4 * kWidth)  // kNoKey after the last
+    for (int k = 0; k < 4; k++) {
+      Ints key;
+      memcpy(&key, row.s.key + i + k * kWidth, sizeof key);
+      n[k] -= key > limit;
+    }
+  const Ints sums = (n[0] + n[1]) + (n[2] + n[3]);
+  int64_t total = 0;
+  for (int k = 0; k < kWidth; k++) total += sums[k];
+  return total;
 }
 
 // Always the same lanes in the same order: sums do not depend on the instruction set.
@@ -151,23 +162,23 @@ double cost_above(const Row& row, int32_t limit) {
 }
 
 // Leaves the positions i for which take(i) is true in s.chosen, in order; returns how many. All are judged first, which
-// the compiler makes vectors of; then words of eight flags, most of them zero.
+// the compiler makes vectors of; then 64 flags at a time become the bits of a word, most of them zero.
 template <class F>
 int64_t list(const Row& row, const F& take) {
   uint8_t* flags = row.s.flags;
   int32_t* chosen = row.s.chosen;
-  const int64_t count = row.count;
-  for (int64_t i = 0; i < count; i++) flags[i] = take(i);
-  memset(flags + count, 0, 8);
+  const int32_t count = static_cast<int32_t>(row.count);  // 32 bits, as the keys have: vectors of one width
+  for (int32_t i = 0; i < count; i++) flags[i] = take(i);
+  memset(flags + count, 0, 63);
   int64_t n = 0;
-  for (int64_t i = 0; i < count; i += 8) {
-    uint64_t word;
-    memcpy(&word, flags + i, sizeof word);
-    if (word == 0) continue;
+  for (int32_t i = 0; i < count; i += 64) {
+    uint64_t bits = 0;
     for (int j = 0; j < 8; j++) {
-      chosen[n] = static_cast<int32_t>(i) + j;
-      n += flags[i + j];
+      uint64_t word;
+      memcpy(&word, flags + i + 8 * j, sizeof word);
+      bits |= (word * 0x0102040810204080u >> 56) << (8 * j);  // a bit from each of eight bytes
     }
+    for (; bits != 0; bits &= bits - 1) chosen[n++] = i + __builtin_ctzll(bits);
   }
   return n;
 }
@@ -199,7 +210,7 @@ Cut find_cut(const Row& row, const Extent& extent) {
   const int32_t *key = row.s.key, above = static_cast<int32_t>(high), from = static_cast<int32_t>(low + 1);
   if (above_low - before.count == 1 && p.rule != UnmaskRule::kFactor) return {above, from, INT32_MAX};
   // Equal keys, or one candidate whose score decides: one after the other.
-  const int64_t n = list(row, [=](int64_t i) { return (key[i] >= from) & (key[i] <= above); });
+  const int64_t n = list(row, [=](int32_t i) { return (key[i] >= from) & (key[i] <= above); });
   Cut cut{above, from, 0};
   for (int64_t k = 0; k < n; k++) {
     const int32_t i = row.s.chosen[k];
@@ -217,18 +228,18 @@ int64_t apply_rule(const Row& row, const Extent& extent) {
   const int32_t* key = row.s.key;
   const double number = row.number;
   if (p.rule == UnmaskRule::kThreshold && p.order == UnmaskOrder::kRandom)
-    return list(row, [=](int64_t i) { return (key[i] != kNoKey) & (value_of_word(key[i]) >= number); });
+    return list(row, [=](int32_t i) { return (key[i] != kNoKey) & (value_of_word(key[i]) >= number); });
   if (p.rule == UnmaskRule::kThreshold) {
     const double limit = is_logarithmic(p.order) ? log(number) : number;
-    return list(row, [=](int64_t i) { return static_cast<double>(value_of(key[i])) >= limit; });  // kNoKey is a NaN
+    return list(row, [=](int32_t i) { return static_cast<double>(value_of(key[i])) >= limit; });  // kNoKey is a NaN
   }
   if (p.rule == UnmaskRule::kAncestral)
-    return list(row, [=, at = row.counter](int64_t i) {
+    return list(row, [=, at = row.counter](int32_t i) {
       return (key[i] != kNoKey) & (uniform53(at.random(i, Draw::kAncestral)) < number);
     });
   const Cut cut = find_cut(row, extent);
-  return list(row, [=](int64_t i) {
-    return (key[i] > cut.above) | ((key[i] >= cut.from) & (static_cast<int32_t>(i) < cut.end));
+  return list(row, [=](int32_t i) {
+    return (key[i] > cut.above) | ((key[i] >= cut.from) & (i < cut.end));
   });
 }
 

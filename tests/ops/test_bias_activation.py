@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import use_backend
 from fastdiff.ops.bias_activation import SCHEMAS, bias_activation
 from ops.harness import BEST_CPU, BF16, F16, F32, NATIVE, Row, check_operators, check_schemas
+from ops.properties import given, settings, st
 
 ROOT = Path(__file__).parents[2]
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")

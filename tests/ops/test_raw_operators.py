@@ -114,7 +114,7 @@ def test_none_and_tensors_between_two_elements():
 def test_token_ids_lie_apart_from_the_sample():
     ids, floats = torch.full((1, 4), 7), zeros(4)
     options = (None, None, None, None, 0, 0, None, 1.0, 7, None, 0, None, 0, None)
-    with pytest.raises(RuntimeError, match="token_ids overlaps the sample"):
+    with pytest.raises(RuntimeError, match="token_ids overlaps token"):
         RAW.unmask_(ids, ids.view(4), floats, floats, floats, *options)
 
 
