@@ -73,3 +73,37 @@ def test_ctrl_c_ends_the_demo_whatever_the_time(make_recipe, tmp_path, digits, m
     monkeypatch.setattr(demo, "_FEWEST_STEPS", 200)
     _, outcome = training_of(make_recipe, tmp_path, digits, seconds, max_steps=max_steps)
     assert outcome.interrupted and not outcome.finished and outcome.steps == step + 1
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(600, 0), (400, 1), (100, 2), (1, 2)])
+def test_the_size_is_the_largest_whose_steps_fit(rate, expected):
+    """A size of half the layers trains twice as fast. None is measured that is smaller than the one that fits."""
+    asked = []
+
+    def images_per_second(size):
+        asked.append(size)
+        return rate * 6 / size.model.get("depth", 6)
+
+    assert demo.fit_size(demo.SIZES, images_per_second, 32, 280.0) is demo.SIZES[expected]
+    assert asked == list(demo.SIZES[: min(expected + 1, 2)])
+
+
+def test_a_machine_that_became_slower_begins_anew_with_a_smaller_model(
+    make_recipe, tmp_path, digits, monkeypatch, capsys
+):
+    recipe = make_recipe("--training.output_dir", tmp_path / "demo", "--training.log_every", 1)
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, overwrite=True))
+    sizes = (demo.Size({}, 10**6, 1.0), demo.Size({"depth": 1}, 0, 2.0))
+    rates = iter((1e9, 1e9, 100.0))  # the trial, the measurement, and that of the smaller size
+    monkeypatch.setattr(demo, "measure_rates", lambda *_, **__: dict.fromkeys(("auto", "reference"), next(rates)))
+    monkeypatch.setattr(demo, "_FEWEST_STEPS", 3)
+    real = demo._train
+
+    def soon(recipe, training, data, seconds, least=0):  # a tenth of the steps of so fast a machine would take hours
+        return real(recipe, dataclasses.replace(training, max_steps=min(training.max_steps, 30)), data, seconds, least)
+
+    monkeypatch.setattr(demo, "_train", soon)
+    trainer, outcome, measured = demo._fit_and_train(recipe, sizes, digits, 4.0, {"load_before": 0.0, "cores": 2})
+    assert len(trainer.task.model.blocks) == 1 and outcome.finished and measured["auto"] == 100.0
+    text = capsys.readouterr().out
+    assert "the machine became slower" in text and text.count("train: ") == 2
