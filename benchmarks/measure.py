@@ -53,7 +53,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def sample(function: Callable[[], object], calls: int) -> float:
+def _sample(function: Callable[[], object], calls: int) -> float:
     """Seconds a call, over `calls` of them."""
     synchronize()
     start = time.perf_counter()
@@ -71,16 +71,16 @@ def in_turns(benchmark, contenders: dict[str, Callable[[], object]], rounds: int
     """
     calls, times = {}, {name: [] for name in contenders}
     for name, function in contenders.items():
-        sample(function, 1)  # warms up: compiles, allocates
-        shortest = sample(function, 1)
+        _sample(function, 1)  # warms up: compiles, allocates
+        shortest = _sample(function, 1)
         if shortest < 100 * SAMPLE_SECONDS:  # of longer calls nothing is repeated
-            shortest = min(shortest, *(sample(function, 1) for _ in range(2)))
+            shortest = min(shortest, *(_sample(function, 1) for _ in range(2)))
         calls[name] = max(1, round(SAMPLE_SECONDS / max(shortest, 1e-7)))
     order = list(contenders)
 
     def one_round() -> None:
         for name in order:
-            times[name].append(sample(contenders[name], calls[name]))
+            times[name].append(_sample(contenders[name], calls[name]))
         order.append(order.pop(0))
 
     benchmark.pedantic(one_round, rounds=rounds, iterations=1)

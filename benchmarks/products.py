@@ -4,7 +4,6 @@ What a model multiplies is read from its own calls: every linear layer's product
 self-attention's two and four (its weights kept, as a plain backward pass keeps them).
 """
 
-import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,19 +75,17 @@ def _operand(batch: int, rows: int, columns: int, turned: bool, dtype: torch.dty
     return memory.transpose(1, 2) if turned else memory
 
 
-def seconds_of(products: Counter[Product], dtype: torch.dtype) -> float:
-    """Seconds that they take one after the other, each at its median over warm calls."""
-    total = 0.0
+def multiply_all(products: Counter[Product], dtype: torch.dtype) -> Callable[[], None]:
+    """A call that makes all of them, one after the other, from operands that lie ready."""
+    calls = []
     for product, count in products.items():
         a = _operand(product.batch, product.m, product.k, product.turned[0] == "t", dtype)
         b = _operand(product.batch, product.k, product.n, product.turned[1] == "t", dtype)
-        multiply = torch.bmm if product.batch > 1 else torch.mm
-        operands = (a, b) if product.batch > 1 else (a[0], b[0])
-        calls = [measure.sample(lambda m=multiply, o=operands: m(*o), 2) for _ in range(8)]
-        total += count * statistics.median(calls[1:])
-    return total
+        calls.append((torch.bmm, a, b, count) if product.batch > 1 else (torch.mm, a[0], b[0], count))
 
+    def run() -> None:
+        for multiply, a, b, count in calls:
+            for _ in range(count):
+                multiply(a, b)
 
-def gigaflops(products: Counter[Product], seconds: float) -> float:
-    """GFLOP/s of all of them together."""
-    return sum(product.flops * count for product, count in products.items()) / seconds / 1e9
+    return run
