@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import backends
-from fastdiff.nn.attention_path import products_win
+from fastdiff.nn.attention_path import fastest_way, products_win
 from fastdiff.ops.self_attention import OPERATOR, self_attention
 
 FUSED, SDPA, MATMUL = "fused", "sdpa", "matmul"
@@ -22,15 +22,27 @@ def prefers_matmul(query: Tensor, keys: int | None = None) -> bool:
     return products_win(query, matmul_attention)
 
 
+def _by_products(qkv: Tensor) -> Tensor:
+    # one copy for all three: batched products would otherwise copy each of their strided operands
+    return matmul_attention(*qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)).transpose(1, 2)
+
+
+def _by_sdpa(qkv: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2)
+
+
+# Self-attention of a packed projection: [B, N, 3, H, d] -> [B, N, H, d].
+PACKED_WAYS = {FUSED: self_attention, MATMUL: _by_products, SDPA: _by_sdpa}
+
+
 def self_attention_path(qkv: Tensor) -> str:  # [B, N, 3, H, d]
     """What "auto" takes for self-attention on a packed projection: "fused", "matmul" or "sdpa".
 
-    The fused operator, for CPUs, is faster than both others at every length measured, 16 to 300 tokens
-    (kernels/self_attention/README.md).
+    On a CPU whichever is measured to be fastest (`fastest_way`), else torch's.
     """
     runs = backends.requested() in ("auto", "cpu")  # another backend was asked for by name: torch's own attention
     if runs and backends.why_not(OPERATOR, "cpu", qkv.device.type, (qkv.dtype,)) is None:
-        return FUSED
+        return fastest_way(qkv, PACKED_WAYS, FUSED)
     return MATMUL if prefers_matmul(qkv[:, :, 0].transpose(1, 2)) else SDPA
 
 
@@ -56,15 +68,7 @@ class SelfAttention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         path = self_attention_path(qkv) if self.backend == "auto" else self.backend
-        if path == FUSED:
-            return self.proj(self_attention(qkv).view(batch, tokens, dim))
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, heads, N, head_dim]
-        if path == MATMUL:
-            # one copy for all three: batched products would otherwise copy each of their strided operands
-            mixed = matmul_attention(*qkv.contiguous().unbind(0))
-        else:
-            mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+        return self.proj(PACKED_WAYS[path](qkv).reshape(batch, tokens, dim))
 
 
 def matmul_attention(

@@ -1,6 +1,6 @@
-"""For which lengths plain matrix products are the faster attention on a CPU: measured, or a default."""
+"""Which attention is the fastest on a CPU: measured, or a default."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,43 @@ def products_win(query: Tensor, products: Products) -> bool:
         return False
     first, last = map(int, chosen.split("-"))
     return first <= max(1 << max(length - 1, 0).bit_length(), _LENGTHS[0]) <= last
+
+
+def fastest_way(qkv: Tensor, ways: Mapping[str, Callable[[Tensor], Tensor]], default: str) -> str:
+    """Which of the `ways` of self-attention is the fastest for a projection `[B, N, 3, H, d]` on a CPU.
+
+    A choice of `fastdiff.tuning`, by dtype, channels per head and tokens (each to the next power of two), and whether a
+    gradient is wanted; it is measured with the samples and heads of the first projection. The default under a compiler.
+    """
+    if torch.compiler.is_compiling():
+        return default
+    samples, tokens, _, heads, channels = qkv.shape
+    tokens, channels = (1 << max(size - 1, 0).bit_length() for size in (max(tokens, _LENGTHS[0]), channels))
+    grad = torch.is_grad_enabled() and qkv.requires_grad
+    name = str(qkv.dtype).removeprefix("torch.")
+    key = f"self-attention {name}, {channels} channels, {tokens} tokens, {'training' if grad else 'inference'}"
+    size = (max(min(samples, _ROWS // (heads * tokens)), 1), tokens, 3, heads, channels)
+
+    def measure() -> tuning.Measured:
+        return tuning.fastest({way: _packed(run, qkv.dtype, size, grad) for way, run in ways.items()}, default)
+
+    return tuning.decide(key, default, measure, tuple(ways))
+
+
+def _packed(
+    way: Callable[[Tensor], Tensor], dtype: torch.dtype, size: tuple[int, ...], grad: bool
+) -> Callable[[], None]:
+    """One call of a way of self-attention as a model makes it."""
+    source = torch.Generator().manual_seed(0)
+    packed = torch.randn(size, generator=source, dtype=torch.float32, device="cpu").to(dtype).requires_grad_(grad)
+
+    def run() -> None:
+        mixed = way(packed)
+        if grad:
+            mixed.backward(mixed.detach())
+            packed.grad = None
+
+    return run
 
 
 def _measure(

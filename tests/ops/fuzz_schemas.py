@@ -221,9 +221,17 @@ def product(rng: random.Random) -> Operands:
     return tensors | {"input": plus, "beta": 1.0, "alpha": 1.0, "tile": rng.choice((1, 7, 64))}
 
 
+def adamw_ema(rng: random.Random) -> Operands:
+    sizes = [rng.choice((1, 3, 64, 5000)) for _ in range(rng.randint(1, 3))]
+    lists = {name: [torch.rand(size, generator=_GENERATOR) for size in sizes]
+             for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages")}  # fmt: skip
+    numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": rng.choice((0.0, 0.1))}
+    return {**lists, "steps": [torch.zeros(()) for _ in sizes], **numbers, "grad_scale": 1.0, "average_weight": 0.1}
+
+
 FAMILIES: dict[str, Callable[[random.Random], Operands]] = {
     "adaln": adaln, "gated": adaln, "bias_activation": bias_activation, "scale_shift": scale_shift,
-    "self_attention": self_attention, "qgfd": qgfd,
+    "self_attention": self_attention, "qgfd": qgfd, "adamw_ema": adamw_ema, "gradient_norm": adamw_ema,
     "sample_tokens": sampling, "lm_head_sample": sampling, "eos_log_prob": sampling, "unmask": unmask,
     "cross_entropy": cross_entropy, "tiled": product,
 }  # fmt: skip
@@ -272,6 +280,9 @@ def wrong_tensor(rng: random.Random, t: Tensor, others: list[Tensor]) -> Any:
 def wrong(rng: random.Random, value: Any, others: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         return wrong_tensor(rng, value, others)
+    if isinstance(value, list):
+        place, tensor = rng.randrange(len(value)), wrong_tensor(rng, rng.choice(value), value)
+        return value[:place] + ([] if tensor is None else [tensor]) + value[place + 1 :]
     if value is None:
         return rng.choice(others) if others else None
     if isinstance(value, bool):

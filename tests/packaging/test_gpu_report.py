@@ -153,15 +153,18 @@ def test_the_build_without_cmake_has_the_same_sources(tmp_path):
     assert {u.source.name for u in units if u.source.parent.name == "csrc"} == binding
     device = set(re.findall(r"(\w+\.cu)\b", cmake["kernels"]))
     assert {u.source.name for u in units if u.source.suffix == ".cu"} == device
-    operators = set(re.findall(r"^fastdiff_cpu_kernel\((\w+)\)", cmake["kernels"], re.MULTILINE))
-    isas = build.isa_flags(cmake["kernels"])
+    operators = set(re.findall(r"^fastdiff_cpu_kernel\((\w+)", cmake["kernels"], re.MULTILINE))
+    isas = {operator: build.isa_flags(cmake["kernels"], operator) for operator in operators}
     assert {u.source.name for u in units if u.source.parent == tmp_path} == {
-        f"{operator}_cpu_{isa}.cpp" for operator in operators for isa in isas
+        f"{operator}_cpu_{isa}.cpp" for operator in operators for isa in isas[operator]
     }
+    common = set(re.findall(r"common/(\w+\.cpp)", cmake["kernels"]))
+    assert {u.source.name for u in units if u.source.parent.name == "common"} == common
     assert len({u.object for u in units}) == len(units)
     if os.uname().machine == "x86_64":
-        assert list(isas)[:4] == ["baseline", "avx2", "avx512", "avx512_bf16"]
-        assert isas["avx512_bf16"][:3] == isas["avx2"] and isas["avx512_bf16"][-1] == "-mavx512bf16"
+        flags = isas["qgfd"]
+        assert list(flags) == [*isas["adaln"], "amx_bf16"] == ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
+        assert flags["avx512_bf16"][:3] == flags["avx2"] and flags["avx512_bf16"][-1] == "-mavx512bf16"
     commands = [" ".join(u.command("/cuda/bin/nvcc")) for u in units]
     assert all("arch=compute_90,code=sm_90" in c for c in commands if c.startswith("/cuda/bin/nvcc"))
     assert not any("pybind11" in c for c in commands)  # torch's include folder has its headers

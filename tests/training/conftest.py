@@ -102,3 +102,9 @@ def same_files():
             assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
     return check
+
+
+@pytest.fixture
+def batches_in_step(monkeypatch):
+    """Each batch is made in its own step, not a step ahead: what a test does when a batch is made belongs to that step."""
+    monkeypatch.setattr("fastdiff.training.trainer.pays", lambda device: False)

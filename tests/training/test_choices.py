@@ -101,7 +101,8 @@ def test_auto_is_the_faster_precision_of_the_steps(machine, make, tmp_path, bf16
     dtype = {"bf16": "bfloat16", "no": "float32"}[chosen]
     recorded = choices(tmp_path / "run")
     assert recorded.pop("mixed_precision") == chosen
-    assert set(recorded) == {f"attention {dtype}, 16 channels, {use}" for use in ("training", "inference")}
+    uses = ("training", "inference")
+    assert set(recorded) == {f"self-attention {dtype}, 16 channels, 16 tokens, {use}" for use in uses}
     trainer.folder.unlock()
 
 

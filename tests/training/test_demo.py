@@ -59,7 +59,9 @@ def test_a_machine_that_is_too_slow_for_the_first_tenth_ends_in_time(make_recipe
     ("step", "seconds", "max_steps"),
     [(3, 100.0, 100), (30, 1e-9, 10)],  # in the first tenth; after it, when the time is over
 )
-def test_ctrl_c_ends_the_demo_whatever_the_time(make_recipe, tmp_path, digits, monkeypatch, step, seconds, max_steps):
+def test_ctrl_c_ends_the_demo_whatever_the_time(
+    make_recipe, tmp_path, digits, monkeypatch, step, seconds, max_steps, batches_in_step
+):
     from fastdiff.tasks.dit.task import DiTTask
 
     whole = DiTTask.batch

@@ -216,7 +216,7 @@ def test_overwrite_keeps_what_is_not_a_run(make_trainer, tmp_path):
     assert (folder / "checkpoints" / "step_5").is_dir()
 
 
-def test_ctrl_c_ends_training_with_a_checkpoint_and_130(tiny_yaml, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_training_with_a_checkpoint_and_130(tiny_yaml, tmp_path, monkeypatch, capsys, batches_in_step):
     from fastdiff import train
     from fastdiff.tasks.dit.task import DiTTask
 

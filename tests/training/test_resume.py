@@ -15,7 +15,7 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from fastdiff.recipes import parse_recipe
-from fastdiff.training import Trainer, checkpoint
+from fastdiff.training import checkpoint, trainer
 from fastdiff.tasks.dit.recipe import DiTRecipe
 from fastdiff.tasks.dit.task import DiTTask
 
@@ -37,7 +37,8 @@ def train(folder, death, options):
         checkpoint.os.rename = lambda a, b: die() if str(b).endswith("step_10") else rename(a, b)
     else:
         task.last_step = int(death)
-    Trainer(task, recipe.training).train()
+    trainer.pays = lambda device: False  # each batch in its own step
+    trainer.Trainer(task, recipe.training).train()
 
 root, deaths, options = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
 for death in deaths:
@@ -89,7 +90,7 @@ def test_a_longer_run_goes_on(tmp_path, make_trainer, curve):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends(tmp_path, make_trainer, curve, same_files, number):
+def test_a_signal_saves_and_ends(tmp_path, make_trainer, curve, same_files, number, batches_in_step):
     trainer, before = make_trainer(tmp_path / "run"), signal.getsignal(number)
     batch = trainer.task.batch
     trainer.task.batch = lambda step, slots: (step == 6 and os.kill(os.getpid(), number), batch(step, slots))[1]

@@ -7,13 +7,14 @@ from torch import nn
 
 from fastdiff import _C, tuning
 from fastdiff.device import autocast_dtype
-from fastdiff.nn.attention import SelfAttention
+from fastdiff.nn.attention import SelfAttention, self_attention_path
 from fastdiff.nn.attention_path import products_win
 from fastdiff.ops import adaln, gated_residual_adaln, masked_linear_cross_entropy
 from fastdiff.ops._sizes import measure_sizes
 from fastdiff.tuning import measuring, using
 
 KEY = "attention {}, 16 channels, {}"
+PACKED = "self-attention {}, 16 channels, {} tokens, {}"
 
 
 def query(length, dtype=torch.float32, grad=False):
@@ -66,7 +67,7 @@ def test_attention_has_a_default_where_nothing_is_measured(clock):
 def test_a_compiler_sees_the_default(clock):
     torch.manual_seed(0)
     model, x = SelfAttention(32, 2), torch.randn(1, 20, 32)
-    expected = SelfAttention(32, 2, backend="matmul")
+    expected = SelfAttention(32, 2, backend="fused")
     expected.load_state_dict(model.state_dict())
     with measuring() as made, torch.no_grad():
         found = torch.compile(model, backend="eager", fullgraph=True)(x)
@@ -77,18 +78,33 @@ def test_a_compiler_sees_the_default(clock):
 def test_a_choice_of_attention_changes_rounding_alone(dtype):
     torch.manual_seed(0)
     model, x = SelfAttention(32, 2), torch.randn(2, 24, 32)
-    name, found = str(dtype).removeprefix("torch."), []
-    for chosen in ("none", "16-1024"):
-        with using({KEY.format(name, "training"): chosen}), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
+    key, found = PACKED.format(str(dtype).removeprefix("torch."), 32, "training"), {}
+    for chosen in ("fused", "matmul", "sdpa"):
+        with using({key: chosen}), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
             out = model(x)
         (gradient,) = torch.autograd.grad(out.float().square().sum(), model.qkv.weight)
-        found.append((out.float(), gradient))
-    (fused, fused_gradient), (plain, plain_gradient) = found
-    assert not torch.equal(fused_gradient, plain_gradient)  # the choice was made
+        found[chosen] = out.float(), gradient
+    assert not torch.equal(found["fused"][1], found["matmul"][1])  # the choice was made
     # seen: 1.2e-7 and 3e-7 in float32, 0.003 and 0.005 in bfloat16
     bound = 1e-5 if dtype == torch.float32 else 0.03
-    assert (fused - plain).norm() < bound * plain.norm()
-    assert (fused_gradient - plain_gradient).norm() < bound * plain_gradient.norm()
+    for chosen in ("matmul", "sdpa"):
+        for one, other in zip(found[chosen], found["fused"], strict=True):
+            assert (one - other).norm() < bound * other.norm()
+
+
+@pytest.mark.parametrize("fastest", ["fused", "matmul", "sdpa"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_self_attention_goes_the_fastest_way(clock, monkeypatch, fastest, grad):
+    def way(name):
+        return lambda qkv: (clock.work(1 if name == fastest else 2), qkv[:, :, 0])[1]
+
+    monkeypatch.setattr("fastdiff.nn.attention.PACKED_WAYS", {name: way(name) for name in ("fused", "matmul", "sdpa")})
+    qkv = torch.zeros(2, 49, 3, 2, 16, requires_grad=grad)
+    with measuring() as made:
+        assert self_attention_path(qkv) == fastest
+        assert self_attention_path(qkv[:, :40]) == fastest
+    assert made == {PACKED.format("float32", 64, "training" if grad else "inference"): fastest}
+    assert self_attention_path(qkv) == "fused"  # outside of a run nothing is measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -64,8 +64,8 @@ class Unit:
         return [compiler, *self.flags, f"-I{ROOT}", "-c", str(self.source), "-o", str(self.object)]
 
 
-def isa_flags(cmake: str) -> dict[str, tuple[str, ...]]:
-    """The compiler flags of each instruction set, as kernels/CMakeLists.txt has them for this processor."""
+def isa_flags(cmake: str, operator: str) -> dict[str, tuple[str, ...]]:
+    """The compiler flags of each of an operator's instruction sets, as kernels/CMakeLists.txt has them for this CPU."""
     flags: dict[str, tuple[str, ...]] = {"baseline": ()}
     if os.uname().machine != "x86_64":
         return flags
@@ -76,6 +76,8 @@ def isa_flags(cmake: str) -> dict[str, tuple[str, ...]]:
             other = re.fullmatch(r"\$\{flags_(\w+)\}", word)
             defined[name] += defined[other[1]] if other else [word]
     names = re.search(r"list\(APPEND isas ([^)]*)\)", cmake)[1].split()
+    if f"fastdiff_cpu_kernel({operator} ${{isas_of_products}})" in cmake:
+        names += re.search(r"list\(APPEND isas_of_products ([^)]*)\)", cmake)[1].split()
     return flags | {name: tuple(defined[name]) for name in names}
 
 
@@ -102,13 +104,12 @@ def units(folder: Path, arch: int | None, nvcc_version: str = "") -> Iterator[Un
                    _quoted("FASTDIFF_NVCC_VERSION", nvcc_version))  # fmt: skip
         for source in sorted((ROOT / "csrc").glob("*_cuda.cpp")):
             yield Unit(source, folder / f"{source.stem}.o", "_C_cuda", (*binding, *defined))
-    of_isas = isa_flags(of_kernels)
     plain = (*_COMMON, "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions")
     for source in sorted((ROOT / "kernels").glob("*/*_cpu.inl")):
         operator = source.parent.name
         if source.stem != f"{operator}_cpu":  # a part of another
             continue
-        for isa, flags in of_isas.items():
+        for isa, flags in isa_flags(of_kernels, operator).items():
             text = f'#define FASTDIFF_ISA {isa}\n#define FASTDIFF_ISA_{isa.upper()}\n#include "{source}"\n'
             wrapper = folder / f"{operator}_cpu_{isa}.cpp"
             if not wrapper.is_file() or wrapper.read_text() != text:
@@ -117,7 +118,7 @@ def units(folder: Path, arch: int | None, nvcc_version: str = "") -> Iterator[Un
     defined = (_quoted("FASTDIFF_COMPILER", os.environ.get("CXX", "g++")), _quoted("FASTDIFF_TORCH_VERSION", version))
     for source in [*sorted((ROOT / "csrc").glob("*_cpu.cpp")), ROOT / "csrc" / "module.cpp"]:
         yield Unit(source, folder / f"{source.stem}_csrc.o", "_C", (*binding, *defined))
-    for source in [*sorted((ROOT / "kernels").glob("*/*_cpu.cpp")), ROOT / "kernels" / "common" / "isa.cpp"]:
+    for source in [*sorted((ROOT / "kernels").glob("*/*_cpu.cpp")), *sorted((ROOT / "kernels/common").glob("*.cpp"))]:
         yield Unit(source, folder / f"{source.stem}_kernel.o", "_C", (*_COMMON, "-std=c++20"))
 
 
