@@ -99,7 +99,7 @@ def self_attention(rng: random.Random) -> Operands:
     make = {"qkv": (batch, tokens, 3, heads, dim), "out": (batch, tokens, heads, dim)}
     dtype = rng.choice(FLOATS)
     tensors: Operands = {name: floats(rng, *shape, dtype=dtype) for name, shape in make.items()}
-    lse = floats(rng, batch, heads, tokens)
+    lse = floats(rng, batch, heads, tokens, dtype=torch.float32)
     return tensors | {"grad_out": floats(rng, *make["out"], dtype=dtype), "lse": lse, "scale": 0.5}
 
 

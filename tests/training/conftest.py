@@ -106,5 +106,5 @@ def same_files():
 
 @pytest.fixture
 def batches_in_step(monkeypatch):
-    """Each batch is made in its own step, not a step ahead: what a test does when a batch is made belongs to that step."""
+    """Each batch is made in its own step, not a step ahead: a signal sent when a batch is made comes in that step."""
     monkeypatch.setattr("fastdiff.training.trainer.pays", lambda device: False)
