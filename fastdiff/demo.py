@@ -54,11 +54,11 @@ class Size:
     guidance_scale: float
 
 
-# Measured on MNIST-5k, guidance as below: 1 500 steps of the recipe's six layers give a class accuracy of 92 %, the
-# 2 250 steps of four layers that take as long 97 %.
+# Measured on MNIST-5k. Six layers have a class accuracy of 92 % after 1 500 steps (guidance 2), four layers 97 % after the
+# 2 250 that take as long; after 5 000 steps six layers have the smaller Fréchet distance. Fewer steps want more guidance.
 SIZES = (
-    Size({}, 5000, 1.5),
-    Size({"depth": 4}, 1600, 2.0),
+    Size({}, 5000, 1.75),
+    Size({"depth": 4}, 1600, 2.5),
     Size({"depth": 4, "hidden_size": 64, "num_heads": 1}, 0, 3.0),
 )
 
