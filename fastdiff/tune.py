@@ -1,7 +1,7 @@
 """Measures again what is faster on this machine: `fastdiff tune`, or `fastdiff tune dit_mnist`.
 
 Precision, attention, the masked loss and the kernels' sizes are measured when a run first needs them, and kept in the
-cache; `fastdiff info` shows them. Without a recipe this forgets all of them, and measures the sizes at once. With
+cache; `fastdiff info` shows them. Without a recipe this measures the sizes at once, and forgets all the others. With
 recipes it measures their training steps, too. A run that has begun keeps what it began with.
 """
 
@@ -21,7 +21,7 @@ from fastdiff.tasks.kinds import kind_named, recipe_kind
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     parser = ArgumentParser(prog="fastdiff tune", description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("recipes", type=str, nargs="*", help="recipes whose training steps are measured")
+    parser.add_argument("recipes", type=str, nargs="*", default=[], help="recipes whose training steps are measured")
     recipes = parser.parse_args(argv).recipes
     files = [find_recipe(name) for name in recipes]
     if not tuning.enabled():
@@ -29,10 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from fastdiff.ops._sizes import measure_sizes
 
     quiet_libraries()
-    if not files:
-        tuning.forget()
     with tuning.measuring(again=True):
-        measure_sizes()
+        settled = measure_sizes()
+    if settled is None:
+        print("nothing was forgotten; run it again when the machine is idle", file=sys.stderr)
+    elif not files:
+        tuning.forget(settled)
     for file in files:
         _measure(str(file))
     print("\n".join(tuning.table()))

@@ -10,13 +10,14 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,13 +287,20 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def _plausible(value: Any) -> bool:
+    """A choice is a word or a size, and no machine has sizes of more than 63 bits."""
+    return isinstance(value, str) or (type(value) is int and 0 <= value < 2**63)
+
+
 def _measured(entry: Any) -> Measured | None:
     """An entry of the file as what was found; None for anything else."""
     try:
         seconds = {str(name): float(value) for name, value in entry["seconds"].items()}
         choices = dict(entry["choices"])
         values = (entry["chosen"], *choices.values())
-        fine = all(isinstance(value, str | int) for value in values) and isinstance(entry["made"], str)
+        fine = all(map(_plausible, values)) and isinstance(entry["made"], str)
+        fine = fine and choices.get("mixed_precision", "no") in ("bf16", "no")
+        fine = fine and all(0 <= value < math.inf for value in seconds.values())
         return Measured(entry["chosen"], seconds, choices) if fine else None
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
@@ -334,9 +342,11 @@ def _say_once(what: str) -> None:
     print(f"{what}; {advice}", file=sys.stderr)
 
 
-def forget() -> None:
-    """Removes what was measured on this machine. Raises OSError where the cache cannot be written."""
-    cache_file().unlink(missing_ok=True)
+def forget(kept: Collection[str]) -> None:
+    """Removes what was measured on this machine but for these keys. Raises OSError where it cannot be written."""
+    left = {key: entry for key, entry in entries().items() if key in kept}
+    cache_file().parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cache_file(), json.dumps({"machine": machine(), "choices": left}, indent=1) + "\n")
     _known.pop(cache_file(), None)
 
 
@@ -350,7 +360,8 @@ def table() -> list[str]:
     for key, entry in sorted(entries().items()):
         found = _measured(entry)
         others = [value for name, value in found.seconds.items() if name != found.chosen]
-        by = f", {min(others) / found.seconds[found.chosen]:.2f} x" if found.chosen in found.seconds and others else ""
+        mine = found.seconds.get(str(found.chosen))
+        by = f", {min(others) / mine:.2f} x" if mine and others else ""
         default = "the default" if found.chosen == entry.get("default") else f"default {entry.get('default')}"
         times = "; ".join(f"{name} {1000 * value:.3g} ms" for name, value in found.seconds.items())
         lines += [f"  {key}: {found.chosen} ({default}{by}; {entry['made']})", f"    {times or 'nothing to compare'}"]

@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that processes of steps are ended, too
     reason = why_no_gpu() if options.device == "cuda" else None
     if reason:
-        print(f"make gpu needs a machine with an NVIDIA GPU: {reason}; nothing was run", file=sys.stderr)
+        print(f"this needs a machine with an NVIDIA GPU: {reason}; nothing was run", file=sys.stderr)
         return 2
     deadline = start + 60 * options.minutes
     lines, arch = machine(options.device)

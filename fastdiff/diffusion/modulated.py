@@ -14,9 +14,11 @@ _MOST_BYTES = 64 << 20  # of the modulations held at a time (one step's, where t
 def knows_modulations(model: nn.Module) -> bool:
     """Whether a model makes its modulations ahead (`DiT.modulations`), and calling its parts does nothing else.
 
-    Wrapped models (compiled, sharded, with hooks somewhere) are called as they are.
+    Wrapped models (compiled, sharded, with hooks somewhere), and those with a `forward` or layers of their own, are
+    called as they are: `makes_modulations` of the model says which it is.
     """
-    return hasattr(type(model), "modulations") and all(unhooked(module) for module in model.modules())
+    makes = getattr(model, "makes_modulations", None)
+    return makes is not None and makes() and all(unhooked(module) for module in model.modules())
 
 
 class Modulated:

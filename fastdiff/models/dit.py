@@ -162,7 +162,7 @@ class DiT(Pretrained):
             labels = self._dropped(class_labels, batch, sample.device, label_generator)
             shared = self.t_embedder(timestep) + self.y_embedder(labels)
         else:
-            self._check_modulations(modulations, layer_conditioning, token_conditioning)
+            self._check_modulations(len(sample), modulations, layer_conditioning, token_conditioning)
 
         # Under autocast the patches are bfloat16 and the positions float32: the residual stream is float32.
         residual, branch, gate = x + self._positions(sample), None, None
@@ -186,6 +186,11 @@ class DiT(Pretrained):
             last = (_add_conditioning(shared, layer_conditioning, token_conditioning, -1),)
         return self._unpatchify(self.final_layer(residual, branch, gate, *last), sample)
 
+    def makes_modulations(self) -> bool:
+        """Whether `modulations` stands for what `forward` does: not where a subclass or a layer has its own."""
+        plain = all(type(block) is DiTBlock for block in self.blocks) and type(self.final_layer) is FinalLayer
+        return plain and type(self).forward is DiT.forward
+
     @torch.no_grad()
     def modulations(
         self,
@@ -196,7 +201,12 @@ class DiT(Pretrained):
 
         They depend on nothing else, so a sampler that knows its steps needs one matrix product a layer for all of them.
         `forward` takes rows of them as `modulations`. Labels are looked up as they are: none is dropped.
+
+        Raises:
+            ValueError: other shapes, or (on CPU tensors) a label out of range.
+            TypeError: labels that are not int64.
         """
+        self._check_axes(timesteps, class_labels)
         shared = self.t_embedder(timesteps)[:, None] + self.y_embedder(class_labels)
         found = []
         for index, layer in enumerate((*self.blocks, self.final_layer)):
@@ -288,11 +298,24 @@ class DiT(Pretrained):
         time = t_embedder(timestep)
         return (time[:, None] if outer else time) + y_embedder(labels)
 
-    def _check_modulations(self, modulations, layer_conditioning, token_conditioning):
+    def _check_axes(self, timesteps, class_labels):
+        for name, tensor in (("timesteps", timesteps), ("class_labels", class_labels)):
+            if tensor.ndim != 1:
+                raise ValueError(f"{name}: got shape {list(tensor.shape)}; expected one dimension")
+        if class_labels.dtype != torch.int64:
+            raise TypeError(f"class_labels: got {class_labels.dtype}; expected torch.int64")
+        last = len(self.y_embedder.embedding_table.weight) - 1
+        if class_labels.device.type == "cpu" and ((class_labels < 0) | (class_labels > last)).any():
+            raise ValueError(f"class_labels: got {class_labels.tolist()[:8]}; expected 0 to {last}")
+
+    def _check_modulations(self, batch, modulations, layer_conditioning, token_conditioning):
         if layer_conditioning is not None or token_conditioning is not None:
             raise ValueError("modulations: got them beside layer_conditioning or token_conditioning; expected one")
         if len(modulations) != len(self.blocks) + 1:
             raise ValueError(f"modulations: got {len(modulations)}; expected {len(self.blocks) + 1}, one a layer")
+        for modulation in modulations:
+            if modulation.ndim != 2 or len(modulation) != batch:
+                raise ValueError(f"modulations: got shape {list(modulation.shape)}; expected a row for each of {batch}")
 
     def _check_conditioning(self, batch, tokens, timestep, class_labels, layer_conditioning, token_conditioning):
         expected = {

@@ -18,18 +18,24 @@ _PARTS_OF_CACHE = (0.25, 0.5, 1.0, 2.0)
 _MOST_BYTES = 1 << 28  # of a call that is tried: larger caches are taken at their word
 
 
-def measure_sizes() -> None:
-    """Measures both sizes, where they are not known of this machine, and gives them to the kernels."""
+def measure_sizes() -> list[str] | None:
+    """Measures both sizes, where they are not known of this machine, and gives them to the kernels.
+
+    Returns the keys of what is known then; None where the machine was too busy.
+    """
     native = _native.cpu_module
     if native is None or not tuning.enabled():
-        return
+        return []
+    found: dict[str, tuning.Measured] = {}
     try:
         if torch.get_num_threads() > 1:
-            tuning.answer("thread_grain", _GRAIN, _measure_grain)
-        if tuning.last_cache_bytes() is not None:
-            tuning.answer("stream_bytes", tuning.last_cache_bytes() // 4 * 5, _measure_stream)
+            found["thread_grain"] = tuning.answer("thread_grain", _GRAIN, _measure_grain)
+        cache = tuning.last_cache_bytes()
+        if cache is not None:
+            found["stream_bytes"] = tuning.answer("stream_bytes", cache // 4 * 5, _measure_stream)
     finally:
         tuning.apply_sizes(native)
+    return list(found) if all(each.settled for each in found.values()) else None
 
 
 def _operands(elements: int, dim: int) -> tuple[Tensor, ...]:

@@ -73,8 +73,8 @@ def self_attention(
     check_floats("qkv", qkv, 5)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
         raise ValueError(f"qkv: got shape {list(qkv.shape)}; expected [B, N, 3, H, d] with d > 0; reshape it")
-    scale = qkv.shape[4] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
+    scale = qkv.shape[4] ** -0.5 if scale is None else scale
+    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise ValueError(f"scale: got {scale}; expected a finite number above 0")
     if choose_backend(OPERATOR, qkv.device.type, (qkv.dtype,)) == "reference":
         return reference.self_attention(qkv, scale)

@@ -218,11 +218,11 @@ class Run:
                 raise ValueError(f"--data-path: got {data_path!r}, and {section} names no file or folder; leave it out")
             config = dataclasses.replace(config, **{place: data_path})
         order = None if self.state is None else class_order(self.state, section)
-        if order and config.name.endswith("_folder") and config.class_names is None:
+        if order and config.name.endswith("_folder"):
             root = Path(config.folder).expanduser()
-            there = [folder.name for folder in class_folders(root)] if root.is_dir() else []
-            if sorted(there) == sorted(order):
-                config = dataclasses.replace(config, class_names=order)
+            there = [folder.name for folder in class_folders(root)] if root.is_dir() else order
+            # other classes than the run's are loaded as they are: `check_data` says what changed
+            config = dataclasses.replace(config, class_names=order if sorted(there) == sorted(order) else None)
         return config
 
     def sample(self, *_: Any, **__: Any) -> Any:

@@ -71,11 +71,24 @@ class RunFolder:
         return found[-1] if found else None
 
     def choices(self) -> dict[str, Any]:
-        """`training.choices` in config.yaml; {} where there are none: runs of earlier versions have none."""
+        """`training.choices` in config.yaml; {} where there are none: runs of earlier versions have none.
+
+        Raises ValueError, naming the file, for what cannot be choices.
+        """
         try:
-            return dict(self._read_config()["training"].get("choices") or {})
-        except (OSError, ValueError, TypeError):  # what is wrong is said where the recipe is read
+            found = self._read_config()["training"].get("choices") or {}
+        except (OSError, ValueError):  # what is wrong is said where the recipe is read
             return {}
+        fits = isinstance(found, dict) and all(
+            isinstance(key, str) and isinstance(value, str | int) and not isinstance(value, bool)
+            for key, value in found.items()
+        )
+        if not fits:
+            raise ValueError(
+                f"{self.config}: training.choices: got {found!r}; expected names of choices with words or whole "
+                'numbers ("no" in quotes)'
+            )
+        return found
 
     def prepare(self, training: TrainingConfig, recipe: dict[str, Any], check: Callable[[Path, int], object]) -> None:
         """Makes the folder ready for a run and writes config.yaml.

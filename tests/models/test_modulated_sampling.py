@@ -175,3 +175,55 @@ def test_autocast_casts_weights_once_and_stays_as_it_was():
     with torch.no_grad():
         layer.weight.mul_(2)  # the next draw sees it
     assert difference(sample(predict, FLOW, (3, 2, 7), **options), before) > 0.1
+
+
+class Doubled(DiT):
+    def forward(self, sample, timestep, class_labels=None):
+        return 2 * super().forward(sample, timestep, class_labels)
+
+
+class NextLabel(DiT):
+    def forward(self, sample, timestep, class_labels=None, **more):
+        return super().forward(sample, timestep, (class_labels + 1) % 5, **more)
+
+
+class Through(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs):
+        return self.block(*inputs)
+
+
+@pytest.mark.parametrize("kind", [Doubled, NextLabel, "a block"])
+def test_a_model_with_a_way_of_its_own_is_called_as_it_is(kind):
+    model = small_dit(DiT if kind == "a block" else kind)
+    if kind == "a block":
+        model.blocks[1] = Through(model.blocks[1])
+    options = dict(num_inference_steps=3, seed=3, guidance_scale=1.5)
+    found = sample_classes(model, FLOW, LABELS, **options)
+    assert torch.equal(found, sample_classes(AsItIs(model), FLOW, LABELS, **options))
+
+
+@pytest.mark.parametrize(
+    ("time", "labels", "error", "message"),
+    [
+        (torch.rand(2), torch.tensor([0, 6]), ValueError, r"class_labels: got \[0, 6\]; expected 0 to 5"),
+        (torch.rand(2), torch.tensor([-1]), ValueError, r"class_labels: got \[-1\]; expected 0 to 5"),
+        (torch.rand(2), torch.tensor([1], dtype=torch.int32), TypeError, "class_labels: got torch.int32"),
+        (torch.rand(2), torch.rand(1), TypeError, "class_labels: got torch.float32; expected torch.int64"),
+        (torch.tensor(0.5), torch.tensor([1]), ValueError, r"timesteps: got shape \[\]; expected one dimension"),
+        (torch.rand(2, 2), torch.tensor([1]), ValueError, r"timesteps: got shape \[2, 2\]"),
+    ],
+)
+def test_times_and_labels_that_do_not_fit_are_one_line(time, labels, error, message):
+    with pytest.raises(error, match=message):
+        small_dit().modulations(time, labels)
+
+
+def test_a_whole_table_is_no_row_of_it():
+    model = small_dit()
+    table = model.modulations(torch.rand(2), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"modulations: got shape \[2, 2, 192\]; expected a row for each of 2"):
+        model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 1]), modulations=table)

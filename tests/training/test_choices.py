@@ -16,6 +16,7 @@ from fastdiff.nn.attention import SelfAttention
 from fastdiff.ops._sizes import measure_sizes
 from fastdiff.tasks.dit.task import DiTTask
 from fastdiff.training import Trainer
+from fastdiff.training.run_folder import RunFolder
 
 AUTO = ("--training.mixed_precision", "auto")
 
@@ -272,3 +273,10 @@ def test_processes_go_by_what_the_first_one_found(machine, make, tmp_path):
         os.waitpid(child, 0)
     assert found[0] == found[1] and found[0][0] == found[0][1]["mixed_precision"] == "no"
     assert choices(tmp_path / "run") == found[0][1]
+
+
+@pytest.mark.parametrize("value", ["hello", [1, 2], {"attention": {"a": "b"}}, {1: 2}, {"mixed_precision": False}])
+def test_a_record_that_cannot_be_one_is_named(tmp_path, value):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"training": {"choices": value}}))
+    with pytest.raises(ValueError, match=r"config.yaml: training.choices: got .*in quotes"):
+        RunFolder(tmp_path).choices()

@@ -271,6 +271,17 @@ def test_classes_in_the_order_of_before(tiny_yaml, pictures, tmp_path, capsys):
     evaluate.main([str(tmp_path / "b"), "--num-samples", "3"])  # takes the run's order by itself
 
 
+def test_a_renamed_class_is_accepted_where_the_recipe_orders_them(tiny_yaml, pictures, tmp_path, capsys):
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["data"]["class_names"] = ["dog", "cat"]
+    train.main([str(write(tmp_path / "ordered.yaml", recipe, tmp_path / "ordered"))])
+    (pictures / "dog").rename(pictures / "cow")
+    text = failure(evaluate, [tmp_path / "ordered", "--num-samples", "2"], capsys)
+    assert "class 'dog' gone, class 'cow' new" in text and "pass --accept-changed-data" in text
+    evaluate.main([str(tmp_path / "ordered"), "--num-samples", "2", "--accept-changed-data"])
+    assert "going on with data that changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -233,3 +233,24 @@ def test_the_table_shows_choice_times_and_date(clock):
     head, choice, times = tuning.table()
     assert str(tuning.cache_file()) in head and torch.__version__ in head
     assert choice.startswith("  precision: no (default bf16, 3.00 x; 2") and times == "    bf16 3e+03 ms; no 1e+03 ms"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"chosen": 10**30}, {"chosen": True}, {"chosen": -5}, {"seconds": {"a": float("nan")}},
+        {"choices": {"mixed_precision": "fp99"}}, {"choices": {"loss chunk": -3}}, {"made": 3},
+    ],
+)  # fmt: skip
+def test_an_entry_that_cannot_be_is_measured_again(clock, damage):
+    with measuring():
+        assert decide("rows", 1, lambda: Measured(2, {"1": 0.5, "2": 0.0}), None) == 2
+    path = tuning.cache_file()
+    content = json.loads(path.read_text())
+    content["choices"]["rows"] |= damage
+    path.write_text(json.dumps(content))
+    tuning._known.clear()
+    assert any("none yet" in line for line in tuning.table())
+    with measuring():
+        assert decide("rows", 1, lambda: Measured(3, {"1": 0.5, "3": 0.0}), None) == 3
+    assert any("rows: 3" in line for line in tuning.table())
