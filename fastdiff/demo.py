@@ -59,7 +59,7 @@ class Size:
 # guidance.
 SIZES = (
     Size({}, 5000, 1.75),
-    Size({"depth": 4}, 1600, 2.5),
+    Size({"depth": 4}, 1600, 2.25),
     Size({"depth": 4, "hidden_size": 64, "num_heads": 1}, 0, 3.0),
 )
 
