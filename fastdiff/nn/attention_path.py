@@ -91,8 +91,11 @@ def _measure(
         plain, fused = f"{length} tokens, products", f"{length} tokens, fused"
         size = (max(min(samples, _ROWS // (heads * length)), 1), length, 3, heads, channels)
         contenders = {
-            plain: _trial(products, dtype, size, grad, copied=True),
-            fused: _trial(F.scaled_dot_product_attention, dtype, size, grad, copied=False),
+            # products want query, key and value copied apart
+            plain: _packed(lambda qkv: products(*qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)), dtype, size, grad),
+            fused: _packed(
+                lambda qkv: F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)), dtype, size, grad
+            ),
         }
         found = tuning.fastest(contenders, plain if length <= DEFAULT_LONGEST[dtype] else fused, seconds=0.03)
         seconds, settled = seconds | found.seconds, settled and found.settled
@@ -100,23 +103,3 @@ def _measure(
     if not settled:
         return tuning.Measured(f"16-{DEFAULT_LONGEST[dtype]}", seconds, settled=False)
     return tuning.Measured(f"{won[0]}-{won[-1]}" if won else _NONE, seconds)
-
-
-def _trial(
-    attention: Products, dtype: torch.dtype, size: tuple[int, ...], grad: bool, copied: bool
-) -> Callable[[], None]:
-    """One call as a model makes it: query, key and value are views of one projection [B, L, 3, H, d].
-
-    Products want them `copied` apart.
-    """
-    source = torch.Generator().manual_seed(0)
-    packed = torch.randn(size, generator=source, dtype=torch.float32, device="cpu").to(dtype).requires_grad_(grad)
-
-    def run() -> None:
-        views = packed.permute(2, 0, 3, 1, 4)
-        mixed = attention(*(views.contiguous() if copied else views).unbind(0)).transpose(1, 2).flatten(2)
-        if grad:
-            mixed.backward(mixed.detach())
-            packed.grad = None
-
-    return run

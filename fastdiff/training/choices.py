@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from fastdiff import backends, tuning
 from fastdiff.data.stream import share
 from fastdiff.device import PRECISIONS, autocast, computes_bf16, precision_of_products
+from fastdiff.errors import reason_of
 from fastdiff.ops._sizes import measure_sizes
 from fastdiff.training.config import TrainingConfig
 from fastdiff.training.run_folder import RunFolder
@@ -79,7 +81,8 @@ def measure_choices(task: Task, config: TrainingConfig, processes: int = 1) -> t
     measure_sizes()
     try:
         return tuning.answer(key, wanted[0], functools.partial(_measure_step, task, slots, wanted), PRECISIONS)
-    except Exception:  # whatever is wrong with a step is said where the run makes it
+    except Exception as error:  # where a step itself is wrong, the run ends with its message
+        print(f"a training step could not be measured ({reason_of(error)}): {wanted[0]} for now", file=sys.stderr)
         return tuning.Measured(wanted[0])
 
 
