@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fastdiff.kernels.adaln import reference
 from fastdiff.ops._adaln_backends import IMPLEMENTATIONS
 from fastdiff.ops._checks import autocast_dtype, choose_backend, distinct, wants_grad
+from fastdiff.ops._outputs import check_apart, check_out, written
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -50,7 +51,7 @@ def adaln(
     batch, tokens, dim = _check_stream("x", x, norm, eps)
     backend = _check_operands("adaln", x, batch, tokens, dim, None, None, shift, scale, weight, bias)
     grad = wants_grad(x, shift, scale, weight, bias)
-    out_dtype = _check_out(x, out, "out", grad, autocast_dtype(x))
+    out_dtype = check_out("out", out, x, autocast_dtype(x), grad)
     x3, shift, scale = _rows(x, batch, tokens, dim), _readable(shift, x), _readable(scale, x)
     weight, bias = _compute(weight, x), _compute(bias, x)
     if backend == "reference":
@@ -59,11 +60,11 @@ def adaln(
         ).view(x.shape)
         return result if out is None else out.copy_(result)
     if out is not None:
-        _check_overlap((("out", out),), (x,), (shift, scale, weight, bias))
+        check_apart((("out", out),), (x,), (shift, scale, weight, bias))
     args = (x3, shift, scale, weight, bias, norm == "rms", eps, out_dtype)
     if out is not None:
         IMPLEMENTATIONS[backend].adaln_forward_out(*args, out.view(x3.shape))
-        _written(out)
+        written(out)
         return out
     result = _AdaLN.apply(backend, *distinct(args)) if grad else IMPLEMENTATIONS[backend].adaln_forward(*args)
     return result if x.ndim == 3 else result.view(x.shape)
@@ -120,8 +121,8 @@ def gated_residual_adaln(
     grad = wants_grad(residual, branch, gate, shift, scale, weight, bias)
     if (out is None) != (residual_out is None):
         raise ValueError("out, residual_out: got one of them; pass both or neither")
-    out_dtype = _check_out(residual, out, "out", grad, autocast_dtype(residual))
-    _check_out(residual, residual_out, "residual_out", grad, residual.dtype)
+    out_dtype = check_out("out", out, residual, autocast_dtype(residual), grad)
+    check_out("residual_out", residual_out, residual, residual.dtype, grad)
     x3, branch = _rows(residual, batch, tokens, dim), _rows(branch, batch, tokens, dim)
     gate, shift, scale = _readable(gate, residual), _readable(shift, residual), _readable(scale, residual)
     weight, bias = _compute(weight, residual), _compute(bias, residual)
@@ -135,12 +136,12 @@ def gated_residual_adaln(
     args = (x3, branch, gate, shift, scale, weight, bias, norm == "rms", eps, out_dtype, saturate)
     if out is not None:
         others = (gate, shift, scale, weight, bias)
-        _check_overlap((("out", out), ("residual_out", residual_out)), (residual, branch), others)
+        check_apart((("out", out), ("residual_out", residual_out)), (residual, branch), others)
         IMPLEMENTATIONS[backend].gated_residual_adaln_forward_out(
             *args, residual_out.view(x3.shape), out.view(x3.shape)
         )
-        _written(residual_out)
-        _written(out)
+        written(residual_out)
+        written(out)
         return residual_out, out
     if grad:
         stream, normed = _GatedResidualAdaLN.apply(backend, *distinct(args))
@@ -319,47 +320,6 @@ def _check_modulation(name: str, m: Tensor, x: Tensor, batch: int, tokens: int, 
             f", or {list(x.shape)} with 1 for the last of its middle dimensions, down to [{batch}, {ones}, {dim}]"
         )
     raise ValueError(f"{name}: got shape {list(shape)}; expected one of {expected}")
-
-
-def _check_out(x: Tensor, out: Tensor | None, name: str, grad: bool, dtype: torch.dtype) -> torch.dtype:
-    if out is None:
-        return dtype
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{name}: got a {type(out).__name__}; expected a torch.Tensor")
-    if out.shape != x.shape or out.dtype != dtype or out.device != x.device or not out.is_contiguous():
-        expected = f"expected contiguous {list(x.shape)} {dtype} on {x.device}"
-        raise ValueError(f"{name}: got {list(out.shape)} {out.dtype} on {out.device}; {expected}")
-    if grad or (out.requires_grad and torch.is_grad_enabled()):
-        raise ValueError(f"{name}: got one while a gradient is wanted; use torch.no_grad() or leave {name} out")
-    return dtype
-
-
-def _check_overlap(
-    outputs: tuple[tuple[str, Tensor], ...], streams: tuple[Tensor, ...], others: tuple[Tensor | None, ...]
-) -> None:
-    """An output may be a stream, whose rows are read before they are written, or lie apart from all that is read."""
-    if torch.compiler.is_compiling():
-        return  # no addresses there; functionalisation gives outputs of their own
-    for index, (name, out) in enumerate(outputs):
-        begin, end = _bytes_of(out)
-        apart = [t for t in streams if _bytes_of(t) != (begin, end) or t.dtype != out.dtype or not t.is_contiguous()]
-        for t in (*apart, *others, *(other for _, other in outputs[:index])):
-            if t is not None and _bytes_of(t)[0] < end and begin < _bytes_of(t)[1]:
-                raise ValueError(f"{name}: got memory that another tensor of the call shares; pass a tensor of its own")
-
-
-def _bytes_of(t: Tensor) -> tuple[int, int]:
-    """The addresses from a tensor's first element to the end of its last."""
-    if t.numel() == 0:
-        return t.data_ptr(), t.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-
-def _written(out: Tensor) -> None:
-    """Tells autograd that a tensor was written, so that a graph that had saved it does not use the new values."""
-    if not torch.compiler.is_compiling() and not out.is_inference():
-        torch.autograd.graph.increment_version(out)
 
 
 def _rows(x: Tensor, batch: int, tokens: int, dim: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdiff.kernels.bias_activation import reference
 from fastdiff.ops._checks import choose_backend, distinct, wants_grad
+from fastdiff.ops._outputs import check_apart, check_out, written
 from fastdiff.ops._register import implementations, register_backends
 
 ACTIVATIONS = reference.FUNCTIONS  # by name: "gelu", "gelu_tanh", "silu"
@@ -78,7 +79,7 @@ def bias_activation(
     _check(x, bias, activation, up, up_bias)
     grad = wants_grad(x, bias, up, up_bias)
     if out is not None:
-        _check_out(out, x, bias, up, up_bias, grad)
+        check_out("out", out, x, x.dtype, grad)
     backend = choose_backend("bias_activation", x.device.type, (x.dtype,))
     if backend == "reference":
         result = reference.bias_activation(x, bias, activation, up, up_bias)
@@ -91,9 +92,9 @@ def bias_activation(
         _NUMBERS[activation],
     )
     if out is not None:
+        check_apart((("out", out),), (x, up), (bias, up_bias))
         IMPLEMENTATIONS[backend].bias_activation_out(*args, out)
-        if not torch.compiler.is_compiling() and not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # a graph that had saved it must not use the new values
+        written(out)
         return out
     return _BiasActivation.apply(backend, *distinct(args)) if grad else IMPLEMENTATIONS[backend].bias_activation(*args)
 
@@ -141,16 +142,6 @@ def _check(x: Tensor, bias: Tensor | None, activation: str, up: Tensor | None, u
             raise ValueError(f"{name}: got one on {t.device}, x on {x.device}; expected one device: move one of them")
         if t.dtype not in _DTYPES or (t.dtype != x.dtype and (name == "up" or torch.float64 in (t.dtype, x.dtype))):
             raise TypeError(f"{name}: got {t.dtype}, with {x.dtype} of x; expected one that fits: cast one of them")
-
-
-def _check_out(out, x, bias, up, up_bias, grad: bool) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out: got a {type(out).__name__}; expected a torch.Tensor")
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous():
-        expected = f"expected contiguous {list(x.shape)} {x.dtype} on {x.device}"
-        raise ValueError(f"out: got {list(out.shape)} {out.dtype} on {out.device}; {expected}")
-    if grad or (out.requires_grad and torch.is_grad_enabled()):
-        raise ValueError("out: got one while a gradient is wanted; use torch.no_grad() or leave out out")
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

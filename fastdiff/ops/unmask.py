@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiff.backends import select
 from fastdiff.kernels.unmask import reference
 from fastdiff.ops._checks import counter
+from fastdiff.ops._outputs import written
 from fastdiff.ops._unmask_backends import IMPLEMENTATIONS
 from fastdiff.ops.token_sampling import TokenSample
 
@@ -122,8 +123,7 @@ def unmask_(
     if backend == "reference":
         return _reference(ids, *fields, *args)
     committed = IMPLEMENTATIONS[backend].unmask_(ids, *fields, *args)
-    if not torch.compiler.is_compiling() and not token_ids.is_inference():
-        torch.autograd.graph.increment_version(token_ids)  # a graph that had saved it must not use the new values
+    written(token_ids)
     return committed
 
 

@@ -183,7 +183,7 @@ def test_out_and_in_place(row):
         assert bias_activation(copy, bias, out=copy) is copy and torch.equal(copy, expected)
         assert copy._version > version  # a graph that had saved it finds out
         whole = torch.cat([x, x])
-        with pytest.raises(RuntimeError, match="out overlaps an operand"):
+        with pytest.raises(ValueError, match="out: got memory that another tensor of the call shares"):
             bias_activation(whole[1:4], bias, out=whole[:3])
 
 
@@ -240,6 +240,7 @@ def test_schemas_in_python_and_cpp_are_the_same():
 
 
 X, B = torch.zeros(2, 3, 8), torch.zeros(8)
+OVERLAPPING = torch.zeros(4, 3, 8).unfold(0, 3, 1).movedim(-1, 1)  # two of [3, 3, 8], one row further each
 
 
 @pytest.mark.parametrize(
@@ -260,6 +261,8 @@ X, B = torch.zeros(2, 3, 8), torch.zeros(8)
         (lambda: bias_activation(X, B, up_bias=B), "up_bias: got one without up; pass up, or leave it out"),
         (lambda: bias_activation(X, B, out=X[:1]), r"out: got \[1, 3, 8\] torch.float32 on cpu; expected contiguous"),
         (lambda: bias_activation(X, B, out=[]), "out: got a list; expected a torch.Tensor"),
+        (lambda: bias_activation(OVERLAPPING[0], B, out=OVERLAPPING[1]), "out: got memory that another tensor of the"),
+        (lambda: bias_activation(X, X[0, 0], out=X), "out: got memory that another tensor of the call shares"),
         (lambda: bias_activation(X, B.clone().requires_grad_(), out=X), "out: got one while a gradient is wanted"),
     ],
 )

@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import shutil
-import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ import yaml
 
 import fastdiff
 from fastdiff import tune, tuning
+from fastdiff.data import DataConfig, load_data
 from fastdiff.nn.attention import SelfAttention
 from fastdiff.ops._sizes import measure_sizes
+from fastdiff.recipes import parse_recipe
+from fastdiff.tasks.dit.recipe import DiTRecipe
 from fastdiff.tasks.dit.task import DiTTask
 from fastdiff.training import Trainer
 from fastdiff.training.run_folder import RunFolder
@@ -79,13 +84,16 @@ def make(machine, make_recipe, digits):
     """make(folder, …) → Trainer of a model whose passes take the machine's seconds."""
 
     def trainer(folder, *options):
-        recipe = make_recipe("--training.output_dir", folder, *(options if "--training.mixed_precision" in options
-                                                                else (*AUTO, *options)))  # fmt: skip
-        task = DiTTask(recipe, digits)
-        task.model.blocks[0].register_forward_pre_hook(machine.work)
-        return Trainer(task, recipe.training)
+        given = options if "--training.mixed_precision" in options else (*AUTO, *options)
+        return trainer_of(machine, make_recipe("--training.output_dir", folder, *given), digits)
 
     return trainer
+
+
+def trainer_of(machine, recipe, data):
+    task = DiTTask(recipe, data)
+    task.model.blocks[0].register_forward_pre_hook(machine.work)
+    return Trainer(task, recipe.training)
 
 
 def choices(folder):
@@ -242,36 +250,30 @@ def test_the_command_measures_again(machine, tiny_yaml, capsys, tmp_path):
     assert "error: FASTDIFF_TUNE: got 0" in capsys.readouterr().err
 
 
-def test_processes_go_by_what_the_first_one_found(machine, make, tmp_path):
-    def train(rank: int) -> str:  # on the second process bf16 would win
-        torch.set_num_threads(1)  # a forked process has no other
-        machine.moves = rank  # a cache for each
-        machine.move(**({"bf16": 0.15, "no": 0.1} if rank == 0 else {"bf16": 0.1, "no": 0.15}))
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost",
-                            "MASTER_PORT": 20000 + os.getppid() % 20000}.items():  # fmt: skip
-            os.environ[name] = str(value)
-        trainer = make(tmp_path / "run")
-        trainer.train(stop_at=1)
-        return json.dumps([trainer.accelerator.mixed_precision, trainer.choices])
+_PROCESS = "import sys; sys.path[:0] = sys.argv[1:2]; import test_choices; test_choices.train_as(*sys.argv[2:])"
 
-    pipes = []
-    for rank in range(2):
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest's handler could not end it within native code
-            signal.alarm(120)
-            try:
-                os.write(write, train(rank).encode())
-            finally:
-                os._exit(0)
-        os.close(write)
-        pipes.append((child, read))
-    found = []
-    for child, read in pipes:
-        with os.fdopen(read) as answer:
-            found.append(json.loads(answer.read()))
-        os.waitpid(child, 0)
+
+def train_as(rank, recipe, known, folder):
+    """One of two processes, on the second of which bf16 would win; prints what it goes by."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        machine = Machine(patch, Path(folder) / f"caches_{rank}", known)
+        machine.move(**({"bf16": 0.15, "no": 0.1} if rank == "0" else {"bf16": 0.1, "no": 0.15}))
+        options = [recipe, *AUTO, "--training.output_dir", f"{folder}/run"]
+        trainer = trainer_of(machine, parse_recipe(DiTRecipe, options), load_data(DataConfig(name="digits")))
+        trainer.train(stop_at=1)
+        print(json.dumps([trainer.accelerator.mixed_precision, trainer.choices]))
+
+
+def test_processes_go_by_what_the_first_one_found(known, tiny_yaml, tmp_path):
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    arguments = [sys.executable, "-c", _PROCESS, Path(__file__).parent, "RANK", tiny_yaml, known, tmp_path]
+    processes = []
+    for rank in ("0", "1"):
+        arguments[4] = rank
+        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        processes.append(subprocess.Popen([*map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True))
+    found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
     assert found[0] == found[1] and found[0][0] == found[0][1]["mixed_precision"] == "no"
     assert choices(tmp_path / "run") == found[0][1]
 
