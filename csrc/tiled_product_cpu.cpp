@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -14,6 +15,18 @@
 
 namespace fastdiff::torch_binding {
 namespace {
+
+// `size` entries of a dimension of t, from `at` on, as a tensor of its own over that memory. torch's threads do not have the
+// caller's inference mode and would refuse to write a view of one of its tensors.
+Tensor part_of(const Tensor& t, int64_t dim, int64_t at, int64_t size) {
+  std::vector<int64_t> sizes, strides;
+  for (int64_t i = 0; i < t.dim(); i++) {
+    sizes.push_back(i == dim ? size : t.size(i));
+    strides.push_back(t.stride(i));
+  }
+  auto* const begin = static_cast<char*>(t.data_ptr()) + at * t.stride(dim) * static_cast<int64_t>(t.element_size());
+  return torch::stable::from_blob(begin, sizes, strides, t.device(), t.scalar_type());
+}
 
 // out [M, N] = beta · (input, or out where it is None) + alpha · a [M, K] · b [K, N]; input: [N], added to every row.
 void tiled_addmm_(Tensor out, OptionalTensor input, Tensor a, Tensor b, double beta, double alpha, int64_t tile) {
@@ -41,9 +54,9 @@ void tiled_addmm_(Tensor out, OptionalTensor input, Tensor a, Tensor b, double b
   torch::stable::parallel_for(0, tiles < 2 ? 2 : tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end && k < tiles; k++) {
       const int64_t at = k * tile, size = columns - at < tile ? columns - at : tile;
-      const Tensor to = torch::stable::narrow(out, 1, at, size), from = torch::stable::narrow(b, 1, at, size);
-      const Tensor plus = input ? torch::stable::narrow(*input, 0, at, size) : to;
-      FASTDIFF_TORCH_CALL(aoti_torch_cpu_addmm_out(to.get(), plus.get(), a.get(), from.get(), beta, alpha));
+      const Tensor to = part_of(out, 1, at, size), from = part_of(b, 1, at, size), rows = part_of(a, 0, 0, a.size(0));
+      const Tensor plus = input ? part_of(*input, 0, at, size) : to;
+      FASTDIFF_TORCH_CALL(aoti_torch_cpu_addmm_out(to.get(), plus.get(), rows.get(), from.get(), beta, alpha));
     }
   });
 }
