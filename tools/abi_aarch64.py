@@ -95,8 +95,8 @@ def debian(system: Path) -> None:
         "Dir::Cache": state / "cache",
     }
     options = [f"-o{name}={value}" for name, value in settings.items()]
-    run("apt-get", *options, "-q", "update")
-    run("apt-get", *options, "-q", "-y", "--download-only", "install", *PACKAGES)
+    run("apt-get", *options, "-qq", "update")
+    run("apt-get", *options, "-qq", "-y", "--download-only", "install", *PACKAGES)
     for name in ("bin", "lib", "sbin"):  # packages of Debian 12 still have files in /lib
         (part / "usr" / name).mkdir()
         (part / name).symlink_to(f"usr/{name}")
