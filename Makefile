@@ -26,7 +26,7 @@ BUILT_VENV := $(abspath $(VENV))
 BUILT_FOLDER := $(CURDIR)
 endef
 
-.PHONY: demo test test-all lint docs bench kernels race fuzz fuzz-files gpu abi dist venv clean FORCE
+.PHONY: demo test test-all lint docs bench kernels race fuzz fuzz-files gpu abi abi-aarch64 dist venv clean FORCE
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -91,6 +91,9 @@ gpu: venv                        ## on a machine with a GPU: correctness, speed,
 
 abi: venv                        ## one binary for torch 2.10 to 2.14: the operators' tests on others (OTHER="torch==2.11.0"; large)
 	$(RUN) tools/abi.py $(OTHER)
+
+abi-aarch64: venv                ## the operators' tests on an aarch64 torch, under qemu (OTHER="torch==2.10.0 --every 10": hours without)
+	$(RUN) tools/abi_aarch64.py $(OTHER)
 
 dist: venv                       ## source distribution and wheel in dist/
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m build --no-isolation

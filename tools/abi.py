@@ -63,6 +63,14 @@ def run_tests(python: Path, arguments: list[str]) -> tuple[bool, str]:
     return process.wait() == 0, lines[-1].strip("= ")
 
 
+def facts(python: Path) -> dict:
+    """The torch of an environment and the one that its modules were built against; they must be two."""
+    found = json.loads(subprocess.check_output([str(python), "-c", _ABOUT], text=True, env=ENVIRONMENT))
+    if found["built"] == found["torch"]:
+        raise SystemExit(f"torch: got {found['torch']}, which the modules were built against; expected another")
+    return found
+
+
 def gigabytes(folder: Path) -> float:
     """What a folder takes on the disk."""
     return sum(file.lstat().st_blocks * 512 for file in folder.rglob("*") if not file.is_dir()) / 1e9
@@ -76,9 +84,7 @@ def check(other: str, keep: bool, arguments: list[str]) -> tuple[str, bool]:
     python = install(other, environment)
     installed, size = time.monotonic() - start, gigabytes(environment)
     try:
-        about = json.loads(subprocess.check_output([str(python), "-c", _ABOUT], text=True, env=ENVIRONMENT))
-        if about["built"] == about["torch"]:
-            raise SystemExit(f"{other}: the modules were built against it; expected another torch")
+        about = facts(python)
         passed, last = run_tests(python, arguments)
     finally:
         if not keep:
@@ -91,12 +97,12 @@ def check(other: str, keep: bool, arguments: list[str]) -> tuple[str, bool]:
     return f"| {' | '.join(cells)} |", passed and not wrong
 
 
-def record(version: str) -> None:
-    """Adds a torch to those that were tested."""
-    tested = json.loads(TESTED.read_text())
+def record(version: str, machine: str | None = None) -> None:
+    """Adds a torch to those that were tested, on this machine or one of another name."""
+    tested, machine = json.loads(TESTED.read_text()), machine or platform.machine()
     machines = tested["torch"].setdefault(version.partition("+")[0], [])
-    if platform.machine() not in machines:
-        machines.append(platform.machine())
+    if machine not in machines:
+        machines.append(machine)
         tested["torch"] = dict(sorted(tested["torch"].items(), key=lambda pair: [*map(int, pair[0].split("."))]))
         TESTED.write_text(json.dumps(tested, indent=2) + "\n")
 
