@@ -36,7 +36,9 @@ _DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_
 _LATENT_SHARE = 8  # of the autoencoder that the published checkpoints were trained on: pixels of an image a latent
 
 _FIRST_EMBEDDERS = ("t_embedder", "y_embedder")
-_HEADS_BY_WIDTH = {preset["hidden_size"]: preset["num_heads"] for preset in PRESETS.values()}
+_HEADS_BY_WIDTH = {
+    preset["hidden_size"]: preset["num_heads"] for name, preset in PRESETS.items() if name.startswith("DiT-")
+}
 _DIFFUSERS_ACTIVATIONS = {"gelu": "gelu", "gelu-approximate": "gelu_tanh", "linear-silu": "silu"}
 
 
