@@ -56,8 +56,10 @@ class DiT(Pretrained):
             rows, columns = self._grid(config.image_size)
             self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, dim))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.register_buffer("positions", torch.empty(0), persistent=False)
-        self.register_buffer("ones", torch.empty(0), persistent=False)
+        if config.position_embedding == "sincos":
+            self.register_buffer("positions", torch.empty(0), persistent=False)
+        if crosses:
+            self.register_buffer("ones", torch.empty(0), persistent=False)
         self.reset_positions()
         self.apply(initialise)
         if config.adaln_zero and not crosses:  # adaLN-Zero: each block starts as the identity
@@ -207,8 +209,8 @@ class DiT(Pretrained):
         Args:
             path: a folder written by `save_pretrained`; a folder of diffusers' DiTTransformer2DModel, also under its
                 older name Transformer2DModel (or a pipeline folder with one in `transformer/`); a facebookresearch/DiT
-                file (.pt, or .safetensors with the same names), its EMA weights if it holds both. Wrappers and prefixes
-                of training scripts are taken off.
+                file (.pt, or .safetensors with the same names), its EMA weights if it holds both; a file of LLM2DiT's
+                DiT. Wrappers and prefixes of training scripts are taken off.
             dtype: dtype of the parameters, or its name ("bfloat16").
             options: fields of `DiTConfig` that no weight depends on, such as `attention`. For a facebookresearch file
                 also `num_heads` where the width is not that of a preset, and `num_classes`: as many rows in the label

@@ -7,8 +7,10 @@ them in files). What a text means to the DiT (`condition`) is computed once a pr
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from fastdiff.models.dit import DiT
 from fastdiff.models.dit_config import DiTConfig, preset_config
-from fastdiff.models.pretrained import Pretrained
+from fastdiff.models.pretrained import Pretrained, check_overrides
+from fastdiff.models.text_to_image_checkpoints import read_published
 from fastdiff.nn.checks import bool_mask
 from fastdiff.nn.q_former import QFormer, QFormerConfig, StateMix
 
@@ -224,6 +227,35 @@ class TextToImage(Pretrained):
     def modulations(self, timesteps: Tensor, *, layer_embedding: Tensor) -> list[Tensor]:
         """Those of the DiT."""
         return self.dit.modulations(timesteps, layer_embedding=layer_embedding)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, dtype: torch.dtype | str = torch.float32, **options: Any
+    ) -> "TextToImage":
+        """Loads a model, in eval mode; its files say which format it has.
+
+        Args:
+            path: a folder written by `save_pretrained`, or a file (.pth, .pt, .safetensors) of LLM2DiT with its
+                Q-Former or of latent Fashion-MNIST diffusion.
+            dtype: dtype of the parameters, or its name ("bfloat16").
+            options: for a folder `weights`, the name of the file with them, and fields of `TextToImageConfig` that no
+                weight depends on. For a file fields of `DiTConfig` that it does not tell: `input_size`, and `num_heads`
+                or `cross_attention_heads` where they are not those of the published models.
+
+        Raises:
+            FileNotFoundError: nothing there, or no checkpoint in the folder.
+            ValueError: the file is cut short, damaged or of another model; the message names it.
+            TypeError: a field that cannot be changed.
+        """
+        return super().from_pretrained(path, dtype=dtype, **options)
+
+    @classmethod
+    def _read(cls, path: Path, weights: str, overrides: dict[str, Any]) -> tuple[TextToImageConfig, dict[str, Tensor]]:
+        if not path.is_file():
+            return super()._read(path, weights, overrides)
+        check_overrides(overrides, ("input_size", "num_heads", "cross_attention_heads"))
+        fields, state = read_published(path, overrides)
+        return TextToImageConfig(**fields), state
 
     @classmethod
     def _config_from(cls, values: Mapping[str, Any]) -> TextToImageConfig:
