@@ -33,7 +33,7 @@ print("done")
 
 def encode(texts):
     """A row a word; the numbers tell the prompt and the word."""
-    return [torch.stack([torch.full((2, 3), int(text.split()[-1]) + word / 8) for word in range(len(text.split()))])
+    return [torch.stack([torch.full((2, 3), int(text.split()[-1]) + word / 4) for word in range(len(text.split()))])
             for text in texts]  # fmt: skip
 
 
