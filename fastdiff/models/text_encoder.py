@@ -17,7 +17,7 @@ from fastdiff.data.tokenization import check_text, decode_ids, load_saved_tokeni
 from fastdiff.device import autocast, check_device
 from fastdiff.errors import named, one_line
 from fastdiff.files import fingerprint_of_files, read_json
-from fastdiff.models.masked_lm_checkpoints import model_folder
+from fastdiff.models.masked_lm_checkpoints import snapshot_folder
 from fastdiff.models.pretrained import CONFIG_NAME
 from fastdiff.models.text_packages import PACKAGED, PackagedModel, without_bars
 from fastdiff.models.weights import check_counts, check_dtypes, header_of, weight_files
@@ -134,7 +134,7 @@ def _folder_of(name: str) -> Path:
     if not path.is_dir() and name.startswith(("/", "./", "../", "~")):
         raise FileNotFoundError(f"{named('name')}: got {name!r}, which is not a folder; expected {_known_names()}")
     try:
-        return model_folder(str(path) if path.is_dir() else name, {})
+        return snapshot_folder(str(path) if path.is_dir() else name, {})
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{named('name')}: got {name!r}, which cannot be had ({one_line(error)[:300]}); expected {_known_names()}"
