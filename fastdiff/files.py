@@ -212,11 +212,10 @@ def make_folder_once(folder: Path, is_complete: Callable[[Path], bool], fill: Ca
     """
     from filelock import FileLock
 
-    with _naming_cache(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        lock.acquire()
-    with lock:
+    with contextlib.ExitStack() as held:
+        with _naming_cache(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(folder.with_name(f".{folder.name}.lock")))
         if is_complete(folder):  # another process made it while this one waited
             return
         shutil.rmtree(folder, ignore_errors=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastdiff.data.tokenization import check_text, decode_ids, load_saved_tokenizer, tokenizer_fingerprint
 from fastdiff.device import autocast, check_device
 from fastdiff.errors import named, one_line
-from fastdiff.files import fingerprint_of_files, read_json
+from fastdiff.files import fingerprint_of_files
 from fastdiff.models.masked_lm_checkpoints import snapshot_folder
-from fastdiff.models.pretrained import CONFIG_NAME
+from fastdiff.models.pretrained import CONFIG_NAME, read_config
 from fastdiff.models.text_packages import PACKAGED, PackagedModel, without_bars
 from fastdiff.models.weights import check_counts, check_dtypes, header_of, weight_files
 from fastdiff.reading import reading
@@ -163,7 +163,7 @@ class TransformersEncoder(TextEncoder):
         weights = source.fingerprint or fingerprint_of_files(files, _HASHED)
         content = {
             "weights": weights,
-            "config": None if source.fingerprint else _lasting(read_json(source.folder / CONFIG_NAME)),
+            "config": None if source.fingerprint else _lasting(read_config(source.folder)),
             "tokenizer": None if source.fingerprint else tokenizer_fingerprint(self.tokenizer),
             "layers": self._layers,
             "start": self._start,
@@ -185,10 +185,7 @@ class TransformersEncoder(TextEncoder):
 
     def tokens(self, text: str) -> list[str]:
         (ids,) = self._ids([text])
-        names = (decode_ids(self.tokenizer, [token], special_tokens=True).strip() for token in ids)
-        return [
-            name or str(self.tokenizer.convert_ids_to_tokens(token)) for name, token in zip(names, ids, strict=True)
-        ]
+        return [self._shown(token) for token in ids]
 
     def check(self, texts: Sequence[str]) -> None:
         self._ids(texts)
@@ -210,6 +207,11 @@ class TransformersEncoder(TextEncoder):
                 f"{', '.join(sorted(problems)[:3])}"
             )
         return model.to(self.device).eval().requires_grad_(False)
+
+    def _shown(self, token: int) -> str:
+        """A token as text without the spaces around it; a token of spaces alone is an open box."""
+        text = decode_ids(self.tokenizer, [token], special_tokens=True)
+        return text.strip() or ("␣" if text else str(self.tokenizer.convert_ids_to_tokens(token)))
 
     def _states(self, rows: list[list[int]]) -> Iterator[Tensor]:  # each [s, K, C]
         first, longest = len(self._start), len(self._start) + max(map(len, rows))
@@ -294,9 +296,8 @@ def _read_config(folder: Path) -> Any:
     """The configuration of a text model, without what would run or fetch code. Raises ValueError for another one."""
     from transformers import AutoConfig
 
-    values = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     where = f"{folder / CONFIG_NAME}"
-    if values.get("quantization_config"):
+    if read_config(folder).get("quantization_config"):
         raise ValueError(f"{where}: its weights are quantised; expected float32, bfloat16 or float16")
     with reading(where, ": not the configuration of a text model"):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)

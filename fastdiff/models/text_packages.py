@@ -167,10 +167,8 @@ def read_smollm2(path: Path) -> tuple["LlamaForCausalLM", "PreTrainedTokenizerFa
             weight = weight.unflatten(0, (heads[part], -1, 2)).transpose(1, 2).flatten(0, 2)
         name = f"model.{block.replace('blk', 'layers')}.{_PARTS[part]}" if block else _PARTS[part]
         state[f"{name}.weight"] = weight.contiguous()
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, assign=True)
-    model.tie_weights()
+    with without_bars():
+        model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
     return model, _smollm2_tokenizer(reader)
 
 
