@@ -7,14 +7,16 @@ from torch import Tensor, nn
 
 from fastdiff.nn.checks import bool_mask
 from fastdiff.nn.flash import attend, resolve_implementation
+from fastdiff.nn.head import plain_weights
 from fastdiff.nn.norm import QK_NORM_EPS, AdaLayerNorm
 
 
 class CrossAttention(nn.Module):
     """Attention of x `[B, Q, dim]` to a context `[B, K, context_dim]`.
 
-    The weights exist only where somebody looks at them: flash-attn where it is installed and fits, else plain products
-    or torch's fused attention (`fastdiff.nn.flash.attend`).
+    Queries and results go by way of the keys where these are few (two tokens for 64 of an image, on a CPU): that needs
+    no product of x with a matrix. Else flash-attn where it is installed and fits, plain products, or torch's fused
+    attention (`fastdiff.nn.flash.attend`).
 
     Attributes:
         capture: called with the weights `[B, H, Q, K]` of each call, where it is not None; these weights are then made
@@ -71,13 +73,51 @@ class CrossAttention(nn.Module):
         A row that has nothing to attend to gives zeros, through `wo`.
         """
         self._check(x, context)
-        query, key, value = self.wq(x), self.wk(context), self.wv(context)
+        seen = self._seen(context, context_mask)
+        key, value = self.wk(context), self.wv(context)
+        if self._folds(x, key):
+            return self._through_keys(x, key, value, seen)
+        query = self.wq(x)
         if self.q_norm is not None:
             query, key = self.q_norm(query, None, None), self.k_norm(key, None, None)
         query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        query = query.expand(len(context), -1, -1, -1)
-        mixed = self._mixed(query, key, value, self._seen(context, context_mask))
+        mixed = self._mixed(query.expand(len(context), -1, -1, -1), key, value, seen)
         return self.wo(mixed.transpose(1, 2).flatten(2))
+
+    def _folds(self, x: Tensor, key: Tensor) -> bool:
+        """Whether queries and results are cheaper by way of the keys: where these are few, on a CPU."""
+        if self.capture is not None or self.q_norm is not None or x.device.type != "cpu" or len(x) != len(key):
+            return False
+        (tokens, dim), keys = x.shape[1:], key.shape[1]
+        if 2 * keys * (tokens * self.num_heads + dim) > tokens * dim:  # half, as small batched products are slower
+            return False
+        return plain_weights(self.wq) is not None and plain_weights(self.wo) is not None
+
+    def _through_keys(self, x: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:  # [B, Q, dim]
+        """The same with the projections of query and output folded into keys and values.
+
+        q·k = x·(Wqᵀk) and Wo·(Σ a·v) = Σ a·(Wo·v), head by head: each token of x meets H·K vectors of the sample
+        instead of two matrices.
+        """
+        (batch, keys), heads = key.shape[:2], self.num_heads
+        (weight, bias), (out_weight, out_bias) = plain_weights(self.wq), plain_weights(self.wo)
+        key, value = (t.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2) for t in (key, value))
+        by_head = weight.unflatten(0, (heads, -1))  # [H, d, dim]
+        by_keys = torch.bmm(key, by_head).view(heads, batch, keys, -1).permute(1, 0, 2, 3).flatten(1, 2)
+        scores = torch.bmm(x, by_keys.transpose(1, 2)).unflatten(-1, (heads, keys))  # [B, Q, H, K]
+        if bias is not None:
+            constant = torch.bmm(key, bias.view(heads, -1, 1)).view(heads, batch, keys)
+            scores = scores + constant.transpose(0, 1)[:, None]
+        scores = scores * key.shape[-1] ** -0.5
+        if seen is not None:
+            scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1, dtype=torch.float32)
+        if seen is not None:
+            weights = weights * seen[:, None, None]
+        out_by_head = out_weight.t().unflatten(0, (heads, -1))  # [H, d, dim]
+        by_values = torch.bmm(value, out_by_head).view(heads, batch, keys, -1).permute(1, 0, 2, 3).flatten(1, 2)
+        mixed = torch.bmm(weights.flatten(2).to(by_values.dtype), by_values)
+        return mixed if out_bias is None else mixed + out_bias
 
     def _mixed(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
         mask = None if seen is None else seen[:, None, None]
