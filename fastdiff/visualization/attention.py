@@ -49,7 +49,7 @@ def save_attention_heatmaps(
     title: str | None = None,
     query_label: str = "query",
 ) -> Path:
-    """Writes a PNG with a heatmap a panel, all on one scale from 0, with its colour bar.
+    """Writes a PNG with a heatmap a panel, each on a scale of its own from 0, with its colour bar.
 
     Raises ValueError for no panels, and for a map that is not [Q, K] with K names.
     """
@@ -64,33 +64,31 @@ def save_attention_heatmaps(
     lines = -(-len(panels) // columns)
     longest = max(width_of(shown(key)) for panel in panels for key in panel.keys)
     widest, highest = max(len(panel.keys) for panel in panels), max(len(panel.map) for panel in panels)
-    width = max(_CELL * widest, 0.065 * max(width_of(panel.title) for panel in panels), 1.6) + 0.6
+    width = max(_CELL * widest, 0.065 * max(width_of(panel.title) for panel in panels), 1.6) + 0.9
     height = _CELL * min(highest, _MOST_ROWS) + 0.075 * longest + 0.7
     figure = Figure(
-        figsize=(max(columns * width + 0.9, 0.085 * len(title or "")), lines * height + (0.4 if title else 0.1)),
+        figsize=(max(columns * width, 0.085 * len(title or "")), lines * height + (0.4 if title else 0.1)),
         layout="constrained",
     )
     axes = figure.subplots(lines, columns, squeeze=False)
-    most = max(float(panel.map.max()) for panel in panels)
     for place, panel in zip(axes.flat, panels, strict=False):
-        image = _draw(place, panel, most, query_label)
+        _draw(figure, place, panel, query_label)
     for place in axes.flat[len(panels) :]:
         place.set_visible(False)
-    figure.colorbar(image, ax=axes, label="attention", shrink=0.8, aspect=14 * lines)
     if title:
         figure.suptitle(title, fontsize=10)
     return save_figure(figure, path, dpi=130)
 
 
-def _draw(axes: Axes, panel: AttentionPanel, most: float, query_label: str):
-    image = axes.imshow(panel.map.numpy(), cmap=_SHADES, vmin=0, vmax=most, aspect="auto", interpolation="nearest")
+def _draw(figure: Figure, axes: Axes, panel: AttentionPanel, query_label: str) -> None:
+    image = axes.imshow(panel.map.numpy(), cmap=_SHADES, vmin=0, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, pad=0.02, aspect=16).ax.tick_params(labelsize=7)
     axes.set_xticks(range(len(panel.keys)), [shown(key) for key in panel.keys], rotation=90, fontsize=8)
     if len(panel.map) <= _MOST_ROWS:
         axes.set_yticks(range(len(panel.map)))
     axes.tick_params(axis="y", labelsize=8)
     axes.set_ylabel(query_label, fontsize=8)
     axes.set_title(panel.title, fontsize=8)
-    return image
 
 
 def save_prompt_attention(
@@ -140,7 +138,9 @@ def save_prompt_attention(
         nearest = "" if visited == timestep else f" (nearest visited: {_number(visited)})"
         when = f"timestep {_number(timestep)}{nearest}" if of_image else _SAME
         label = "image token" if of_image else "query"
-        written.append(save_attention_heatmaps(panels, folder / name, title=f"{when}; {what}", query_label=label))
+        written.append(
+            save_attention_heatmaps(panels, folder / name, title=f"attention: {when}; {what}", query_label=label)
+        )
         if not of_image:
             break
     return [*written, _save_arrays(attention, prompts, keys, folder / "attention.npz")]
