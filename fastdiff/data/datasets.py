@@ -5,8 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from fastdiff.data.captions_folder import load_captions_folder
+from fastdiff.data.cifar10 import load_cifar10
 from fastdiff.data.colored_fashion import load_colored_fashion
 from fastdiff.data.config import DataConfig
+from fastdiff.data.emoji import load_emoji
 from fastdiff.data.fashion_mnist import load_fashion_mnist
 from fastdiff.data.image_folder import load_image_folder
 from fastdiff.data.images import ArrayImages, ImageData
@@ -17,7 +20,7 @@ _DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def load_data(config: DataConfig) -> ImageData:
-    """Loads the data set that a recipe names.
+    """Loads the data set that a recipe names. Those that have captions are `fastdiff.data.CaptionedData`.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, ValueError: a source is missing, cut short or unusable; one line with
@@ -75,6 +78,9 @@ _LOADERS: dict[str, Callable[[DataConfig], ImageData]] = {
     "mnist5k": load_mnist5k,
     "digits": load_digits,
     "fashion_mnist": load_fashion_mnist,
-    "image_folder": load_image_folder,
     "colored_fashion": load_colored_fashion,
+    "emoji": load_emoji,
+    "cifar10": load_cifar10,
+    "image_folder": load_image_folder,
+    "captions_folder": load_captions_folder,
 }
