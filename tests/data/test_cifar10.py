@@ -132,7 +132,7 @@ def test_damaged_pickles_are_one_line(tmp_path_factory, content, place, left_out
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data_batch_3", pickled(labels=[1]), "data_batch_3: got labels; expected the array data"),
+        ("data_batch_3", pickled(labels=[1]), "data_batch_3: got 'labels'; expected the array data"),
         ("data_batch_3", pickle.dumps([1], protocol=2), "data_batch_3 is not a pickle .*it holds list, not a dict"),
         ("data_batch_3", b"GIF89a", "data_batch_3 is not a pickle"),
         ("test_batch", python2_pickle(0)[:-3000], "test_batch is not a pickle"),
