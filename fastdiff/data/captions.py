@@ -103,16 +103,21 @@ class CaptionedData(ImageData):
     seen: Tensor | None = None
 
     @cached_property
-    def fingerprint(self) -> str:
-        """A hash of images, classes, texts and attributes."""
+    def images_fingerprint(self) -> str:
+        """A hash of images, classes and attributes."""
         digest = hashlib.sha256("\n".join((self.name, *self.class_names)).encode(errors="surrogateescape"))
-        for part in (self.train.fingerprint(), self.held_out.fingerprint(), self.captions.fingerprint()):
+        for part in (self.train.fingerprint(), self.held_out.fingerprint()):
             digest.update(part.encode())
         for name, attribute in self.attributes.items():
             digest.update("\n".join((name, *attribute.names)).encode(errors="surrogateescape"))
             for values in (attribute.train, attribute.held_out):
                 digest.update(values.numpy().tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of images, classes, attributes and texts."""
+        return hashlib.sha256(f"{self.images_fingerprint} {self.captions.fingerprint()}".encode()).hexdigest()
 
     def values(self, part: Part, names: Sequence[str] | None = None) -> Tensor:
         """The attributes of each image, a column each: int64 [N, A]. Raises ValueError for one that there is not."""
@@ -141,6 +146,13 @@ class CaptionedData(ImageData):
         elif seen is False:
             values = values[:0]
         return [dict(zip(names, row, strict=True)) for row in values.unique(dim=0).tolist()]
+
+    def trained_on(self, values: Mapping[str, Tensor]) -> Tensor:  # int64 [K] each -> bool [K]
+        """Whether combinations of values of some attributes are in the part to train on."""
+        names = list(values)
+        wanted = torch.stack([values[name].long() for name in names], dim=1)  # [K, A]
+        known = self.values("train", names).unique(dim=0)
+        return (wanted[:, None] == known).all(-1).any(-1)
 
     def prompts_of(
         self,

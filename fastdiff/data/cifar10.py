@@ -87,7 +87,7 @@ def _check_classes(folder: Path) -> None:
     else:
         return
     if found != list(CIFAR10_CLASSES):
-        raise ValueError(f"{file}: got the classes {found!r}; expected {', '.join(CIFAR10_CLASSES)}")
+        raise ValueError(f"{file}: got the classes {str(found)[:200]!r}; expected {', '.join(CIFAR10_CLASSES)}")
 
 
 def _text(value: Any) -> Any:
@@ -112,7 +112,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     batch = _read_plain_pickle(path)
     data, labels = batch.get(b"data"), batch.get(b"labels")
     if not isinstance(data, np.ndarray) or not isinstance(labels, list) or {type(label) for label in labels} - {int}:
-        there = ", ".join(str(_text(key)) for key in batch) or "nothing"
+        there = ", ".join(repr(_text(key)) for key in batch)[:200] or "nothing"
         raise ValueError(f"{path}: got {there}; expected the array data and the list labels{_ADVICE}")
     with reading(path, ": its labels are no numbers of classes", _ADVICE):
         labels = np.array(labels, np.int64)

@@ -106,6 +106,11 @@ class ImageData(LabelledData):
     held_out: ImageSet
     image_shape: tuple[int, int, int]  # C, H, W
 
+    @property
+    def images_fingerprint(self) -> str:
+        """A hash of what classifiers of these images learn from, whatever else the data set has."""
+        return self.fingerprint
+
 
 def to_signed_unit(pixels: Tensor) -> Tensor:
     """Bytes 0…255 as float32 in [-1, 1]."""
