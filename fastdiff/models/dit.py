@@ -161,7 +161,8 @@ class DiT(Pretrained):
 
     def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, ...]:
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(with_this_backend(block), *inputs, use_reentrant=False, preserve_rng_state=False)
+            draws = isinstance(block, CrossDiTBlock) and block.cross_attn.drop_early > 0  # the same again in backward
+            return checkpoint(with_this_backend(block), *inputs, use_reentrant=False, preserve_rng_state=draws)
         return block(*inputs)
 
     def makes_modulations(self) -> bool:

@@ -147,6 +147,22 @@ def test_gradient_checkpointing_gives_equal_gradients():
         assert torch.equal(gradient, results[1][name]), name
 
 
+def test_gradient_checkpointing_hides_the_same_tokens_again():
+    settings = dict(conditioning="cross_attention", num_classes=0, null_label=False, class_dropout_prob=0.0)
+    model = small_dit(**settings)
+    for block in model.blocks:
+        block.cross_attn.drop_early = 0.5
+    again = copy.deepcopy(model)
+    again.config.gradient_checkpointing = True
+    (image, time, _), context = inputs(), torch.randn(4, 3, 32)
+    results = []
+    for candidate in (model, again):
+        torch.manual_seed(3)
+        results.append(gradients(candidate, image, time, context=context))
+    for name, gradient in results[0].items():
+        assert torch.equal(gradient, results[1][name]), name
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_autocast_keeps_the_residual_stream_in_float32(norm):
     model = small_dit(norm=norm, norm_elementwise_affine=True).eval()
