@@ -92,13 +92,11 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(capsys):
 def test_every_package_that_is_imported_is_brought_by_the_project():
     tomllib = pytest.importorskip("tomllib", reason="NOT TESTED: Python 3.10 has no tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distributions = {  # where they are not called as what is imported
-        "lm_eval": "lm-eval", "sklearn": "scikit-learn", "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
-    }  # fmt: skip
+    distributions = {"sklearn": "scikit-learn"}  # where they are not called as what is imported
     for package, brought_by in _BROUGHT_BY.items():
         home, _, extra = brought_by.rstrip("]").partition("[")
         if home == "fastdiff-kernels":
-            name, lines = distributions.get(package, package), project["optional-dependencies"][extra]
+            name, lines = distributions.get(package, package.replace("_", "-")), project["optional-dependencies"][extra]
         else:
             name, lines = brought_by, project["dependencies"]
         assert any(line.startswith(f"{name}>") or line == name for line in lines), (package, lines)
