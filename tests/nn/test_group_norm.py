@@ -52,4 +52,3 @@ def test_anything_else_goes_to_pytorch():
         assert ratio(ours(last), theirs(last.double())) < 1e-6
     plain = GroupNorm(4, 8, affine=False)
     assert plain(last.requires_grad_()).sum().backward() is None and last.grad is not None
-
