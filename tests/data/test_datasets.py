@@ -7,10 +7,11 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastdiff.data import DataConfig, load_data
 from fastdiff.data.fashion_mnist import FASHION_FOLDERS
-from fastdiff.data.images import to_bytes, to_signed_unit
+from fastdiff.data.images import resize, resized, to_bytes, to_signed_unit
 from fastdiff.data.splits import stratified_split
 
 
@@ -32,6 +33,21 @@ def test_bundled_sets(name, shape, train, held_out):
     overlap = sum(image.numpy().tobytes() in together for image in data.held_out.images(range(held_out)))
     assert overlap == 0
     assert data.fingerprint == load_data(DataConfig(name=name)).fingerprint
+
+
+def test_small_images_are_resized():
+    plain, larger = load_data(DataConfig(name="digits")), load_data(DataConfig(name="digits", resize=20))
+    assert larger.image_shape == (1, 20, 20) and len(larger.train) == len(plain.train)
+    images = larger.train.images([0, 7])
+    assert images.shape == (2, 1, 20, 20) and images.min() >= -1 and images.max() <= 1
+    for size in (20, 5):  # as Pillow does it with numbers instead of bytes
+        found, before = resize(images, (size, size)), images[1, 0].numpy()
+        expected = np.asarray(Image.fromarray(before).resize((size, size), Image.Resampling.BICUBIC)).clip(-1, 1)
+        assert np.abs(found[1, 0].numpy() - expected).max() < 1e-5
+    assert torch.equal(larger.train.labels, plain.train.labels) and resize(images, (20, 20)) is images
+    assert len({each.fingerprint for each in (plain, larger, resized(plain, 16))}) == 3
+    with pytest.raises(ValueError, match=r"resize: got 20 with image_folder; expected null"):
+        DataConfig(name="image_folder", folder="x", resize=20)
 
 
 def test_fashion_mnist_of_debian():
