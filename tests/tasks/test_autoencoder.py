@@ -253,8 +253,9 @@ def test_the_command_shows_originals_reconstructions_and_errors(run, run_folder,
     assert_close(run.decode(run.encode(originals)).clamp(-1, 1), made, rtol=1e-4, atol=1e-4)
     assert_close(errors, 1 - 2 * (made - originals).abs().clamp(max=1))
     every = torch.cat([images[labels.index(row) : labels.index(row) + labels.count(row)] for row in (0, 3)])
-    psnr = 10 * torch.log10(4 / (run.decode(run.encode(every)).clamp(-1, 1) - every).square().mean())
-    assert options["title"] == f"trained for 40 steps, 12 images, PSNR {psnr:.1f} dB"
+    error = (run.decode(run.encode(every)).clamp(-1, 1) - every).square().mean(dim=(1, 2, 3))
+    psnr = (10 * torch.log10(4 / error)).mean()
+    assert options["title"] == f"trained for 40 steps, 12 images, mean PSNR {psnr:.1f} dB"
 
 
 def test_the_command_shows_what_noise_does(run, run_folder, grids, tmp_path):
@@ -291,14 +292,15 @@ def test_the_command_measures(run, run_folder, capsys, digits, tmp_path):
     evaluate.main([str(run_folder), "--num-images", "100"])
     found = json.loads((run_folder / "evaluation.json").read_text())
     assert found["images"] == 100 and found["step"] == 40 and found["compression"] == 16 * 16 / (4 * 8 * 8)
-    assert found["classifier_size"] == 8 and 0.5 < found["original_accuracy"] <= 1
+    assert found["classifier_size"] == 8 and 0.5 < found["class_accuracy_originals"] <= 1
+    assert abs(found["class_accuracy"] - found["class_accuracy_originals"]) <= 1 - found["agreement"] < 1
     assert 0 < found["ssim"] < 1 and found["scaling_factor"] == run.scaling_factor
     assert abs(found["latent_deviation"] - 1) < 0.1 and len(found["latent_means"]) == 4
     from fastdiff.evaluation.report import balanced_subset
 
     images = digits.held_out.images(balanced_subset(digits.held_out, 100))
-    error = (run.decode(run.encode(images)).clamp(-1, 1) - images).square().mean()
-    assert abs(found["psnr"] - float(10 * torch.log10(4 / error))) < 1e-3
+    error = (run.decode(run.encode(images)).clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+    assert abs(found["psnr"] - float((10 * torch.log10(4 / error)).mean())) < 1e-3
     out = capsys.readouterr().out
     assert "| PSNR |" in out and "at 8 x 8" in out
     run.save_pretrained(tmp_path / "saved")
@@ -315,7 +317,7 @@ def test_bad_recipes_are_one_line(tmp_path, capsys):
         (["--objective.kl_weight", -1], "objective.kl_weight: got -1.0; expected 0 or more"),
         (["--objective.reconstruction", "l3"], "objective.reconstruction: got l3; expected one of"),
         (["--data.resize", 0], "data.resize: got 0; expected at least 1 pixel"),
-        (["--data.name", "image_folder"], "data.resize: got 16 with image_folder; expected null"),
+        (["--data.name", "image_folder"], "data.resize: got 16 with image_folder; expected null: set data.image_size"),
     ):
         recipe = tmp_path / "bad.yaml"
         recipe.write_text(yaml.safe_dump(TINY))

@@ -17,6 +17,11 @@ NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 _COLUMNS = 10
 
 
+def psnr(made: Tensor, images: Tensor) -> Tensor:  # [N, C, H, W] in -1 … 1 (clipped to it), twice -> [N]
+    """Peak signal-to-noise ratio of each image in dB, 120 at most."""
+    return 10 * torch.log10(4 / (made.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3)).clamp(min=4e-12))
+
+
 def reconstruction_sheet(vae: "AutoencoderKL", images: Tensor, path: Path, title: str | None = None) -> Path:
     """Rows of images, of what is decoded from their latents, and of the absolute error (white is none, black is 1/2 of
     the range or more).
@@ -34,8 +39,7 @@ def reconstruction_sheet(vae: "AutoencoderKL", images: Tensor, path: Path, title
             rows.append(shown[part])
             labels += [len(names)] * len(part)
             names.append(name)
-    psnr = 10 * torch.log10(4 / (made - images).square().mean().clamp(min=1e-12))
-    told = f"{len(images)} images, PSNR {psnr:.1f} dB"
+    told = f"{len(images)} images, mean PSNR {psnr(made, images).mean():.1f} dB"
     return save_sample_grid(
         torch.cat(rows), labels, names, path, columns=_COLUMNS, title=f"{title}, {told}" if title else told
     )

@@ -9,19 +9,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.data import EpochStream, ImageData, load_data
-from fastdiff.data.images import flip_some
+from fastdiff.data.images import flip_some, shift_and_scale
 from fastdiff.errors import section
 from fastdiff.models.autoencoder import AutoencoderTraining, deviation_of
 from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from fastdiff.recipes import plain
-from fastdiff.tasks.autoencoder.pictures import reconstruction_sheet
+from fastdiff.tasks.autoencoder.pictures import psnr, reconstruction_sheet
 from fastdiff.tasks.autoencoder.recipe import AutoencoderRecipe, check_fit
 from fastdiff.tasks.autoencoder.run import SCALES
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.task import Batch
 
 # purposes of derived seeds (the trainer's own is 1)
-_ORDER, _NOISE, _FLIPS = 2, 3, 4
+_ORDER, _NOISE, _FLIPS, _PLACES = 2, 3, 4, 5
 SCALE_IMAGES = 1024  # training images whose latents' deviation becomes 1
 _VALIDATED = 512  # held-out images
 
@@ -53,11 +53,13 @@ class AutoencoderTask:
 
     def batch(self, step: int, slots: range) -> Batch:
         """Some slots of a step: images [n, C, H, W] and noise [n, c, h, w]."""
-        seed, mine = self.config.training.seed, slice(slots.start, slots.stop)
-        images = self.data.train.images(self.stream.indices(step)[mine])
-        if self.config.data.horizontal_flip:
-            draws = torch.rand(self.config.training.batch_size, generator=generator(seed, step, _FLIPS))
-            images = flip_some(images, draws[mine])
+        seed, size, mine = self.config.training.seed, self.config.training.batch_size, slice(slots.start, slots.stop)
+        images, data = self.data.train.images(self.stream.indices(step)[mine]), self.config.data
+        if data.horizontal_flip:
+            images = flip_some(images, torch.rand(size, generator=generator(seed, step, _FLIPS))[mine])
+        if data.random_shift or data.random_scale:
+            draws = torch.rand(size, 3, generator=generator(seed, step, _PLACES))[mine]
+            images = shift_and_scale(images, draws, data.random_shift or 0.0, data.random_scale or 0.0)
         return {"images": images, "noise": normal_noise(slots, self.config.model.latent_shape, seed, step, _NOISE)}
 
     def weight(self, batch: Batch) -> float:
@@ -110,10 +112,10 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Loss, PSNR in dB and divergence in nats per number of the latents, of held-out images, in float32."""
+        """Loss, mean PSNR in dB and divergence in nats per number of the latents, of held-out images, in float32."""
         held_out, count = self.data.held_out, min(_VALIDATED, len(self.data.held_out))
         shape, device = self.config.model.latent_shape, next(model.parameters()).device
-        errors, squares, divergences = [], [], []
+        errors, ratios, divergences = [], [], []
         for slots in torch.arange(count).split(64):
             images = held_out.images(slots * len(held_out) // count).to(device)
             noise = normal_noise(range(int(slots[0]), int(slots[-1]) + 1), shape, self.config.training.seed, _NOISE)
@@ -121,12 +123,10 @@ class AutoencoderTask:
             error, divergence = self._parts(made, mean, logvar, images)
             errors.append(error.cpu())
             divergences.append(divergence.cpu())
-            plain_images = model.vae.decode(mean).sample.clamp(-1, 1)
-            squares.append((plain_images - images).square().mean(dim=(1, 2, 3)).cpu())
-        error, square, divergence = (torch.cat(each).mean().item() for each in (errors, squares, divergences))
+            ratios.append(psnr(model.vae.decode(mean).sample, images).cpu())
+        error, ratio, divergence = (torch.cat(each).mean().item() for each in (errors, ratios, divergences))
         loss = error + self.config.objective.kl_weight * divergence
-        psnr = 10 * torch.log10(torch.tensor(4 / max(square, 1e-12))).item()
-        return {"loss": loss, "psnr": psnr, "divergence": divergence}
+        return {"loss": loss, "psnr": ratio, "divergence": divergence}
 
     def preview(self, model: nn.Module, path: Path) -> None:
         """Held-out images, their reconstructions and the error."""
