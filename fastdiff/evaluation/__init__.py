@@ -18,6 +18,7 @@ __all__ = [
     "encode_batches",
     "evaluate_attributes",
     "evaluate_reconstructions",
+    "evaluate_retrieval",
     "evaluate_samples",
     "frechet_distance",
     "image_features",
@@ -25,7 +26,6 @@ __all__ = [
     "nearest_images",
     "nearest_neighbour_distances",
     "real_features",
-    "retrieval",
     "train_on_synthetic_test_on_real",
 ]
 
@@ -47,6 +47,7 @@ __getattr__ = exports(
         "encode_batches": "fastdiff.evaluation.features",
         "evaluate_attributes": "fastdiff.evaluation.attributes",
         "evaluate_reconstructions": "fastdiff.evaluation.reconstruction",
+        "evaluate_retrieval": "fastdiff.evaluation.retrieval",
         "evaluate_samples": "fastdiff.evaluation.report",
         "frechet_distance": "fastdiff.evaluation.metrics",
         "image_features": "fastdiff.evaluation.efficientnet",
@@ -54,7 +55,6 @@ __getattr__ = exports(
         "nearest_images": "fastdiff.evaluation.metrics",
         "nearest_neighbour_distances": "fastdiff.evaluation.metrics",
         "real_features": "fastdiff.evaluation.efficientnet",
-        "retrieval": "fastdiff.evaluation.retrieval",
         "train_on_synthetic_test_on_real": "fastdiff.evaluation.tables",
     },
 )

@@ -45,7 +45,7 @@ class RetrievalReport:
         return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\nmean rank {self.mean_rank:.2f}"
 
 
-def retrieval(
+def evaluate_retrieval(
     samples: Tensor,  # [N, F]
     candidates: Tensor,  # [M, F]
     targets: Tensor,  # int [N]
