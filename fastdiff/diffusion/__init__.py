@@ -5,6 +5,7 @@ from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.continuous import Diffusion
 from fastdiff.diffusion.guidance import Guided
 from fastdiff.diffusion.masked import MaskedDiffusion, MaskedDiffusionConfig, MaskedTokens, maskable_tokens
+from fastdiff.diffusion.prompts import sample_prompts
 from fastdiff.diffusion.sampler_options import SAMPLERS, SamplerOptions, samplers_for
 from fastdiff.diffusion.sampling import sample
 
@@ -20,5 +21,6 @@ __all__ = [
     "maskable_tokens",
     "sample",
     "sample_classes",
+    "sample_prompts",
     "samplers_for",
 ]

@@ -58,7 +58,7 @@ def sample_classes(
     labels, config = _as_labels(class_labels), getattr(model, "config", None)
     check_guidance(guidance_scale, guidance_interval, guidance_channels)
     _check_labels(labels, config, guidance_scale)
-    shape = (len(labels), *_sample_shape(sample_size, config))
+    shape = (len(labels), *sample_shape(sample_size, config))
     conditional, null = {**(conditioning or {}), "class_labels": labels.to(device)}, None
     if guidance_scale != 1:
         null = {name: torch.zeros_like(value) for name, value in conditional.items()}
@@ -117,7 +117,8 @@ def _check_labels(labels: Tensor, config, guidance_scale: float) -> None:
     check_label_range(labels, num_classes, null_label)
 
 
-def _sample_shape(sample_size, config) -> tuple[int, int, int]:
+def sample_shape(sample_size: int | Sequence[int] | None, config: Any) -> tuple[int, int, int]:
+    """(C, H, W) of a sample: what is asked for, with what is missing as a model's config has it. Raises ValueError."""
     if sample_size is None and config is None:
         raise ValueError("sample_size: got None for a model without a config; expected (channels, height, width)")
     size = config.image_size if sample_size is None else sample_size

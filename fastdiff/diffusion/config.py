@@ -29,7 +29,9 @@ class DiffusionConfig:
         beta_b: Second parameter; Beta(1, 2.5) favours low noise.
         logit_normal_mean: Mean of logit(t) for "logit_normal".
         logit_normal_std: Standard deviation of logit(t).
-        time_scale: Continuous t is multiplied by it before the network sees it; null is num_train_timesteps.
+        time_scale: Continuous t is multiplied by it before the network sees it; null is num_train_timesteps. With
+            discrete levels the network sees (level + 1) / num_train_timesteps times it (LLM2DiT: 1); null is the level
+            itself.
     """
 
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow"] = "flow"
@@ -57,6 +59,8 @@ class DiffusionConfig:
         for name in ("num_train_timesteps", "beta_a", "beta_b", "logit_normal_std"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"DiffusionConfig.{name}: got {getattr(self, name)}; expected a positive number")
+        if self.time_scale is not None and not 0 < self.time_scale < math.inf:
+            raise ValueError(f"DiffusionConfig.time_scale: got {self.time_scale}; expected a positive number, or null")
         if self.noise_levels in _BETA_RANGES and not 0 < self.beta_range[0] <= self.beta_range[1] < 1:
             raise ValueError(
                 f"DiffusionConfig.beta_start, beta_end: got {self.beta_range}; expected 0 < beta_start <= beta_end < 1"

@@ -53,16 +53,21 @@ class Diffusion:
         return t.to(device)
 
     def model_time(self, t: Tensor) -> Tensor:  # [B] -> [B], float32
-        """The time as the network gets it: the level itself, or continuous t times `time_scale` (1000)."""
+        """The time as the network gets it: the level itself, or continuous t times `time_scale` (1000).
+
+        With a `time_scale` discrete levels are given as (level + 1) / T times it.
+        """
+        scale = self.config.time_scale
         if self.config.is_discrete:
-            return t.float()
-        scale = self.config.num_train_timesteps if self.config.time_scale is None else self.config.time_scale
-        return t.float() * scale
+            return t.float() if scale is None else self.noise_share(t) * scale
+        return t.float() * (self.config.num_train_timesteps if scale is None else scale)
 
     def level(self, time: Tensor) -> Tensor:  # [B], float32 -> [B]
         """The t that `model_time` made this of."""
+        scale = self.config.time_scale
         if self.config.is_discrete:
-            return time.round().long()
+            level = time if scale is None else time / scale * self.config.num_train_timesteps - 1
+            return level.round().long()
         return time / self.model_time(torch.ones((), device=time.device))
 
     def noise_share(self, t: Tensor) -> Tensor:  # [B] -> [B], float32

@@ -4,7 +4,8 @@ diffusers describes our discrete levels in full, and "ddim", "ddpm" and "dpm-sol
 DDPMScheduler and DPMSolverMultistepScheduler. What such a scheduler does with a file that we wrote is what `sample`
 does, with two exceptions, where diffusers leaves noise in the image and we do not: its DDPM's last step adds some where
 it starts above level 0, and with the spacing "strided" (ours where none is named; written as "trailing", which it is
-where steps divide T) its DDIM ends above level 0 where steps do not divide T.
+where steps divide T) its DDIM ends above level 0 where steps do not divide T. Of a network that takes another time than
+the level (`time_scale`) it knows nothing.
 
 Of our continuous levels it describes those with predicted flow whose networks get 1000·t (num_train_timesteps·t) and
 are sampled by "euler", as FlowMatchEulerDiscreteScheduler; `set_timesteps` of that takes our times as
@@ -118,8 +119,8 @@ def _written(config: DiffusionConfig, options: SamplerOptions) -> dict[str, Any]
     """Process and sampler by the class and keys of a scheduler of diffusers; another class's name where it has none."""
     sampler, terms = options.sampler_of(config), _process_terms(config)
     unknown = {"_class_name": "Diffusion", **(terms if config.is_discrete else {})}
-    if options.timesteps is not None:
-        return unknown
+    if options.timesteps is not None or (config.is_discrete and config.time_scale is not None):
+        return unknown  # diffusers hands a network the level itself
     if not config.is_discrete:
         return {"_class_name": _FLOW_CLASS, **terms} if terms and sampler == "euler" else unknown
     spacing = options.timestep_spacing or ("linspace" if sampler == "dpm-solver++" else "strided")

@@ -4,6 +4,7 @@ from fastdiff.lazy import exports
 from fastdiff.models.dit import DiT
 from fastdiff.models.dit_config import PRESETS, DiTConfig, preset_config
 from fastdiff.models.pretrained import Pretrained, read_config
+from fastdiff.models.text_to_image import TextToImage, TextToImageConfig
 
 __all__ = [
     "PRESETS",
@@ -18,6 +19,8 @@ __all__ = [
     "QGFDEncoderBlock",
     "QGFDModel",
     "QGFDModelConfig",
+    "TextToImage",
+    "TextToImageConfig",
     "create_qgfd_model",
     "preset_config",
     "read_config",

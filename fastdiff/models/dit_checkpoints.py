@@ -1,4 +1,4 @@
-"""Other projects' DiT checkpoints: facebookresearch/DiT files and folders of diffusers' DiTTransformer2DModel.
+"""Other projects' DiT checkpoints: files of facebookresearch/DiT and LLM2DiT, diffusers' DiTTransformer2DModel folders.
 
 They are read as a configuration and weights under fastdiff's names.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdiff.errors import reason_of
 from fastdiff.models.dit_config import PRESETS, DiTConfig
 from fastdiff.models.pretrained import CONFIG_NAME, check_overrides, read_config
+from fastdiff.models.text_to_image_checkpoints import LLM2DIT_ANCHOR, dit_llama
 from fastdiff.models.weights import check_counts, read_tensors, read_weights, state_of, without_prefix
 from fastdiff.nn import sincos_2d
 
@@ -36,7 +37,9 @@ _DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_
 _LATENT_SHARE = 8  # of the autoencoder that the published checkpoints were trained on: pixels of an image a latent
 
 _FIRST_EMBEDDERS = ("t_embedder", "y_embedder")
-_HEADS_BY_WIDTH = {preset["hidden_size"]: preset["num_heads"] for preset in PRESETS.values()}
+_HEADS_BY_WIDTH = {
+    preset["hidden_size"]: preset["num_heads"] for name, preset in PRESETS.items() if name.startswith("DiT-")
+}
 _DIFFUSERS_ACTIVATIONS = {"gelu": "gelu", "gelu-approximate": "gelu_tanh", "linear-silu": "silu"}
 
 
@@ -72,7 +75,9 @@ def read_foreign(
 
 def _read_facebook(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, dict[str, Tensor]]:
     content = read_tensors(path, "a DiT")
-    state = without_prefix(state_of(content, path), "x_embedder.proj.weight")
+    state = without_prefix(state_of(content, path), "x_embedder.proj.weight", LLM2DIT_ANCHOR)
+    if LLM2DIT_ANCHOR in state:
+        return _read_llama(state, overrides, path)
     arguments = content.get("args")  # the command line that it was trained with
     arguments = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
     try:
@@ -82,6 +87,15 @@ def _read_facebook(path: Path, overrides: dict[str, Any]) -> tuple[DiTConfig, di
         raise ValueError(
             f"{path}: not a facebookresearch/DiT checkpoint ({len(state)} tensors: {names}, …): {reason_of(error)}"
         ) from error
+
+
+def _read_llama(state: dict[str, Tensor], overrides: dict[str, Any], path: Path) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """LLM2DiT's DiT; a Q-Former in the file is left out."""
+    try:
+        config, renamed = dit_llama(state, overrides)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a DiT of LLM2DiT ({len(state)} tensors): {reason_of(error)}") from error
+    return config, {name: tensor for name, tensor in renamed.items() if not name.startswith("query_embedder.")}
 
 
 def _from_facebook(

@@ -19,7 +19,7 @@ from fastdiff.models.masked_lm_config import MaskedDiffusionLMConfig
 from fastdiff.nn import AdaLayerNorm, KeyValueCache, LanguageModelHead, TimestepEmbedding, TransformerBlock
 from fastdiff.nn.checks import bool_mask, check_token_ids
 from fastdiff.nn.flash import resolve_implementation
-from fastdiff.nn.transformer import rotary_table
+from fastdiff.nn.rotary import rotary_table
 
 IGNORED_LABEL = -100
 

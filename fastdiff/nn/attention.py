@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from fastdiff import backends
 from fastdiff.nn.attention_path import fastest_way, products_win
+from fastdiff.nn.norm import QK_NORM_EPS, AdaLayerNorm
+from fastdiff.nn.rotary import rotate
 from fastdiff.ops.self_attention import OPERATOR, self_attention
 
 FUSED, SDPA, MATMUL = "fused", "sdpa", "matmul"
@@ -50,11 +52,21 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention of `[B, N, dim]`, with one projection for query, key and value.
 
     `backend` is "fused" (`fastdiff.ops.self_attention`, on the projection as it is: fastest on a CPU), "sdpa" (torch's
-    scaled_dot_product_attention), "matmul" (plain products) or "auto", which chooses by `self_attention_path`. Raises
-    ValueError where dim is not a multiple of num_heads or the backend is unknown.
+    scaled_dot_product_attention), "matmul" (plain products) or "auto", which chooses by `self_attention_path`.
+    `qk_norm` gives query and key a LayerNorm each, over the whole width, before the heads are split (as in Lumina's and
+    LLM2DiT's transformers). Raises ValueError where dim is not a multiple of num_heads or the backend is unknown.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads} for dim = {dim}; expected a divisor of dim")
@@ -62,13 +74,31 @@ class SelfAttention(nn.Module):
             raise ValueError(f"backend: got {backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}")
         self.num_heads, self.backend = num_heads, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.q_norm = AdaLayerNorm(dim, eps=QK_NORM_EPS, elementwise_affine=True) if qk_norm else None
+        self.k_norm = AdaLayerNorm(dim, eps=QK_NORM_EPS, elementwise_affine=True) if qk_norm else None
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+    def forward(
+        self,
+        x: Tensor,  # [B, N, D]
+        rotary: tuple[Tensor, Tensor] | None = None,  # `rotary_table` of the positions
+    ) -> Tensor:  # [B, N, D]
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        if self.q_norm is not None or rotary is not None:
+            qkv = self._placed(qkv, rotary)
         path = self_attention_path(qkv) if self.backend == "auto" else self.backend
         return self.proj(PACKED_WAYS[path](qkv).reshape(batch, tokens, dim))
+
+    def _placed(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:  # [B, N, 3, H, d] -> the same
+        """Query and key normalised and turned to their positions, values as they are."""
+        query, key, value = qkv.unbind(2)
+        if self.q_norm is not None:
+            query = self.q_norm(query.flatten(2), None, None).view(query.shape)
+            key = self.k_norm(key.flatten(2), None, None).view(key.shape)
+        if rotary is not None:
+            query, key = (rotate(t.transpose(1, 2), rotary).transpose(1, 2) for t in (query, key))
+        return torch.stack([query, key, value], dim=2)
 
 
 def matmul_attention(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+STEM_GROUPS = 32  # of ConvStem's GroupNorm
+
 
 def sincos_2d(grid_h: int, grid_w: int, dim: int, *, device: torch.device | str | None = None) -> Tensor:
     """Fixed sine-cosine positions of a `grid_h` x `grid_w` grid, row by row: `[grid_h * grid_w, dim]`, float32.
@@ -40,6 +42,30 @@ def _sincos(coordinates: Tensor, dim: int) -> Tensor:  # [N] -> [N, dim], float3
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=coordinates.device) / (dim // 2))
     angles = coordinates.double()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+class FourierEmbedding(nn.Module):
+    """Sinusoids of the timestep at high frequencies, then Linear → GELU → Linear: `[B]` of any real dtype → `[B, dim]`.
+
+    They are sines, then cosines, of 2π·f·t with frequency_dim / 2 frequencies f from 1 to 1000, evenly spaced in their
+    logarithm, in float32: those of transformer latent diffusion, which hands in 100·t of a t in [0, 1].
+    Raises ValueError where frequency_dim is not an even number of at least 4.
+    """
+
+    def __init__(self, dim: int, *, frequency_dim: int = 128) -> None:
+        super().__init__()
+        if frequency_dim % 2 or frequency_dim < 4:
+            raise ValueError(f"frequency_dim: got {frequency_dim}; expected an even number of at least 4")
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def sinusoids(self, timestep: Tensor) -> Tensor:  # [B] -> [B, frequency_dim], float32
+        logarithms = torch.linspace(0, math.log(1000.0), self.frequency_dim // 2, device=timestep.device)
+        angles = timestep.float()[:, None] * (2 * math.pi * torch.exp(logarithms))
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    def forward(self, timestep: Tensor) -> Tensor:  # [B] -> [B, dim]
+        return self.mlp(self.sinusoids(timestep).to(next(self.mlp.parameters()).dtype))
 
 
 class TimestepEmbedding(nn.Module):
@@ -158,3 +184,27 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"sample: got {height} x {width} pixels; expected positive multiples of patch_size = {p}")
         patches = image.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         return self.proj(patches.reshape(batch, (height // p) * (width // p), channels * p * p))
+
+
+class ConvStem(nn.Sequential):
+    """Two 5×5 convolutions, each with SiLU and GroupNorm, before the patches: `[B, C, H, W]` → `[B, width, H, W]`.
+
+    The stem of Lumina's small image models (minRF) and LLM2DiT. Raises ValueError where width is not a multiple of the
+    32 groups.
+    """
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        if width % STEM_GROUPS:
+            raise ValueError(f"width: got {width}; expected a multiple of {STEM_GROUPS}, the groups of its norm")
+        layers = []
+        for channels in (in_channels, width):
+            convolution = nn.Conv2d(channels, width, 5, padding=2)
+            layers += [convolution, nn.SiLU(), nn.GroupNorm(STEM_GROUPS, width)]
+        super().__init__(*layers)
+        self.in_channels = in_channels
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.ndim != 4 or image.shape[1] != self.in_channels:
+            expected = f"[batch, {self.in_channels}, height, width]"
+            raise ValueError(f"sample: got shape {list(image.shape)}; expected {expected}")
+        return super().forward(image)

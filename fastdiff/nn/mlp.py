@@ -39,6 +39,14 @@ def _fuses(x: Tensor) -> bool:
     return choose_backend("bias_activation", x.device.type, (autocast_dtype(x),)) != "reference"
 
 
+def swiglu_width(dim: int, ratio: float = 4.0, multiple_of: int = 256) -> int:
+    """The hidden width of a SwiGLU with as many weights as an MLP of width ratio · dim: 2/3 of that, rounded up.
+
+    As in Llama (Touvron et al. 2023).
+    """
+    return multiple_of * -(-int(2 * int(ratio * dim) / 3) // multiple_of)
+
+
 class Mlp(nn.Module):
     """Linear → activation → Linear, `dim` → `hidden_dim` → `dim`.
 
@@ -55,3 +63,29 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
         return self.fc2(linear_activation(self.fc1, x, self.activation))
+
+
+class ConvMlp(nn.Module):
+    """Linear → depthwise 3×3 convolution over the grid of tokens → activation → Linear.
+
+    The convolution pads with zeros (LocalViT, Li et al. 2021, "LocalViT: Bringing Locality to Vision Transformers").
+    `activation` is "gelu" (exact), "gelu_tanh" or "silu"; anything else raises ValueError.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, activation: str = "gelu") -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: got {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.activation = activation
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, dim]
+        grid: tuple[int, int],  # rows and columns of the tokens, N in all
+    ) -> Tensor:  # [B, N, dim]
+        hidden = self.fc1(x).unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, H, W], channels last in memory
+        hidden = self.conv(hidden).permute(0, 2, 3, 1).flatten(1, 2)
+        return self.fc2(ACTIVATIONS[self.activation](hidden))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fastdiff.ops import adaln, gated_residual_adaln
 
 NORMS = ("layer", "rms")
+QK_NORM_EPS = 1e-5  # of the norms of query and key, as published
 
 
 class _AdaNorm(nn.Module):

@@ -45,7 +45,9 @@ def inputs(batch=4, size=(8, 12)):
 
 def test_presets_have_the_published_sizes():
     published = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16), "DiT-XL": (1152, 28, 16)}
-    assert set(PRESETS) == {f"{name}/{patch}" for name in published for patch in (2, 4, 8)} | {"DiT-tiny"}
+    assert set(PRESETS) == {f"{name}/{patch}" for name in published for patch in (2, 4, 8)} | {
+        "DiT-tiny", "llm2dit", "fmnist_t2i",
+    }  # fmt: skip
     for name, sizes in published.items():
         with torch.device("meta"):
             config = DiT.from_preset(f"{name}/4").config

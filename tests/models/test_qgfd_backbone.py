@@ -10,7 +10,7 @@ from qgfd_models import make_model, qgfd_config, randomised
 
 from fastdiff.models import QGFDBackbone, QGFDConfig, QGFDEncoderBlock
 from fastdiff.nn import sincos_2d, sincos_positions
-from fastdiff.nn.transformer import axial_rotary_table
+from fastdiff.nn.rotary import axial_rotary_table
 
 
 def make_backbone(**options) -> QGFDBackbone:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.nn.transformer import TransformerBlock, rotary_table, rotate
+from fastdiff.nn.rotary import rotary_table, rotate
+from fastdiff.nn.transformer import TransformerBlock
 from gpu_steps.bench import Bench
 from gpu_steps.device import Function
 

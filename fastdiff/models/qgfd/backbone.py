@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastdiff.models.pretrained import Pretrained, check_overrides, naming_config, read_config
 from fastdiff.models.weights import read_tensors
 from fastdiff.nn import AdaLayerNorm, Mlp, TimestepEmbedding, sincos_positions
-from fastdiff.nn.transformer import Attention, axial_rotary_table, rotate
+from fastdiff.nn.rotary import axial_rotary_table, rotate
+from fastdiff.nn.transformer import Attention
 from fastdiff.ops import QGFDOptions, qgfd_attention, qgfd_attention_dense
 
 

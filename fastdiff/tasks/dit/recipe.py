@@ -9,7 +9,7 @@ from fastdiff.diffusion.config import DiffusionConfig
 from fastdiff.diffusion.guidance import check_guidance
 from fastdiff.diffusion.sampler_config import SamplerConfig, check_sampler
 from fastdiff.errors import named, naming_section, section
-from fastdiff.models.dit import DiTConfig
+from fastdiff.models.dit_config import DiTConfig, recipe_values
 from fastdiff.training.config import TrainingConfig
 
 
@@ -57,11 +57,9 @@ class DiTRecipe:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, without `task` and a `null_label` that is as ever: resuming compares with older recipes."""
+        """As plain values, without `task` and what `recipe_values` leaves out: resuming compares with older recipes."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name != "task"}
-        if self.model.null_label:
-            del values["model"]["null_label"]
-        return values
+        return values | {"model": recipe_values(self.model)}
 
 
 def check_fit(recipe: DiTRecipe, data: ImageData) -> None:

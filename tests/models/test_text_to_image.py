@@ -1,0 +1,473 @@
+"""Text to image against the published systems written plainly: the same weights, numbers, gradients and images."""
+
+import pytest
+import torch
+from models import plain_latent_diffusion as latent
+from models import plain_llm2dit as llm2dit
+from models import public_samplers as public
+from safetensors.torch import save_file
+from torch import nn
+
+from fastdiff.diffusion import Diffusion, DiffusionConfig, sample_classes, sample_prompts
+from fastdiff.models import DiT, DiTConfig, TextToImage, TextToImageConfig, preset_config
+from fastdiff.nn import CrossAttention, QFormer, QFormerConfig, StateMix
+
+LEVELS = 12
+NOISE = Diffusion(DiffusionConfig("epsilon", "linear", num_train_timesteps=LEVELS, time_scale=1.0))
+IMAGES = Diffusion(DiffusionConfig("sample", "beta", time_scale=100.0))
+# of plain and fused operators: sums in another order
+CLOSE = 2e-5
+
+
+def random_weights(model, scale=0.05):
+    """All weights random, so that nothing is gated away and no bias is zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model.eval()
+
+
+def published(model, folder):
+    """The model read from a file as its authors save it."""
+    path = folder / "published.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    torch.manual_seed(0)
+    plain = random_weights(llm2dit.PlainLLM2DiT(dim=64, layers=3, heads=4, text_dim=48, queries=3))
+    path = published(plain, tmp_path_factory.mktemp("llm2dit"))
+    return plain, TextToImage.from_pretrained(path, num_heads=4)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    torch.manual_seed(2)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 3:], mask[2, 5:] = False, False
+    return torch.randn(3, 7, 48), mask
+
+
+@pytest.fixture(params=["flash", "torch", "table"])
+def latents(request, tmp_path):
+    torch.manual_seed(0)
+    options = dict(attention=latent.TorchAttention) if request.param == "torch" else {}
+    options |= dict(table=16, patch=2) if request.param == "table" else {}
+    plain = random_weights(latent.PlainLatentDiffusion(64, 3, 2, 4, size=8, **options))
+    ours = TextToImage.from_pretrained(published(plain, tmp_path), num_heads=2)
+    labels = torch.tensor([3, 0, 9])
+    states = nn.functional.one_hot(labels, 10).float()[:, None]
+    return plain, ours, labels if request.param == "table" else states[:, 0], states
+
+
+def difference(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------ LLM2DiT
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 8, 8)])
+def test_llm2dit_predicts_what_it_predicts_with_texts_and_with_labels(llm, texts, shape):
+    plain, ours = llm
+    x, t = torch.randn(3, *shape), torch.tensor([1.0, 0.5, 0.003])
+    with torch.no_grad():
+        expected = plain(x, t, text_states=texts[0], text_mask=texts[1])
+        found = ours(x, t, text_states=texts[0], text_mask=texts[1])
+        assert difference(found, expected) < CLOSE  # seen: 8e-7
+        expected = plain(x, t, labels=torch.tensor([2, 10, 0]))
+        assert difference(ours.dit(x, t, torch.tensor([2, 10, 0])), expected) < CLOSE
+    assert torch.equal(ours.condition(*texts)["layer_embedding"], ours.q_former(*texts))
+
+
+def test_llm2dit_learns_as_it_learns_with_its_dit_frozen(llm, texts):
+    plain, ours = llm
+    x0, noise = torch.randn(2, 3, 3, 32, 32).unbind()
+    level = torch.tensor([1, 7, LEVELS])
+    plain.requires_grad_(False)
+    plain.query_embedder.requires_grad_(True)
+    expected_loss = llm2dit.loss(plain, x0, level, noise, *texts, LEVELS)
+    expected = gradients(expected_loss, plain)
+    ours.dit.requires_grad_(False)
+    losses = NOISE.loss(lambda x, time: ours(x, time, text_states=texts[0], text_mask=texts[1]), x0, level - 1, noise)
+    found = gradients(losses.mean(), ours)
+    assert float(losses.mean()) == pytest.approx(float(expected_loss), rel=1e-5)
+    assert all(name.startswith("q_former.") for name in found) and len(found) == len(list(ours.q_former.parameters()))
+    pairs = {
+        "q_former.queries.weight": expected["query_embedder.query_table.weight"],
+        "q_former.query_to_layer.weight": expected["query_embedder.query_to_layer.weight"],
+        "q_former.blocks.0.self_attn.qkv.weight": torch.cat(
+            [expected[f"query_embedder.blocks.0.self_attn.w{letter}.weight"] for letter in "qkv"]
+        ),
+        "q_former.blocks.1.cross_attn.wk.weight": expected["query_embedder.blocks.1.cross_attn.wk.weight"],
+        "q_former.blocks.1.ffn.down_proj.weight": expected["query_embedder.blocks.1.ffn.w2.weight"],
+        "q_former.blocks.0.cross_attn.q_norm.weight": expected["query_embedder.blocks.0.cross_attn.q_norm.weight"],
+    }
+    for name, gradient in pairs.items():
+        assert difference(found[name], gradient) < 1e-4, name  # seen: 2e-6
+
+
+def test_llm2dit_trained_as_a_whole_has_the_gradients_of_every_part(llm, texts):
+    plain, ours = llm
+    x, t = torch.randn(3, 3, 16, 16), torch.tensor([0.2, 0.5, 0.9])
+    plain.requires_grad_(True)
+    ours.requires_grad_(True)
+    expected = gradients(plain(x, t, text_states=texts[0], text_mask=texts[1]).square().mean(), plain)
+    found = gradients(ours(x, t, text_states=texts[0], text_mask=texts[1]).square().mean(), ours)
+    for name, theirs in {
+        "dit.stem.0.weight": "init_conv_seq.0.weight",
+        "dit.blocks.0.attn.proj.weight": "layers.0.attention.wo.weight",
+        "dit.blocks.1.norm1.weight": "layers.1.attention_norm.weight",
+        "dit.blocks.2.mlp.gate_proj.weight": "layers.2.feed_forward.w1.weight",
+        "dit.blocks.2.adaLN_modulation.1.weight": "layers.2.adaLN_modulation.1.weight",
+        "dit.final_layer.adaLN_modulation.1.bias": "final_layer.adaLN_modulation.1.bias",
+        "dit.t_embedder.mlp.0.weight": "t_embedder.mlp.0.weight",
+    }.items():
+        assert difference(found[name], expected[theirs]) < 1e-4, name
+    assert difference(found["dit.blocks.0.attn.k_norm.weight"].sort()[0],
+                      expected["layers.0.attention.k_norm.weight"].sort()[0]) < 1e-4  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_llm2dit_draws_the_images_that_it_draws(llm, texts, scale):
+    plain, ours = llm
+    seeds, shape = [5, 6, 7], (3, 16, 16)
+    expected = llm2dit.draw(plain, public.noises(seeds, shape), *texts, LEVELS, scale, shape)
+    with torch.no_grad():
+        condition = ours.condition(*texts)
+    options = dict(num_inference_steps=LEVELS, sampler="ddpm", variance_type="fixed_large", seed=seeds, sample_size=16)
+    found = sample_prompts(ours, NOISE, condition, guidance_scale=scale, **options)
+    assert difference(found, expected) < 1e-4  # seen: 1e-6
+    as_labels = sample_prompts(ours, NOISE, ours.null_condition(3), **options)
+    assert difference(sample_classes(ours.dit, NOISE, [10] * 3, **options), as_labels) < CLOSE
+
+
+def test_prompts_that_are_the_same_are_modulated_once(llm, texts, monkeypatch):
+    ours, asked = llm[1], []
+    made = DiT.modulations
+    monkeypatch.setattr(DiT, "modulations", lambda self, times, **given: (
+        asked.append(len(given["layer_embedding"])), made(self, times, **given))[1])  # fmt: skip
+    condition = {name: tensor[[0, 1, 0, 0]].detach() for name, tensor in ours.condition(*texts).items()}
+    options = dict(num_inference_steps=4, sample_size=8, guidance_scale=2.0)
+    found = sample_prompts(ours, NOISE, condition, **options)
+    assert set(asked) == {3}  # two prompts and no prompt
+    hook = ours.dit.blocks[0].register_forward_hook(lambda *_: None)  # a wrapped model is called as it is
+    asked.clear()
+    assert difference(sample_prompts(ours, NOISE, condition, **options), found) < CLOSE and not asked
+    hook.remove()
+
+
+# ------------------------------------------------------------------------------------------------ latents
+
+
+def test_latent_diffusion_predicts_what_it_predicts(latents):
+    plain, ours, text, states = latents
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([0.99, 0.4, 0.01])
+    with torch.no_grad():
+        assert difference(ours(x, 100 * t, text_states=states), plain(x, text, t)) < CLOSE  # seen: 1e-6
+
+
+def test_latent_diffusion_learns_as_it_learns(latents):
+    plain, ours, text, states = latents
+    if text.dtype == torch.int64:
+        pytest.skip("with a table its dropped label is class 0")
+    x0, noise = torch.randn(2, 3, 4, 8, 8).unbind()
+    t, dropped = torch.tensor([0.2, 0.9, 0.5]), torch.tensor([False, True, False])
+    expected_loss = latent.loss(plain, x0, t, noise, text, dropped)
+    expected = gradients(expected_loss, plain)
+    losses = IMAGES.loss(lambda x, time: ours(x, time, text_states=states, dropped=dropped), x0, t, noise)
+    found = gradients(losses.mean(), ours)
+    assert float(losses.mean()) == pytest.approx(float(expected_loss), rel=1e-5)
+    assert len(found) == len(list(ours.parameters()))
+    for name, theirs in {
+        "dit.pos_embed": "pos_embed",
+        "text_proj.weight": "text_proj.weight",
+        "text_proj.bias": "text_proj.bias",
+        "dit.context_norm.weight": "context_norm.weight",
+        "dit.t_embedder.mlp.2.weight": "time_embed.3.weight",
+        "dit.blocks.0.mlp.conv.weight": "blocks.0.mlp.dw.weight",
+        "dit.blocks.1.mlp.conv.bias": "blocks.1.mlp.dw.bias",
+        "dit.blocks.2.mlp.fc1.bias": "blocks.2.mlp.fc1.bias",
+        "dit.blocks.1.cross_attn.wo.weight": "blocks.1.attn2.out_proj.weight",
+        "dit.x_embedder.proj.weight": "patch_embed.proj.weight",
+    }.items():
+        assert difference(found[name], expected[theirs]) < 1e-4, name  # seen: 1e-6
+
+
+def test_latent_diffusion_draws_the_images_that_it_draws(latents):
+    plain, ours, text, states = latents
+    seeds, steps = [4, 5, 6], 5
+    expected = latent.draw(plain, public.noises(seeds, (4, 8, 8)), text, steps)
+    with torch.no_grad():
+        condition = ours.condition(states)
+    after = []
+    # its result is what ours holds before a last prediction
+    sample_prompts(ours, IMAGES, condition, num_inference_steps=steps + 1, sampler="renoise", seed=seeds,
+                   callback=lambda step, _, x, __: after.append(x))  # fmt: skip
+    assert difference(after[steps - 1], expected) < 1e-4  # seen: 1e-6
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+
+def test_presets_have_the_published_numbers_of_parameters():
+    with torch.device("meta"):
+        plain, ours = llm2dit.PlainLLM2DiT(), TextToImage.from_preset("llm2dit")
+        count = sum(p.numel() for p in ours.parameters())
+        assert count == sum(p.numel() for p in plain.parameters()) == 32_403_892
+        assert sum(p.numel() for p in ours.q_former.parameters()) == 19_095_848
+        plain, ours = latent.PlainLatentDiffusion(), TextToImage.from_preset("fmnist_t2i")
+        count = sum(p.numel() for p in ours.parameters())
+        assert count == sum(p.numel() for p in plain.parameters()) - plain.null_token.numel() == 28_776_964
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def small(conditioning="q_former", **overrides):
+    dit = dict(input_size=8, patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=4)
+    if conditioning == "cross_attention":
+        dit |= dict(conditioning=conditioning, num_classes=0, null_label=False, class_dropout_prob=0.0)
+    q_former = QFormerConfig(hidden_size=16, num_heads=2) if conditioning == "q_former" else None
+    config = TextToImageConfig(
+        **{"dit": DiTConfig(**dit), "text_dim": 12, "conditioning": conditioning, "q_former": q_former} | overrides
+    )
+    torch.manual_seed(0)
+    return random_weights(TextToImage(config))
+
+
+@pytest.mark.parametrize("conditioning", ["q_former", "cross_attention"])
+@pytest.mark.parametrize("num_states", [1, 3])
+def test_padding_rows_and_dropping_change_nothing_for_the_others(conditioning, num_states):
+    model = small(conditioning, text_states=num_states)
+    states = torch.randn(4, 5, 12) if num_states == 1 else torch.randn(4, 5, num_states, 12)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3], [1]])
+    x, t = torch.randn(4, 3, 8, 8), 1000 * torch.rand(4)
+    dropped = torch.tensor([False, False, True, False])
+    found = model(x, t, text_states=states, text_mask=mask, dropped=dropped)
+    for row in range(4):
+        length = int(mask[row].sum())
+        one = slice(row, row + 1)
+        if dropped[row]:
+            condition = model.null_condition(1)
+        else:
+            condition = model.condition(states[one, :length])
+        torch.testing.assert_close(model(x[one], t[one], condition=condition), found[one], rtol=0, atol=2e-5)
+    rows = torch.tensor([2, 0, 0, 1])
+    by_rows = model(x, t, text_states=states, text_mask=mask, text_rows=rows, dropped=dropped)
+    taken = model(x, t, text_states=states[rows], text_mask=mask[rows], dropped=dropped)
+    torch.testing.assert_close(by_rows, taken, rtol=0, atol=1e-5)
+    found.square().mean().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None and p.numel()]
+    assert not silent
+
+
+def test_contexts_of_other_lengths_are_guided_together():
+    model = small("cross_attention")
+    states, mask = torch.randn(2, 5, 12), torch.arange(5) < torch.tensor([[5], [2]])
+    diffusion = Diffusion(DiffusionConfig())
+    options = dict(num_inference_steps=3, guidance_scale=2.0, seed=[3, 4])
+    with torch.no_grad():
+        both = sample_prompts(model, diffusion, model.condition(states, mask), **options)
+        alone = sample_prompts(
+            model, diffusion, model.condition(states[1:, :2]), **options | dict(seed=[4]), null=model.null_condition(1)
+        )
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("conditioning", ["q_former", "cross_attention"])
+def test_a_saved_model_is_the_same(conditioning, tmp_path):
+    model = small(conditioning, text_states=2)
+    model.save_pretrained(tmp_path)
+    again = TextToImage.from_pretrained(tmp_path, text_dropout_prob=0.5)
+    assert again.config.dit == model.config.dit and again.config.q_former == model.config.q_former
+    states, x = torch.randn(2, 4, 2, 12), torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(x, torch.ones(2), text_states=states), model(x, torch.ones(2), text_states=states))
+
+
+def test_a_model_around_a_trained_dit_is_that_dit(llm):
+    dit = llm[1].dit
+    config = TextToImageConfig(dit=dit.config, text_dim=20, q_former=QFormerConfig(hidden_size=16, num_heads=2))
+    model = TextToImage.from_dit(dit, config)
+    assert model.dit is dit and model.q_former.text_proj.in_features == 20
+    wider = TextToImageConfig(dit=preset_config("llm2dit"), text_dim=20)
+    with pytest.raises(ValueError, match="dit.hidden_size: got 256; the trained DiT has 64"):
+        TextToImage.from_dit(dit, wider)
+
+
+def test_a_file_of_a_dit_alone_is_a_dit(llm, tmp_path):
+    plain, ours = llm
+    state = {name: t for name, t in plain.state_dict().items() if not name.startswith("query_embedder.")}
+    save_file(state, tmp_path / "dit.safetensors")
+    dit = DiT.from_pretrained(tmp_path / "dit.safetensors", num_heads=4)
+    assert all(torch.equal(tensor, ours.dit.state_dict()[name]) for name, tensor in dit.state_dict().items())
+    with pytest.raises(ValueError, match="dit.safetensors: not a checkpoint of LLM2DiT .* it has no Q-Former"):
+        TextToImage.from_pretrained(tmp_path / "dit.safetensors", num_heads=4)
+    state["layers.1.extra.weight"] = torch.zeros(2)
+    save_file(state, tmp_path / "dit.safetensors")
+    with pytest.raises(ValueError, match=r"dit.safetensors: .*layers\.1\.extra\.weight"):
+        DiT.from_pretrained(tmp_path / "dit.safetensors", num_heads=4)
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match="a.safetensors: not a checkpoint of LLM2DiT or latent Fashion-MNIST diffusion"
+    ):
+        TextToImage.from_pretrained(tmp_path / "a.safetensors")
+
+
+def test_the_mix_of_states_is_a_learned_mean():
+    mix, states = StateMix(3), torch.randn(2, 4, 3, 5)
+    torch.testing.assert_close(mix(states), states.mean(2), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        mix.logits.copy_(torch.tensor([0.0, 50.0, 0.0]))
+    torch.testing.assert_close(mix(states), states[:, :, 1], rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ cross-attention
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_cross_attention_hands_out_the_weights_that_it_uses(bias):
+    torch.manual_seed(0)
+    attention, kept = CrossAttention(16, 4, context_dim=6, bias=bias, qk_norm=True).eval(), []
+    x, context, mask = torch.randn(3, 5, 16), torch.randn(3, 7, 6), torch.rand(3, 7) < 0.6
+    mask[0] = False
+    expected = attention(x, context, mask)
+    attention.capture = kept.append
+    torch.testing.assert_close(attention(x, context, mask), expected, rtol=0, atol=1e-5)
+    (weights,) = kept
+    assert weights.shape == (3, 4, 5, 7) and not weights.masked_select(~mask[:, None, None].expand_as(weights)).any()
+    torch.testing.assert_close(weights.sum(-1)[1:], torch.ones(2, 4, 5), rtol=0, atol=1e-5)
+    weights.square().sum().backward()  # entropy and other measures of them can be trained on
+    assert attention.wk.weight.grad.norm() > 0
+
+
+def test_early_tokens_are_hidden_in_training_alone_and_never_all_of_a_row():
+    torch.manual_seed(0)
+    attention, kept = CrossAttention(8, 2), []
+    attention.capture, attention.drop_early, attention.early_tokens = kept.append, 0.5, 2
+    x, context = torch.randn(400, 1, 8), torch.randn(400, 5, 8)
+    mask = torch.ones(400, 5, dtype=torch.bool)
+    mask[200:, 2:] = False  # these rows have early tokens alone
+    attention.train()(x, context, mask)
+    hidden = (kept[-1][:, 0, 0] == 0)[:, :2]
+    assert torch.equal(hidden[:, 0], hidden[:, 1]) and not hidden[200:].any()
+    assert 0.4 < hidden[:200, 0].float().mean() < 0.6
+    attention.leading_keys = 1  # the time of a DiT is never hidden
+    attention.train()(x, context)
+    hidden = kept[-1][:, 0, 0] == 0
+    assert not hidden[:, [0, 3, 4]].any() and hidden[:, 1:3].any()
+    attention.eval()(x, context, mask)
+    assert (kept[-1][:, 0, 0] > 0).equal(mask)
+    model = small(q_former=QFormerConfig(hidden_size=16, num_heads=2, drop_early=0.3, early_tokens=2))
+    found = [m for m in model.modules() if isinstance(m, CrossAttention)]
+    assert [(m.drop_early, m.early_tokens) for m in found] == [(0.3, 2)] * 2
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(conditioning="adaln"), "TextToImageConfig.conditioning: got 'adaln'; expected 'q_former' or"),
+        (dict(conditioning="cross_attention"), "dit.conditioning: got 'adaln' with conditioning 'cross_attention'"),
+        (dict(text_dim=0), "TextToImageConfig.text_dim: got 0; expected at least 1"),
+        (dict(text_dropout_prob=1.5), "TextToImageConfig.text_dropout_prob: got 1.5; expected 0 to 1"),
+        (dict(text_embedding_dim=4), "TextToImageConfig.text_embedding_dim: got 4 with conditioning 'q_former'"),
+        (
+            dict(dit=DiTConfig(null_label=False, class_dropout_prob=0.0)),
+            "text_dropout_prob: got 0.1 with a DiT without",
+        ),
+    ],
+)
+def test_configurations_that_do_not_fit_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        TextToImageConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_classes=0), "DiTConfig.null_label: got True with num_classes 0"),
+        (dict(mlp_conv=True, mlp_activation="swiglu"), "DiTConfig.mlp_conv: got True with mlp_activation 'swiglu'"),
+        (dict(stem="conv", hidden_size=48, num_heads=2), "DiTConfig.hidden_size: got 48 with stem 'conv'"),
+        (dict(stem="convolution"), "DiTConfig.stem: got 'convolution'; expected one of none, conv"),
+        (dict(cross_attention_heads=4), "DiTConfig.cross_attention_heads: got 4; expected a divisor"),
+        (dict(hidden_size=12, num_heads=4, position_embedding="rotary"), "got 4 with position_embedding 'rotary'"),
+        (dict(conditioning="cross_attention", embedders_per_block=True), "embedders_per_block: got True"),
+        (dict(final_norm_eps=-1.0), "DiTConfig.final_norm_eps: got -1.0"),
+    ],
+)
+def test_options_of_a_dit_that_do_not_fit_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        DiTConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "options", "error", "message"),
+    [
+        ("q_former", {}, ValueError, "got 0 of them; expected exactly one"),
+        ("q_former", dict(text_states=torch.zeros(2, 3, 11)), ValueError, r"text_states: got shape \[2, 3, 11\]"),
+        ("q_former", dict(text_states=torch.zeros(2, 3, 12), text_mask=torch.ones(2, 4, dtype=torch.bool)), ValueError,
+         r"text_mask: got shape \[2, 4\]; expected \[2, 3\]"),
+        ("q_former", dict(text_states=torch.zeros(2, 3, 12), text_mask=torch.ones(2, 3)), TypeError,
+         "text_mask: got torch.float32"),
+        ("q_former", dict(text_states=torch.zeros(2, 3, 12), dropped=torch.ones(3, dtype=torch.bool)), ValueError,
+         r"dropped: got torch.bool \[3\]; expected bool \[2\]"),
+        ("q_former", dict(condition={"layer_embedding": torch.zeros(2, 3, 32)}), ValueError,
+         r"layer_embedding: got shape \[2, 3, 32\]; expected \[2, 2, 32\]"),
+        ("q_former", dict(condition={"context": torch.zeros(2, 1, 32)}), ValueError,
+         "context: got one with conditioning 'adaln'"),
+        ("cross_attention", dict(condition={"context": torch.zeros(2, 1, 31)}), ValueError,
+         r"context: got shape \[2, 1, 31\]; expected \[2, 1, 32\]"),
+        ("cross_attention", dict(condition={"layer_embedding": torch.zeros(2, 2, 32)}), ValueError,
+         "layer_embedding: got one with conditioning 'cross_attention'"),
+        ("cross_attention", dict(modulations=[torch.zeros(2, 64)] * 3), ValueError,
+         "modulations: got one with conditioning 'cross_attention'"),
+    ],
+)  # fmt: skip
+def test_calls_that_do_not_fit_are_one_line(conditioning, options, error, message):
+    model = small(conditioning)
+    with pytest.raises(error, match=message) as caught:
+        model(torch.zeros(2, 3, 8, 8), torch.zeros(2), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dit_without_labels_wants_its_condition_and_learned_positions_their_size():
+    dit = small("cross_attention").dit
+    with pytest.raises(ValueError, match=r"context: got None; this model has no labels \(num_classes 0\): pass one"):
+        dit(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+    with pytest.raises(ValueError, match="modulations: this model has none"):
+        dit.modulations(torch.zeros(1), torch.tensor([0]))
+    learned = DiT(DiTConfig(8, 4, 3, 32, 1, 2, position_embedding="learned"))
+    with pytest.raises(ValueError, match=r"sample: got height and width \(4, 8\); expected \(8, 8\)"):
+        learned(torch.zeros(1, 3, 4, 8), torch.zeros(1))
+    with pytest.raises(ValueError, match="layer_embedding: got one beside class_labels"):
+        learned(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.tensor([1]), layer_embedding=torch.zeros(1, 1, 32))
+    with pytest.raises(ValueError, match="got both or neither; expected one of them"):
+        learned.modulations(torch.zeros(1))
+
+
+def test_a_q_former_that_does_not_fit_is_one_line():
+    for options, message in (
+        (dict(num_queries=0), "QFormerConfig.num_queries: got 0"),
+        (dict(hidden_size=10, num_heads=4), "QFormerConfig.num_heads: got 4; expected a divisor of hidden_size = 10"),
+        (dict(drop_early=2.0), "QFormerConfig.drop_early: got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            QFormerConfig(**options)
+    former = QFormer(6, 2, 8, QFormerConfig(hidden_size=None, num_heads=2))
+    assert former.text_proj is None and former(torch.zeros(1, 3, 6)).shape == (1, 2, 8)
+    with pytest.raises(ValueError, match=r"text_states: got shape \[1, 3, 7\]; expected \[B, S, 6\]"):
+        former(torch.zeros(1, 3, 7))
