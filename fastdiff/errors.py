@@ -15,7 +15,7 @@ _BROUGHT_BY = {
     "PIL": "pillow",
     "yaml": "pyyaml",
     **dict.fromkeys(("mlxtend", "pandas", "scipy", "sklearn"), "fastdiff-kernels[data]"),
-    **dict.fromkeys(("datasets", "num2words"), "fastdiff-kernels[text]"),
+    **dict.fromkeys(("datasets", "gguf", "num2words"), "fastdiff-kernels[text]"),
     "lm_eval": "fastdiff-kernels[lm-eval]",
     "peft": "fastdiff-kernels[lora]",
     "tensorboard": "fastdiff-kernels[trackers]",

@@ -57,15 +57,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of_files(files: Sequence[Path]) -> str:
+def fingerprint_of_files(files: Sequence[Path], most_bytes: int = _CONTENT_READ) -> str:
     """A hash of files in their order, cheap for folders of any size.
 
-    It is of their sizes, and of their contents where they are 256 MiB together, or less. Of more, a file whose content
-    was replaced by another of the same size is not noticed. Names and times are not looked at. Raises OSError.
+    It is of their sizes, and of their contents where they are `most_bytes` (256 MiB) together, or less. Of more, a file
+    whose content was replaced by another of the same size is not noticed. Names and times are not looked at. Raises
+    OSError.
     """
     sizes = [path.stat().st_size for path in files]
     digest = hashlib.sha256(str(sizes).encode())
-    if sum(sizes) <= _CONTENT_READ:
+    if sum(sizes) <= most_bytes:
         for path in files:
             digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
@@ -211,11 +212,10 @@ def make_folder_once(folder: Path, is_complete: Callable[[Path], bool], fill: Ca
     """
     from filelock import FileLock
 
-    with _naming_cache(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        lock.acquire()
-    with lock:
+    with contextlib.ExitStack() as held:
+        with _naming_cache(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(folder.with_name(f".{folder.name}.lock")))
         if is_complete(folder):  # another process made it while this one waited
             return
         shutil.rmtree(folder, ignore_errors=True)

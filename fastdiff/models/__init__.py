@@ -19,9 +19,12 @@ __all__ = [
     "QGFDEncoderBlock",
     "QGFDModel",
     "QGFDModelConfig",
+    "TextEncoder",
+    "TextEncoderConfig",
     "TextToImage",
     "TextToImageConfig",
     "create_qgfd_model",
+    "load_text_encoder",
     "preset_config",
     "read_config",
 ]
@@ -37,6 +40,9 @@ __getattr__ = exports(
         "QGFDEncoderBlock": "fastdiff.models.qgfd.backbone",
         "QGFDModel": "fastdiff.models.qgfd.model",
         "QGFDModelConfig": "fastdiff.models.qgfd.model",
+        "TextEncoder": "fastdiff.models.text_encoder",
+        "TextEncoderConfig": "fastdiff.models.text_encoder",
         "create_qgfd_model": "fastdiff.models.qgfd.factory",
+        "load_text_encoder": "fastdiff.models.text_encoder",
     },
 )

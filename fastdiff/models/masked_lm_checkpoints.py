@@ -43,7 +43,7 @@ def load_masked_lm(cls: type, path: Any, args: tuple, kwargs: dict[str, Any], na
     config = read_model_config(path, kwargs)
     if _model_type(config) == cls.config_class.model_type:
         return _load_native(cls, path, config, args, kwargs, native)
-    folder, kwargs = _folder(path, kwargs), {**kwargs}
+    folder, kwargs = snapshot_folder(path, kwargs), {**kwargs}
     state = read_weights(folder, _WEIGHTS, "a language model", kwargs.pop("variant", None))
     return _load_foreign(cls, folder, config, state, kwargs)
 
@@ -56,7 +56,7 @@ def load_gpt2(cls: type, source: Any, mask_token_id: int | None, pad_token_id: i
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         folder, config = None, source.config.to_dict()
     else:
-        folder = _folder(source, kwargs)
+        folder = snapshot_folder(source, kwargs)
         config = read_model_config(folder, kwargs)
         state = read_weights(folder, _WEIGHTS, "a language model", kwargs.pop("variant", None))
     if _model_type(config) != "gpt2":
@@ -70,7 +70,7 @@ def _load_native(
     wants_report = kwargs.pop("output_loading_info", False)
     exactly = not kwargs.get("ignore_mismatched_sizes")
     if exactly and not kwargs.get("subfolder"):
-        folder = _folder(path, kwargs)
+        folder = snapshot_folder(path, kwargs)
         kwargs["variant"] = kwargs.get("variant") or variant_of(folder, _WEIGHTS)
         _check_native(cls, folder, config, kwargs)
     try:
@@ -240,7 +240,15 @@ def read_model_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _folder(path: Any, kwargs: dict[str, Any]) -> Path:
+def snapshot_folder(path: Any, kwargs: dict[str, Any]) -> Path:
+    """A folder as it is; of a hub id that of its snapshot, with configuration, tokenizer and weights.
+
+    Args:
+        path: a folder or a hub id.
+        kwargs: options of the hub's download; others are not looked at.
+
+    Raises FileNotFoundError where there is neither, ValueError for a file; one line.
+    """
     if os.path.isdir(path):
         return Path(path)
     folder = Path()

@@ -1,6 +1,14 @@
 """Modules made of fastdiff's operators: what a diffusion transformer is put together from."""
 
 from fastdiff.nn.attention import SelfAttention
+from fastdiff.nn.attention_maps import (
+    AttentionMaps,
+    EntropyTerm,
+    attention_entropy,
+    attention_maps,
+    drop_early_tokens,
+    sink_share,
+)
 from fastdiff.nn.cross_attention import CrossAttention
 from fastdiff.nn.embeddings import (
     ConvStem,
@@ -21,10 +29,12 @@ from fastdiff.nn.transformer import KeyValueCache, TransformerBlock, annealed_at
 __all__ = [
     "ACTIVATIONS",
     "AdaLayerNorm",
+    "AttentionMaps",
     "ConvMlp",
     "ConvStem",
     "CrossAttention",
     "DiffusedValues",
+    "EntropyTerm",
     "FourierEmbedding",
     "GatedResidualAdaLayerNorm",
     "KeyValueCache",
@@ -41,6 +51,10 @@ __all__ = [
     "TimestepEmbedding",
     "TransformerBlock",
     "annealed_attention_mask",
+    "attention_entropy",
+    "attention_maps",
+    "drop_early_tokens",
     "sincos_2d",
     "sincos_positions",
+    "sink_share",
 ]

@@ -126,3 +126,24 @@ def test_links_that_lead_nowhere_and_names_no_file_has_are_no_hub_ids(tmp_path, 
         fastdiff.load("x" * 300)
     with pytest.raises(FileNotFoundError, match="x: no such folder in"):  # longer than any name on the hub
         fastdiff.load("x" * 100)
+
+
+def test_a_text_encoder_comes_from_the_hub(hub, tmp_path):
+    import transformers
+    from tokenizers_of_kinds import gpt2_like
+
+    from fastdiff.models import TextEncoderConfig, load_text_encoder
+
+    tokenizer = gpt2_like("red cat")
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=16, vocab_size=len(tokenizer))
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    hub.repositories[f"{OWNER}/tiny"] = files | {"flax_model.msgpack": b"x", "onnx/model.onnx": b"x"}
+    found, own = (load_text_encoder(TextEncoderConfig(name, layers=[1])) for name in
+                  (f"{OWNER}/tiny", str(tmp_path / "model")))  # fmt: skip
+    assert found.fingerprint == own.fingerprint
+    assert torch.equal(found.encode(["red cat"])[0], own.encode(["red cat"])[0])
+    assert not any("onnx" in request or "msgpack" in request for request in hub.requests)
+    with pytest.raises(FileNotFoundError, match=f"name: got '{OWNER}/nothing', which cannot be had .*; expected smol"):
+        load_text_encoder(TextEncoderConfig(f"{OWNER}/nothing"))
