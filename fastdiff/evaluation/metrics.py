@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from fastdiff.data import ImageSet
+
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Fréchet distance between two sets of features, each taken as a normal distribution.
@@ -44,18 +46,27 @@ class _Given(nn.Module):
         return features
 
 
-def nearest_neighbour_distances(images: Tensor, reference: Tensor, chunk: int = 5000) -> Tensor:
-    """Euclidean distance in pixels of each image to the nearest one of `reference`.
+def nearest_images(images: Tensor, reference: Tensor | ImageSet, chunk: int = 5000) -> tuple[Tensor, Tensor]:
+    """The nearest image of `reference` to each image, by the Euclidean distance of their pixels.
 
     Args:
         images: [N, C, H, W] in [-1, 1].
-        reference: [M, C, H, W].
+        reference: [M, C, H, W], or a set of such images; M at least 1.
         chunk: images of `reference` taken at once.
 
     Returns:
-        float32 [N].
+        Its index, int64 [N], and its distance, float32 [N].
     """
-    queries, nearest = images.float().flatten(1), torch.full((len(images),), float("inf"))
-    for part in reference.split(chunk):
-        nearest = torch.minimum(nearest, torch.cdist(queries, part.float().flatten(1)).amin(dim=1))
-    return nearest
+    queries = images.float().flatten(1)
+    found, nearest = torch.zeros(len(images), dtype=torch.long), torch.full((len(images),), float("inf"))
+    for indices in torch.arange(len(reference)).split(chunk):
+        part = reference[indices].float() if isinstance(reference, Tensor) else reference.images(indices)
+        distances, places = torch.cdist(queries, part.flatten(1)).min(dim=1)
+        closer = distances < nearest
+        nearest, found = torch.where(closer, distances, nearest), torch.where(closer, indices[places], found)
+    return found, nearest
+
+
+def nearest_neighbour_distances(images: Tensor, reference: Tensor, chunk: int = 5000) -> Tensor:
+    """The distances [N] of `nearest_images`."""
+    return nearest_images(images, reference, chunk)[1]

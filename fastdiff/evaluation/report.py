@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.data import ImageData, ImageSet
-from fastdiff.evaluation.classifier import Classifier, classify
-from fastdiff.evaluation.metrics import frechet_distance, nearest_neighbour_distances
+from fastdiff.evaluation.classifier import CLASS, Classifier, classify
+from fastdiff.evaluation.metrics import frechet_distance, nearest_images
 
 FRECHET = "Fréchet distance (classifier features)"
-_CHUNK = 5000  # training images decoded at once for the nearest neighbours
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,8 @@ def balanced_subset(images: ImageSet, count: int) -> Tensor:
 
 def _score(images: Tensor, labels: Tensor, data: ImageData, classifier: Classifier, reference: Tensor) -> Scores:
     features, predicted = classify(classifier, images)
-    correct = (predicted == labels.cpu()).double()
-    nearest = torch.full((len(images),), float("inf"))
-    for indices in torch.arange(len(data.train)).split(_CHUNK):
-        nearest = torch.minimum(nearest, nearest_neighbour_distances(images, data.train.images(indices)))
+    correct = (predicted[CLASS] == labels.cpu()).double()
+    _, nearest = nearest_images(images, data.train)
     by_class = {
         data.class_names[label]: float(correct[labels.cpu() == label].mean()) for label in labels.unique().tolist()
     }

@@ -218,7 +218,7 @@ class Run:
                 raise ValueError(f"--data-path: got {data_path!r}, and {section} names no file or folder; leave it out")
             config = dataclasses.replace(config, **{place: data_path})
         order = None if self.state is None else class_order(self.state, section)
-        if order and config.name.endswith("_folder"):
+        if order and config.name.endswith("_folder") and config.name != "captions_folder":
             root = Path(config.folder).expanduser()
             there = [folder.name for folder in class_folders(root)] if root.is_dir() else order
             # other classes than the run's are loaded as they are: `check_data` says what changed

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from file_seeds import (
     SCHEMA,
@@ -29,6 +30,7 @@ from file_seeds import (
     TABLE,
     TENSORS,
     bombs,
+    cifar_batch,
     idx_file,
     pictures,
     recipe_yaml,
@@ -127,8 +129,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
     """Every kind of file and its reader. `folder` is for what lies beside the files."""
 
     from fastdiff.data import TabularDataConfig, TextDataConfig, TokenFile, load_tabular_data
+    from fastdiff.data.cifar10 import read_batch
     from fastdiff.data.corpora import open_corpus
-    from fastdiff.data.datasets import read_idx
+    from fastdiff.data.fashion_mnist import read_idx
     from fastdiff.data.pictures import check_picture, picture_size, read_picture
     from fastdiff.data.table_schema import TableSchema
     from fastdiff.data.tokenization import load_saved_tokenizer
@@ -191,6 +194,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         name = path.name.partition("-")[2]
         load(_only(folder / "model", path, name, {n: c for n, c in saved.items() if n != name}), device="cpu")
 
+    images = np.arange(2 * 3072, dtype=np.uint32).astype(np.uint8).reshape(2, 3072)
     state_seeds = {"state.json": json.dumps(STATE).encode()}
     metrics = "".join(json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(5)).encode()
     return {
@@ -204,6 +208,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "safetensors": Kind({"a.safetensors": save(TENSORS)}, read_tensors),
         "tokens": Kind({"a.tokens": token_file(folder)}, tokens),
         "idx": Kind({"a": idx_file(), "a.gz": gzip.compress(idx_file(), mtime=0)}, idx),
+        "cifar": Kind({"data_batch": cifar_batch(images, [3, 9]), "data_batch.bin": b"\3" + bytes(3072)}, read_batch),
         "jsonl": Kind({"a.jsonl": b'{"text": "a b c"}\n' * 9}, documents),
         "torch": Kind({"a.pt": torch_file()}, read_tensors),
         "tokenizer": Kind({"t.json": tokenizer_json()}, tokenizer),

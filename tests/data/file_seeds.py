@@ -106,6 +106,26 @@ def idx_file() -> bytes:
     return bytes((0, 0, 8, 3)) + struct.pack(">3I", 5, 4, 3) + bytes(range(60))
 
 
+def cifar_batch(data: np.ndarray, labels: list[int]) -> bytes:
+    """A file of CIFAR-10's Python version, as Python 2 wrote it: protocol 2, texts and pixels as strings of bytes,
+    NumPy's array by its old module. Pixels uint8 [n, 3072], labels 0 … 9."""
+
+    def text(raw: bytes) -> bytes:
+        return b"U" + bytes([len(raw)]) + raw if len(raw) < 256 else b"T" + struct.pack("<I", len(raw)) + raw
+
+    count, minus_one = len(labels), b"J" + struct.pack("<i", -1)
+    shape = b"K\x01(M" + struct.pack("<H", count) + b"M" + struct.pack("<H", data.shape[1]) + b"t"
+    dtype = (
+        b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNN" + 2 * minus_one + b"K\x00tb"
+    )
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R("
+    array += shape + dtype + b"\x89" + text(data.tobytes()) + b"tb"
+    listed = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    names = b"](" + b"".join(text(b"a_s_%06d.png" % index) for index in range(count)) + b"e"
+    fields = {b"data": array, b"labels": listed, b"batch_label": text(b"training batch"), b"filenames": names}
+    return b"\x80\x02}(" + b"".join(text(name) + value for name, value in fields.items()) + b"u."
+
+
 def token_file(folder: Path) -> bytes:
     from fastdiff.data import write_token_file
 

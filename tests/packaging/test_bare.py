@@ -92,7 +92,9 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(capsys):
 def test_every_package_that_is_imported_is_brought_by_the_project():
     tomllib = pytest.importorskip("tomllib", reason="NOT TESTED: Python 3.10 has no tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distributions = {"lm_eval": "lm-eval", "sklearn": "scikit-learn"}  # where they are not called as what is imported
+    distributions = {  # where they are not called as what is imported
+        "lm_eval": "lm-eval", "sklearn": "scikit-learn", "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    }  # fmt: skip
     for package, brought_by in _BROUGHT_BY.items():
         home, _, extra = brought_by.rstrip("]").partition("[")
         if home == "fastdiff-kernels":

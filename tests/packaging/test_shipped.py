@@ -52,7 +52,7 @@ def test_each_recipe_says_what_it_is():
     for name, line in listed:
         assert re.fullmatch(r"[^.:].*\. Needs: .+\. Time: .+\.", line), f"{name}: {line}"
         assert len(line) <= 120
-        assert set(re.findall(r"\[(\w+)]", line)) <= {"data", "text"}, name
+        assert set(re.findall(r"\[(\w+)]", line)) <= {"data", "text", "images"}, name
         for run in re.findall(r"runs/(\w+)", line):
             training = yaml.safe_load((ROOT / "recipes" / f"{run}.yaml").read_text())["training"]
             assert training["output_dir"] == f"runs/{run}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data import EpochStream, ImageData, load_data
-from fastdiff.data.images import flip_some
+from fastdiff.data.images import flip_some, shift_and_scale
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.classes import sample_classes
 from fastdiff.diffusion.continuous import Diffusion
@@ -21,7 +21,7 @@ from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.task import Batch
 
 # purposes of derived seeds (the trainer's own is 1)
-_ORDER, _TIMES, _LABELS, _NOISE, _FLIPS = 2, 3, 4, 5, 6
+_ORDER, _TIMES, _LABELS, _NOISE, _FLIPS, _SHIFTS = 2, 3, 4, 5, 6, 7
 
 
 class DiTTask:
@@ -62,6 +62,10 @@ class DiTTask:
         x0 = self.data.train.images(indices)
         if self.config.data.horizontal_flip:
             x0 = flip_some(x0, torch.rand(size, generator=generator(seed, step, _FLIPS))[mine])
+        shift, scale = self.config.data.random_shift or 0.0, self.config.data.random_scale or 0.0
+        if shift or scale:
+            draws = torch.rand(size, 3, generator=generator(seed, step, _SHIFTS))[mine]
+            x0 = shift_and_scale(x0, draws, shift, scale)
         return {
             "x0": x0,
             "labels": torch.where(dropped, num_classes, labels),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data import EpochStream, LabelledData
-from fastdiff.data.images import flip_some
+from fastdiff.data.images import flip_some, shift_and_scale
 from fastdiff.data.stream import share
 from fastdiff.data.text_batches import window_length
 from fastdiff.device import autocast_dtype
@@ -20,7 +20,7 @@ from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.task import Batch
 
 # purposes of derived seeds (the trainer's own is 1)
-_ORDER, _TIMES, _CONDITIONS, _NOISE, _FLIPS, _LENGTH = 2, 3, 4, 5, 6, 7
+_ORDER, _TIMES, _CONDITIONS, _NOISE, _FLIPS, _LENGTH, _SHIFTS = 2, 3, 4, 5, 6, 7, 8
 
 
 class QGFDTask:
@@ -101,15 +101,24 @@ class QGFDTask:
         purpose = self.config.modalities.index(modality)
         dropped = torch.rand(len(all_of_it), generator=generator(seed, step, _CONDITIONS, purpose))[part]
         self._drop_conditions(modality, batch, dropped < getattr(self.config, modality).condition_dropout)
-        if modality == "image" and self.config.image_data.horizontal_flip:
-            draws = torch.rand(len(all_of_it), generator=generator(seed, step, _FLIPS))[part]
-            batch["pixel_values"] = flip_some(batch["pixel_values"], draws)
+        if modality == "image":
+            batch["pixel_values"] = self._augmented(batch["pixel_values"], step, len(all_of_it), part)
         if modality == "text" and "condition_ids" not in batch:
             length = window_length(self.config.text_data, generator(seed, step, _LENGTH))
             batch["input_ids"] = batch["input_ids"][:, :length]
         times = self.diffusion.sample_times(len(all_of_it), generator(seed, step, _TIMES, purpose))
         _, *shape = self.model.latent_shape(batch, modality)
         return {**batch, "t": times[part], "noise": normal_noise(mine, tuple(shape), seed, step, _NOISE)}
+
+    def _augmented(self, images: Tensor, step: int, count: int, part: slice) -> Tensor:
+        """A part of a step's `count` images, mirrored, moved and resized as the recipe says."""
+        data, seed = self.config.image_data, self.config.training.seed
+        if data.horizontal_flip:
+            images = flip_some(images, torch.rand(count, generator=generator(seed, step, _FLIPS))[part])
+        if data.random_shift or data.random_scale:
+            draws = torch.rand(count, 3, generator=generator(seed, step, _SHIFTS))[part]
+            images = shift_and_scale(images, draws, data.random_shift or 0.0, data.random_scale or 0.0)
+        return images
 
     def _drop_conditions(self, modality: str, batch: Batch, dropped: Tensor) -> None:
         """Takes the condition from some samples, for classifier-free guidance."""
