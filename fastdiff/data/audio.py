@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.config import check_class_names
-from fastdiff.data.datasets import stratified_split
 from fastdiff.data.file_checks import class_folders, natural_order
 from fastdiff.data.labelled import LabelledData
+from fastdiff.data.splits import stratified_split
 from fastdiff.data.spoken_digits import HELD_OUT_SPEAKERS, VOICES, WORDS, Utterances, load_utterances
 from fastdiff.data.waveforms import read_wav, resample, trimmed, window
 from fastdiff.errors import named

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.csv_files import column_values, read_csv
-from fastdiff.data.datasets import stratified_split
 from fastdiff.data.labelled import LabelledData
+from fastdiff.data.splits import stratified_split
 from fastdiff.data.table_schema import TableSchema, checked_columns
 from fastdiff.errors import named
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.data.config import DataConfig, check_class_names
-from fastdiff.data.datasets import load_mnist5k, stratified_split
+from fastdiff.data.datasets import load_mnist5k
 from fastdiff.data.file_checks import check_pictures, class_folders, natural_order
 from fastdiff.data.images import ArrayImages, FileImages
 from fastdiff.data.labelled import ExampleSet, LabelledData
 from fastdiff.data.pictures import IMAGE_SUFFIXES
+from fastdiff.data.splits import stratified_split
 from fastdiff.errors import named
 
 

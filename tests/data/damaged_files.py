@@ -128,7 +128,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     from fastdiff.data import TabularDataConfig, TextDataConfig, TokenFile, load_tabular_data
     from fastdiff.data.corpora import open_corpus
-    from fastdiff.data.datasets import read_idx
+    from fastdiff.data.fashion_mnist import read_idx
     from fastdiff.data.pictures import check_picture, picture_size, read_picture
     from fastdiff.data.table_schema import TableSchema
     from fastdiff.data.tokenization import load_saved_tokenizer

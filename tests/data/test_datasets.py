@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastdiff.data import DataConfig, load_data
-from fastdiff.data.datasets import FASHION_FOLDERS, stratified_split
+from fastdiff.data.fashion_mnist import FASHION_FOLDERS
 from fastdiff.data.images import to_bytes, to_signed_unit
+from fastdiff.data.splits import stratified_split
 
 
 @pytest.mark.parametrize(
