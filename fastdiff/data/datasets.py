@@ -1,8 +1,11 @@
 """Loaders of the named data sets. Nothing is downloaded: a missing source is an error that says what to install."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
+from fastdiff.data.colored_fashion import load_colored_fashion
 from fastdiff.data.config import DataConfig
 from fastdiff.data.fashion_mnist import load_fashion_mnist
 from fastdiff.data.image_folder import load_image_folder
@@ -20,13 +23,11 @@ def load_data(config: DataConfig) -> ImageData:
         FileNotFoundError, ModuleNotFoundError, ValueError: a source is missing, cut short or unusable; one line with
             what to install or pass.
     """
-    if config.name == "image_folder":
-        return load_image_folder(config)
-    if config.folder is not None and config.name != "fashion_mnist":
+    if config.folder is not None and config.name in ("mnist5k", "digits"):
         raise ValueError(
             f"{named('folder')}: got {config.folder!r} with {config.name}, which comes from a package; leave it out"
         )
-    return {"mnist5k": load_mnist5k, "digits": load_digits, "fashion_mnist": load_fashion_mnist}[config.name](config)
+    return _LOADERS[config.name](config)
 
 
 def load_mnist5k(config: DataConfig) -> ImageData:
@@ -68,3 +69,12 @@ def _split_arrays(
         classes,
         tuple(pixels.shape[1:]),
     )
+
+
+_LOADERS: dict[str, Callable[[DataConfig], ImageData]] = {
+    "mnist5k": load_mnist5k,
+    "digits": load_digits,
+    "fashion_mnist": load_fashion_mnist,
+    "image_folder": load_image_folder,
+    "colored_fashion": load_colored_fashion,
+}
