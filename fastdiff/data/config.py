@@ -7,6 +7,8 @@ from fastdiff.errors import named
 
 DataName = Literal["mnist5k", "digits", "fashion_mnist", "colored_fashion", "image_folder"]
 
+_RESIZED = ("mnist5k", "digits", "fashion_mnist")
+
 
 def check_class_names(class_names: list[str] | None, name: str, folder_kind: str) -> None:
     """Raises ValueError where a recipe names the classes of a data set that has its own."""
@@ -28,6 +30,8 @@ class DataConfig:
         folder: where the files lie: needed by image_folder; for fashion_mnist and colored_fashion, instead of Debian's
             dataset-fashion-mnist.
         image_size: edge in pixels to which image_folder crops (centre square) and resizes.
+        resize: edge in pixels to which the images of mnist5k, digits and fashion_mnist are resized; null leaves them as
+            they are.
         channels: 3 for colour or 1 for grey; image_folder alone.
         held_out_fraction: share of each class kept out of training; image_folder alone (the others have fixed splits).
         horizontal_flip: mirror each training image with probability 1/2.
@@ -41,6 +45,7 @@ class DataConfig:
     name: DataName = "mnist5k"
     folder: str | None = None
     image_size: int = 64
+    resize: int | None = None
     channels: Literal[1, 3] = 3
     held_out_fraction: float = 0.1
     horizontal_flip: bool = False
@@ -55,3 +60,10 @@ class DataConfig:
             )
         if self.image_size < 1:
             raise ValueError(f"{named('image_size')}: got {self.image_size}; expected at least 1 pixel")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"{named('resize')}: got {self.resize}; expected at least 1 pixel")
+        if self.resize is not None and self.name not in _RESIZED:
+            raise ValueError(
+                f"{named('resize')}: got {self.resize} with {self.name}; expected null: it is for "
+                f"{', '.join(_RESIZED)}; image_folder has image_size"
+            )

@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.data.labelled import ExampleSet, LabelledData
@@ -97,6 +98,24 @@ class FileImages(_Batches):
         return digest.hexdigest()
 
 
+class ResizedImages(_Batches):
+    """Images resized when they are asked for: bicubic, without aliasing.
+
+    Args:
+        images: the images.
+        size: height and width of what `images` returns.
+    """
+
+    def __init__(self, images: ImageSet, size: tuple[int, int]):
+        self.source, self.size, self.labels = images, size, images.labels
+
+    def images(self, indices: Tensor | Sequence[int]) -> Tensor:
+        return resize(self.source.images(indices), self.size)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"resized {self.size} {self.source.fingerprint()}".encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class ImageData(LabelledData):
     """Labelled images and their shape."""
@@ -104,6 +123,19 @@ class ImageData(LabelledData):
     train: ImageSet
     held_out: ImageSet
     image_shape: tuple[int, int, int]  # C, H, W
+
+
+def resized(data: ImageData, edge: int) -> ImageData:
+    """The same data with square images of `edge` pixels."""
+    parts = (ResizedImages(part, (edge, edge)) for part in (data.train, data.held_out))
+    return replace(data, train=next(parts), held_out=next(parts), image_shape=(data.image_shape[0], edge, edge))
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:  # float [N, C, H, W], -1 … 1 -> [N, C, *size]
+    """Images of another size: bicubic, without aliasing, clipped to -1 … 1."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def to_signed_unit(pixels: Tensor) -> Tensor:
