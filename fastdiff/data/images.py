@@ -27,7 +27,11 @@ class ImageSet(ExampleSet, Protocol):
         ...
 
 
-class _Batches:
+class LabelledImages:
+    """What sets of images have in common, beside `images` and `fingerprint`."""
+
+    labels: Tensor
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -37,7 +41,7 @@ class _Batches:
         return {"pixel_values": self.images(indices), "labels": self.labels[indices]}
 
 
-class ArrayImages(_Batches):
+class ArrayImages(LabelledImages):
     """Images kept in memory as bytes.
 
     Args:
@@ -59,7 +63,7 @@ class ArrayImages(_Batches):
         return digest.hexdigest()
 
 
-class FileImages(_Batches):
+class FileImages(LabelledImages):
     """Images decoded from files when they are asked for (`fastdiff.data.pictures`), cropped to the centre square and
     resized.
 
@@ -98,7 +102,7 @@ class FileImages(_Batches):
         return digest.hexdigest()
 
 
-class ResizedImages(_Batches):
+class ResizedImages(LabelledImages):
     """Images resized when they are asked for: bicubic, without aliasing.
 
     Args:
