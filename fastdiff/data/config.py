@@ -9,6 +9,8 @@ DataName = Literal[
     "mnist5k", "digits", "fashion_mnist", "colored_fashion", "emoji", "cifar10", "image_folder", "captions_folder"
 ]
 
+_RESIZED = ("mnist5k", "digits", "fashion_mnist")
+
 
 def check_class_names(class_names: list[str] | None, name: str, folder_kind: str) -> None:
     """Raises ValueError where a recipe names the classes of a data set that has its own."""
@@ -37,6 +39,8 @@ class DataConfig:
             null is captions.jsonl in the folder.
         image_size: edge in pixels to which image_folder and captions_folder crop (centre square) and resize, and in
             which emoji are drawn.
+        resize: edge in pixels to which the images of mnist5k, digits and fashion_mnist are resized; null leaves them as
+            they are.
         channels: 3 for colour or 1 for grey; image_folder and captions_folder alone.
         held_out_fraction: share (of each class) kept out of training; image_folder and captions_folder alone (the
             others have fixed splits).
@@ -55,6 +59,7 @@ class DataConfig:
     folder: str | None = None
     captions: str | None = None
     image_size: int = 64
+    resize: int | None = None
     channels: Literal[1, 3] = 3
     held_out_fraction: float = 0.1
     horizontal_flip: bool = False
@@ -71,6 +76,13 @@ class DataConfig:
             )
         if self.image_size < 1:
             raise ValueError(f"{named('image_size')}: got {self.image_size}; expected at least 1 pixel")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"{named('resize')}: got {self.resize}; expected at least 1 pixel")
+        if self.resize is not None and self.name not in _RESIZED:
+            raise ValueError(
+                f"{named('resize')}: got {self.resize} with {self.name}; expected null: it is for "
+                f"{', '.join(_RESIZED)}; image_folder has image_size"
+            )
         for name in ("random_shift", "random_scale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 0.5:

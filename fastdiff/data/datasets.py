@@ -12,7 +12,7 @@ from fastdiff.data.config import DataConfig
 from fastdiff.data.emoji import load_emoji
 from fastdiff.data.fashion_mnist import load_fashion_mnist
 from fastdiff.data.image_folder import load_image_folder
-from fastdiff.data.images import ArrayImages, ImageData
+from fastdiff.data.images import ArrayImages, ImageData, resized
 from fastdiff.data.splits import stratified_split
 from fastdiff.errors import named
 
@@ -30,7 +30,8 @@ def load_data(config: DataConfig) -> ImageData:
         raise ValueError(
             f"{named('folder')}: got {config.folder!r} with {config.name}, which comes from a package; leave it out"
         )
-    return _LOADERS[config.name](config)
+    data = _LOADERS[config.name](config)
+    return data if config.resize is None else resized(data, config.resize)
 
 
 def load_mnist5k(config: DataConfig) -> ImageData:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +27,11 @@ class ImageSet(ExampleSet, Protocol):
         ...
 
 
-class _Batches:
+class LabelledImages:
+    """What sets of images have in common, beside `images` and `fingerprint`."""
+
+    labels: Tensor
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -37,7 +41,7 @@ class _Batches:
         return {"pixel_values": self.images(indices), "labels": self.labels[indices]}
 
 
-class ArrayImages(_Batches):
+class ArrayImages(LabelledImages):
     """Images kept in memory as bytes.
 
     Args:
@@ -59,7 +63,7 @@ class ArrayImages(_Batches):
         return digest.hexdigest()
 
 
-class FileImages(_Batches):
+class FileImages(LabelledImages):
     """Images decoded from files when they are asked for (`fastdiff.data.pictures`), cropped to the centre square and
     resized.
 
@@ -98,6 +102,24 @@ class FileImages(_Batches):
         return digest.hexdigest()
 
 
+class ResizedImages(LabelledImages):
+    """Images resized when they are asked for: bicubic, without aliasing.
+
+    Args:
+        images: the images.
+        size: height and width of what `images` returns.
+    """
+
+    def __init__(self, images: ImageSet, size: tuple[int, int]):
+        self.source, self.size, self.labels = images, size, images.labels
+
+    def images(self, indices: Tensor | Sequence[int]) -> Tensor:
+        return resize(self.source.images(indices), self.size)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"resized {self.size} {self.source.fingerprint()}".encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class ImageData(LabelledData):
     """Labelled images and their shape."""
@@ -110,6 +132,19 @@ class ImageData(LabelledData):
     def images_fingerprint(self) -> str:
         """A hash of what classifiers of these images learn from, whatever else the data set has."""
         return self.fingerprint
+
+
+def resized(data: ImageData, edge: int) -> ImageData:
+    """The same data with square images of `edge` pixels."""
+    parts = (ResizedImages(part, (edge, edge)) for part in (data.train, data.held_out))
+    return replace(data, train=next(parts), held_out=next(parts), image_shape=(data.image_shape[0], edge, edge))
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:  # float [N, C, H, W], -1 … 1 -> [N, C, *size]
+    """Images of another size: bicubic, without aliasing, clipped to -1 … 1."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def to_signed_unit(pixels: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ KINDS = {
     "masked_lm": "fastdiff.tasks.masked_lm",
     "length_head": "fastdiff.tasks.length_head",
     "qgfd": "fastdiff.tasks.qgfd",
+    "autoencoder": "fastdiff.tasks.autoencoder",
 }
 _OF_RECIPES_WITHOUT_TASK = "dit"
 _OF_FILES = "dit"  # facebookresearch/DiT's

@@ -17,6 +17,9 @@ class Task(Protocol):
 
     `batch` must be a pure function of its arguments (and of the task's seed): that is what makes resume exact and
     the number of processes irrelevant. Slots are positions in the step's global batch, 0 … batch_size - 1.
+
+    A task may have a method `save_averaged(model, folder)`, too: after `save` it adds to `folder` what is measured of
+    the averaged weights, which ema.safetensors has already.
     """
 
     model: nn.Module

@@ -346,6 +346,8 @@ class Trainer:
         def write(folder: Path) -> None:
             self.task.save(model, folder)
             checkpoints.save_weights(self.ema.module, folder / checkpoints.AVERAGED)
+            if hasattr(self.task, "save_averaged"):
+                self.task.save_averaged(self.ema.module, folder)
             checkpoints.save_optimizer(self.optimizer, self.names, folder / checkpoints.OPTIMIZER)
 
         state = {

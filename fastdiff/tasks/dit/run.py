@@ -14,12 +14,12 @@ from fastdiff.device import autocast_dtype, check_device
 from fastdiff.diffusion import Diffusion, DiffusionConfig, SamplerOptions, sample_classes
 from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.files import read_json
+from fastdiff.models.autoencoder import FOLDER, decode, load_decoder
 from fastdiff.models.dit import DiT
 from fastdiff.models.dit_checkpoints import DIFFUSERS_CLASSES, model_folder
 from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, check_overrides, read_config
 from fastdiff.models.weights import check_counts, header_of
 from fastdiff.recipes import load_recipe
-from fastdiff.tasks.dit.decoder import FOLDER, decode, load_decoder
 from fastdiff.tasks.dit.recipe import DiTRecipe, SamplingConfig
 from fastdiff.tasks.images import to_pil
 from fastdiff.tasks.labels import labels_of, parse_labels
