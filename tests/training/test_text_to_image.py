@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from text_to_image_runs import CROSS, DIT, Q_FORMER, write_recipe
 
 import fastdiff
-from fastdiff import sample, train
+from fastdiff import evaluate, sample, train
 from fastdiff.data.captions import Captions
 from fastdiff.models.autoencoder import AutoencoderConfig, deviation_of, make_autoencoder
 from fastdiff.nn.attention_maps import attention_entropy, attention_maps
@@ -136,19 +136,24 @@ def test_classes_are_drawn_by_label_where_the_dit_was_frozen(q_former_run, cross
     )
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    """A folder with a tiny BERT of random weights, for prompts of digits and a few words."""
+def write_reader(folder, words):
+    """A tiny BERT of random weights that knows these words, in a folder; returns it."""
     import transformers
     from tokenizers_of_kinds import bert_like
 
-    folder, tokenizer = tmp_path_factory.mktemp("reader"), bert_like("a digit of " + " ".join("0123456789"))
+    tokenizer = bert_like(words)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
     torch.manual_seed(0)
     config = transformers.BertConfig(**sizes, vocab_size=1 + max(tokenizer.get_vocab().values()))
     transformers.BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A folder with a tiny BERT, for prompts of digits and a few words."""
+    return write_reader(tmp_path_factory.mktemp("reader"), "a digit of " + " ".join("0123456789"))
 
 
 def test_a_language_model_reads_any_text(make_trainer, reader, dit_run, tmp_path):
@@ -308,6 +313,59 @@ def test_a_picture_for_each_entry(name, request, tmp_path, capsys):
     assert arrays["prompts"].tolist() == ["3", "7"] and arrays["prompt1_t0.5"].shape[-1] == len(arrays["prompt1_keys"])
     sample.main([str(run), "--config", str(file), "--output", str(tmp_path / "elsewhere")])
     assert {each.split("/")[0] for each in names} == {each.name for each in (tmp_path / "elsewhere").iterdir()}
+
+
+@pytest.fixture
+def few_features(monkeypatch):
+    """In place of EfficientNet-Lite0: the mean colours of the four quarters of an image."""
+    from fastdiff.evaluation import efficientnet
+
+    def features(images, indices=None, **_):
+        images = images if isinstance(images, torch.Tensor) else images.images(indices)
+        return torch.nn.functional.adaptive_avg_pool2d(images.expand(-1, 3, -1, -1), 2).flatten(1)
+
+    monkeypatch.setattr(efficientnet, "image_features", features)
+
+
+def measured(run, *options):
+    evaluate.main([str(run), *map(str, options)])
+    return json.loads((run / "evaluation.json").read_text())
+
+
+def test_measures_of_classes(cross_run, few_features, capsys):
+    report = measured(cross_run, "--num-samples", 20)
+    assert report["step"] == 4 and report["samples"]["images"] == report["held_out"]["images"] == 20
+    assert report["held_out"]["class_accuracy"] > 0.5 > report["samples"]["class_accuracy"]
+    assert report["efficientnet_lite0"]["samples"] > report["efficientnet_lite0"]["held_out"]
+    assert "real held-out" in capsys.readouterr().out
+
+
+def test_measures_of_combinations(few_features, tmp_path, capsys):
+    """Tinted garments: classes and colours that were trained on together, and others."""
+    from data.small_fashion import write_fashion
+
+    (tmp_path / "fashion").mkdir()
+    write_fashion(tmp_path / "fashion")
+    model = {"input_size": 32, "patch_size": 16, "in_channels": 3, "num_classes": 1, "hidden_size": 32, "num_heads": 2}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", Q_FORMER, train="all", model={**model, "depth": 1},
+        data={"name": "colored_fashion", "folder": str(tmp_path / "fashion")},
+        text_encoder={"name": str(write_reader(tmp_path / "reader", "a red shirt on blue"))}, sampling={"prompts": []},
+    )  # fmt: skip
+    train.main([str(recipe), "--training.output_dir", str(tmp_path / "run"), "--training.max_steps", "1"])
+    capsys.readouterr()
+    report = measured(tmp_path / "run", "--num-samples", 30)
+    groups = report["attributes"]
+    assert groups["samples_seen"]["images"] + groups["samples_unseen"]["images"] == 30
+    assert groups["samples_unseen"]["images"] > 5 and groups["held_out_unseen"]["images"] > 5
+    assert set(groups["samples_seen"]["accuracy"]) == {"class", "color", "background"}
+    assert groups["held_out_seen"]["accuracy"]["color"] > groups["samples_seen"]["accuracy"]["color"]
+    assert report["seen"]["samples"]["images"] == 15
+    assert "samples, unseen" in capsys.readouterr().out
+    study = tmp_path / "study.yaml"
+    study.write_text("entries: [{name: unseen, combinations: unseen, count: 3, num_inference_steps: 1}]")
+    sample.main([str(tmp_path / "run"), "--config", str(study)])
+    assert (tmp_path / "run" / "study" / "unseen.png").is_file()
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -1,6 +1,7 @@
 """`fastdiff.evaluate` on a text-to-image model."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,14 +81,27 @@ def _measured(
     run: TextToImageRun, data: ImageData, sampling: TextToImageSamplingConfig, count: int
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What fits the data, one after the other: plain values and a table."""
-    if not isinstance(data, CaptionedData):
-        samples, measures, table = _of_classes(run, data, sampling, count)
-    elif data.attributes:
-        samples, measures, table = _of_attributes(run, data, sampling, count)
-    else:
-        samples, measures, table = _of_texts(run, data, sampling, count)
+    by_texts = isinstance(data, CaptionedData) and not data.attributes
+    has_network = _check_network(needed=by_texts)
+    draw = _of_texts if by_texts else _of_attributes if isinstance(data, CaptionedData) else _of_classes
+    samples, measures, table = draw(run, data, sampling, count)
     yield measures, table
-    yield _in_network_features(samples, data)
+    if has_network:
+        yield _in_network_features(samples, data)
+
+
+def _check_network(needed: bool) -> bool:
+    """Whether EfficientNet-Lite0 is installed; asked before minutes of work. Raises ModuleNotFoundError if needed."""
+    from fastdiff.evaluation import image_features
+
+    try:
+        image_features(torch.zeros(1, 3, 8, 8))
+    except ModuleNotFoundError as error:
+        if needed:
+            raise
+        print(f"{error}; until then no Fréchet distance in its features", file=sys.stderr)
+        return False
+    return True
 
 
 def _of_attributes(
