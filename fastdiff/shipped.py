@@ -42,6 +42,26 @@ def find_recipe(name: str | os.PathLike) -> Path:
     )
 
 
+def find_entries(name: str | os.PathLike) -> Path:
+    """A file of entries for `fastdiff sample RUN --config NAME`: a path, or the name of one in recipes/evaluate.
+
+    Raises:
+        FileNotFoundError: it is neither; the message has the names that there are.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = recipes_folder() / "evaluate"
+    named = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+    if str(path.parent) in (".", "recipes/evaluate") and named.is_file():
+        return named
+    known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
+    raise FileNotFoundError(
+        f"--config: got {str(name)!r}; expected the path of a YAML file of entries, or the name of one that comes with "
+        f"fastdiff: {known}"
+    )
+
+
 def list_recipes() -> list[tuple[str, str]]:
     """Each shipped recipe's name and first line: `WHAT. Needs: WHAT IT NEEDS. Time: HOW LONG IT TRAINS.`
 

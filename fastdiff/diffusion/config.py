@@ -32,6 +32,8 @@ class DiffusionConfig:
         time_scale: Continuous t is multiplied by it before the network sees it; null is num_train_timesteps. With
             discrete levels the network sees (level + 1) / num_train_timesteps times it (LLM2DiT: 1); null is the level
             itself.
+        time_range: Continuous training times below the first number are raised to it, those above the second lowered:
+            [0.01, 0.99] are the ends of "renoise". null takes them as they are drawn.
     """
 
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow"] = "flow"
@@ -44,6 +46,7 @@ class DiffusionConfig:
     logit_normal_mean: float = 0.0
     logit_normal_std: float = 1.0
     time_scale: float | None = None
+    time_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         known = {"prediction_type": PREDICTION_TYPES, "noise_levels": DISCRETE_LEVELS + CONTINUOUS_LEVELS}
@@ -65,6 +68,25 @@ class DiffusionConfig:
             raise ValueError(
                 f"DiffusionConfig.beta_start, beta_end: got {self.beta_range}; expected 0 < beta_start <= beta_end < 1"
             )
+        if self.time_range is not None:
+            self._check_time_range()
+
+    def _check_time_range(self) -> None:
+        if self.is_discrete:
+            raise ValueError(
+                f"DiffusionConfig.time_range: got {self.time_range} with noise_levels {self.noise_levels!r}; expected "
+                f"none, or one of {', '.join(CONTINUOUS_LEVELS)}"
+            )
+        try:
+            low, high = self.time_range
+            fits = 0 <= low < high <= 1
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"DiffusionConfig.time_range: got {self.time_range}; expected two numbers, 0 <= lowest < highest <= 1"
+            )
+        self.time_range = (low, high)
 
     @property
     def is_discrete(self) -> bool:

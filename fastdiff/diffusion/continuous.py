@@ -50,7 +50,7 @@ class Diffusion:
         else:  # X / (X + Y) of two Gamma variables is Beta distributed; torch.distributions takes no generator
             shapes = torch.tensor([config.beta_a, config.beta_b], device=options["device"]).expand(batch_size, 2)
             t = torch._sample_dirichlet(shapes, generator)[:, 0]
-        return t.to(device)
+        return (t if config.time_range is None else t.clamp(*config.time_range)).to(device)
 
     def model_time(self, t: Tensor) -> Tensor:  # [B] -> [B], float32
         """The time as the network gets it: the level itself, or continuous t times `time_scale` (1000).
@@ -73,6 +73,13 @@ class Diffusion:
     def noise_share(self, t: Tensor) -> Tensor:  # [B] -> [B], float32
         """How far t lies on the way from the image (0) to pure noise (1): t itself, or (t + 1) / T of a level."""
         return (t + 1) / self.config.num_train_timesteps if self.config.is_discrete else t.float()
+
+    def time_at(self, noise_share: float) -> Tensor:  # a scalar
+        """The t that lies nearest to a share of noise in [0, 1]: the share itself, or the level of it."""
+        if not self.config.is_discrete:
+            return torch.tensor(noise_share, dtype=torch.float32)
+        levels = self.config.num_train_timesteps
+        return torch.tensor(min(max(round(noise_share * levels) - 1, 0), levels - 1))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α(t) and σ(t), float32, of t's shape."""

@@ -103,7 +103,7 @@ class TextToImage(Pretrained):
     config_class = TextToImageConfig
     title = "a text-to-image model"
     free_fields = ("text_dropout_prob",)
-    extra_keys = (*Pretrained.extra_keys, "text_encoder", "decoder")
+    extra_keys = (*Pretrained.extra_keys, "text_encoder", "labelled")
 
     def __init__(self, config: TextToImageConfig, dit: DiT | None = None) -> None:
         """`dit`: a DiT of `config.dit`; None makes one with random weights."""

@@ -23,6 +23,7 @@ KINDS = {
     "masked_lm": "fastdiff.tasks.masked_lm",
     "length_head": "fastdiff.tasks.length_head",
     "qgfd": "fastdiff.tasks.qgfd",
+    "text_to_image": "fastdiff.tasks.text_to_image",
     "autoencoder": "fastdiff.tasks.autoencoder",
 }
 _OF_RECIPES_WITHOUT_TASK = "dit"

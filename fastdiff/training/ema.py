@@ -11,20 +11,23 @@ class Ema:
     """Keeps `module`, a copy of a model whose weights follow the model's with exponential decay.
 
     The decay of update n (from 0) is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
-    The state is the weights alone; n is the training step.
+    The state is the weights alone; n is the training step. Weights that are frozen now are their own average: `module`
+    shares them with the model.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.module = copy.deepcopy(model, frozen).requires_grad_(False).eval()
         self.decay = decay
-        self._average = dict(zip(model.parameters(), self.module.parameters(), strict=True))
+        pairs = zip(model.parameters(), self.module.parameters(), strict=True)
+        self._average = {parameter: average for parameter, average in pairs if average is not parameter}
 
     def decay_of(self, step: int) -> float:
         """The decay of the update after the optimizer's step `step` (the first is 0)."""
         return min(self.decay, (1 + step) / (10 + step))
 
     def pairs(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
-        """Every weight of the model and its average."""
+        """Every weight of the model that is trained, and its average."""
         return self._average.items()
 
     def update(self, step: int) -> None:

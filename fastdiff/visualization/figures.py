@@ -49,10 +49,15 @@ def monospace() -> list[str]:
 
 def shown(name: object) -> str:
     """A name as a picture can show it: in one line of at most 40 columns, without characters that cannot be drawn."""
-    text = " ".join("".join(c if _is_drawn(c) else "·" for c in str(name).replace("\n", " ")).split())
+    text = drawable(name)
     while width_of(text) > _LONGEST:
         text = text[: -2 if text.endswith("…") else -1] + "…"
     return text
+
+
+def drawable(text: object) -> str:
+    """A text in one line, with "·" for what cannot be drawn."""
+    return " ".join("".join(c if _is_drawn(c) else "·" for c in str(text).replace("\n", " ")).split())
 
 
 def _is_drawn(character: str) -> bool:

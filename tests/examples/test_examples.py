@@ -57,6 +57,13 @@ def test_sample_dit(example, tmp_path, capsys):
     assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
 
 
+def test_text_to_image(example, tmp_path):
+    run, picture = str(tmp_path / "run"), tmp_path / "prompts.png"
+    images = example("text_to_image").main(run, picture, ("3", "7"), 2, max_steps=2, hidden_size=32, depth=1)
+    assert images.shape == (4, 1, 8, 8) and Image.open(picture).format == "PNG"
+    assert images.equal(example("text_to_image").main(run, picture, ("3", "7"), 2))  # the run is there now
+
+
 def test_stream_decoding(example, numbers_run, capsys):
     sample, left = example("stream_decoding").main(numbers_run, "12", max_new_tokens=8)
     assert left[0] < 8 and left[-1] == 0 and left == sorted(set(left), reverse=True)  # each step fills some

@@ -106,12 +106,24 @@ def test_times_have_their_distribution():
         assert process.sample_times(8).shape == (8,)
     shifted = diffusion("flow", "logit_normal", logit_normal_mean=-1.0, logit_normal_std=0.5)
     assert abs(torch.logit(shifted.sample_times(count, generator)).mean() + 1) < deviations
+    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
+    clamped = diffusion("sample", "beta", time_range=(0.01, 0.99)).sample_times(count, seeds[0])
+    assert torch.equal(clamped, diffusion("sample", "beta").sample_times(count, seeds[1]).clamp(0.01, 0.99))
+    assert clamped.min() == torch.tensor(0.01)  # of 20 000 draws some 500 lie below
 
 
 def test_model_times():
     assert diffusion("epsilon", "linear").model_time(torch.tensor([0, 999])).tolist() == [0.0, 999.0]
     assert diffusion("flow", "uniform").model_time(torch.tensor([0.0, 0.5])).tolist() == [0.0, 500.0]
     assert diffusion("flow", "uniform", time_scale=100.0).model_time(torch.tensor([0.5])).tolist() == [50.0]
+
+
+def test_time_at_is_the_inverse_of_noise_share():
+    discrete, continuous = diffusion("epsilon", "linear"), diffusion("flow", "uniform")
+    levels = torch.arange(1000)
+    assert [int(discrete.time_at(float(share))) for share in discrete.noise_share(levels)] == levels.tolist()
+    assert discrete.time_at(0.0) == 0 and discrete.time_at(1.0) == 999
+    assert continuous.time_at(0.25) == 0.25 and continuous.time_at(0.25).dtype == torch.float32
 
 
 class Constant(nn.Module):
@@ -217,6 +229,9 @@ def test_learnt_variance_needs_discrete_levels():
         (dict(num_train_timesteps=0), "num_train_timesteps: got 0"),
         (dict(noise_levels="beta", beta_b=-1.0), "beta_b: got -1.0"),
         (dict(prediction_type="sample", noise_levels="linear", beta_end=1.5), "beta_start, beta_end: got"),
+        (dict(noise_levels="beta", time_range=(0.9, 0.1)), r"time_range: got \(0.9, 0.1\); expected two numbers"),
+        (dict(noise_levels="beta", time_range=(0.5,)), "time_range: got"),
+        (dict(prediction_type="sample", noise_levels="linear", time_range=(0.0, 0.9)), "with noise_levels 'linear'"),
     ],
 )
 def test_bad_configurations_are_one_line(options, match):

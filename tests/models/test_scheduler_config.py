@@ -22,6 +22,7 @@ CONFIGS = [
     ),
     DiffusionConfig("epsilon", "linear", num_train_timesteps=77, beta_start=0.1 + 0.2 - 0.29, beta_end=1 / 3),
     DiffusionConfig("flow", "beta", beta_a=1 / 7, beta_b=3.3, time_scale=1.0),
+    DiffusionConfig("sample", "beta", time_scale=100.0, time_range=(0.01, 0.99)),
     DiffusionConfig("flow", "logit_normal", logit_normal_mean=-1.1, logit_normal_std=0.7, num_train_timesteps=250),
 ]
 DISCRETE = [config for config in CONFIGS if config.is_discrete]

@@ -76,6 +76,16 @@ def test_ema_equals_its_formula():
     assert not any(parameter.requires_grad for parameter in ema.module.parameters())
 
 
+def test_frozen_weights_are_their_own_average():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    ema = Ema(model, decay=0.6)
+    assert ema.module[0].weight is model[0].weight and ema.module[1].weight is not model[1].weight
+    assert [parameter for parameter, _ in ema.pairs()] == list(model[1].parameters())
+    ema.update(0)
+    assert torch.equal(ema.module(torch.ones(1, 3)), model(torch.ones(1, 3)))
+
+
 def test_decay_is_for_matrices_alone():
     groups = parameter_groups(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), 0.1)
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (3, 0.0)]

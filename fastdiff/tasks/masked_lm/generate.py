@@ -2,7 +2,7 @@
 
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,6 @@ from fastdiff.data.text_config import LengthFormat
 from fastdiff.files import RecordFile, output_path
 from fastdiff.generation import Continuation, MaskedDiffusionGenerationConfig, TextGenerator
 from fastdiff.generation.config import merged_options
-from fastdiff.reading import parse_json
 from fastdiff.tasks.masked_lm.run import (
     DEFAULT_NEW_TOKENS,
     decoding_defaults,
@@ -21,6 +20,7 @@ from fastdiff.tasks.masked_lm.run import (
     load_length_predictor,
 )
 from fastdiff.tasks.options import GenerationOptions, RunOptions, at_least
+from fastdiff.tasks.prompts import read_prompt_file
 from fastdiff.visualization.terminal import printable
 
 _WATCHED = 3  # sequences shown by --watch
@@ -175,33 +175,11 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
         FileNotFoundError: no such file.
         ValueError: no prompt at all, or a file that is not UTF-8 or not JSON; the message names file and line or byte.
     """
-    prompts = list(given or [])
-    if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"--prompt-file: got {file!r}, which is not a file; expected prompts, one per line, or JSONL"
-            )
-        try:
-            text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 at byte {error.start}; expected a text in UTF-8") from None
-        lines = {number: line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-        prompts += _json_prompts(file, lines) if path.suffix == ".jsonl" else lines.values()
+    prompts = [*(given or []), *(read_prompt_file(file) if file is not None else [])]
     if not prompts and unconditional and file is None:
         prompts = [""]
     if not prompts:
         raise ValueError("prompt: got none; expected --prompt TEXT, --prompt-file FILE or --unconditional")
-    return prompts
-
-
-def _json_prompts(file: str, lines: Mapping[int, str]) -> list[str]:
-    prompts = []
-    for number, line in lines.items():
-        entry = parse_json(line, f"{file}, line {number}")
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise ValueError(f'{file}, line {number}: expected an object with the text field "prompt"')
-        prompts.append(entry["prompt"])
     return prompts
 
 

@@ -1,0 +1,73 @@
+"""Which texts stand for an image, and what a text encoder makes of texts before training begins."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff.data import ImageData
+from fastdiff.data.captions import CaptionedData, Captions
+
+_SHOWN = 12  # held-out texts of a picture of samples, where the recipe names none
+
+
+def captions_of(data: ImageData) -> Captions:
+    """The texts of a data set; of one without texts, the names of its classes."""
+    if isinstance(data, CaptionedData):
+        return data.captions
+    train, held_out = (part.labels.to(torch.int32)[:, None] for part in (data.train, data.held_out))
+    return Captions(tuple(data.class_names), ("name",), train, held_out)
+
+
+def trained_texts(captions: Captions) -> tuple[tuple[str, ...], Tensor]:
+    """The different texts of the images to train on, and which of them each has: int64 [N, E], -1 for none."""
+    used, places = captions.train.long().clamp(min=-1).unique(return_inverse=True)
+    known = used[used >= 0].tolist()
+    return tuple(captions.texts[index] for index in known), places - (len(used) - len(known))
+
+
+class TextChoice:
+    """Chooses one of the texts of each image, by numbers that are drawn elsewhere.
+
+    Args:
+        texts: int [N, E], indices of texts; -1 where an image has no such text.
+        entries: what each of the E columns is.
+        weights: how often columns are chosen, by entry; 1 where it is not named.
+
+    Raises ValueError for a weight of an entry that there is not, and where an image is left without a text.
+    """
+
+    def __init__(self, texts: Tensor, entries: Sequence[str], weights: Mapping[str, float]) -> None:
+        unknown = [name for name in weights if name not in entries]
+        if unknown:
+            raise ValueError(
+                f"objective.entry_weights: got {unknown[0]!r}; the texts of the data are "
+                f"{', '.join(dict.fromkeys(entries))}"
+            )
+        self.texts = texts.long()
+        self.weights = torch.tensor([float(weights.get(name, 1.0)) for name in entries], dtype=torch.float64)
+        without = ~((self.texts >= 0) & (self.weights > 0)).any(1)
+        if without.any():
+            index = int(without.nonzero()[0])
+            raise ValueError(
+                f"objective.entry_weights: got {dict(weights)}, which leave image {index} and {int(without.sum()) - 1} "
+                "others without a text; give another entry a weight"
+            )
+
+    def __call__(self, indices: Tensor, draws: Tensor) -> Tensor:  # [n], uniform on [0, 1) [n] -> int64 [n]
+        """The index of a text for each image."""
+        texts = self.texts[indices]
+        shares = torch.where(texts >= 0, self.weights, 0.0).cumsum(1)
+        chosen = (draws.double()[:, None] * shares[:, -1:] >= shares).sum(1)
+        return texts.gather(1, chosen.clamp(max=texts.shape[1] - 1)[:, None])[:, 0]
+
+
+def shown_texts(captions: Captions) -> list[str]:
+    """Some different held-out texts, spread evenly over the images: those of a picture that names none."""
+    count = len(captions.held_out)
+    found: dict[str, None] = {}
+    for image in (torch.arange(4 * _SHOWN) * count // (4 * _SHOWN)).unique().tolist():
+        row = [index for index in captions.held_out[image].tolist() if index >= 0]
+        if row and len(found) < _SHOWN:
+            found[captions.texts[row[image % len(row)]]] = None
+    return list(found)
