@@ -1,4 +1,4 @@
-"""Text to image: a diffusion transformer that reads its prompts, trained if there is none yet, and a sheet of samples."""
+"""Text to image: a diffusion transformer that reads its prompts, trained if there is none yet; a sheet of samples."""
 
 import sys
 from pathlib import Path
