@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from fastdiff import backends
 from fastdiff.nn.attention_path import fastest_way, products_win
+from fastdiff.nn.head import unhooked
 from fastdiff.nn.norm import QK_NORM_EPS, AdaLayerNorm
 from fastdiff.nn.rotary import rotate
+from fastdiff.ops.qk_norm_rotary import qk_norm_rotary
 from fastdiff.ops.self_attention import OPERATOR, self_attention
 
 FUSED, SDPA, MATMUL = "fused", "sdpa", "matmul"
@@ -92,6 +94,12 @@ class SelfAttention(nn.Module):
 
     def _placed(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:  # [B, N, 3, H, d] -> the same
         """Query and key normalised and turned to their positions, values as they are."""
+        if self._plain_norms() and (rotary is None or len(rotary[0]) == 1):
+            cosine, sine = (None, None) if rotary is None else (t[0, 0] for t in rotary)
+            weight, bias = (
+                torch.stack([getattr(norm, name) for norm in (self.q_norm, self.k_norm)]) for name in ("weight", "bias")
+            )
+            return qk_norm_rotary(qkv, weight, bias, cosine, sine, eps=self.q_norm.eps)
         query, key, value = qkv.unbind(2)
         if self.q_norm is not None:
             query = self.q_norm(query.flatten(2), None, None).view(query.shape)
@@ -99,6 +107,10 @@ class SelfAttention(nn.Module):
         if rotary is not None:
             query, key = (rotate(t.transpose(1, 2), rotary).transpose(1, 2) for t in (query, key))
         return torch.stack([query, key, value], dim=2)
+
+    def _plain_norms(self) -> bool:
+        """Whether the norms of query and key are LayerNorms that do nothing else when they are called."""
+        return all(type(norm) is AdaLayerNorm and unhooked(norm) for norm in (self.q_norm, self.k_norm))
 
 
 def matmul_attention(

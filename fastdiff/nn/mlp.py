@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.nn.head import plain_weights
+from fastdiff.nn.head import plain_weights, unhooked
 from fastdiff.ops import bias_activation
 from fastdiff.ops._checks import autocast_dtype, choose_backend
 from fastdiff.ops.bias_activation import ACTIVATIONS
+from fastdiff.ops.conv_activation import conv_activation
 
 
 def linear_activation(
@@ -86,6 +87,15 @@ class ConvMlp(nn.Module):
         x: Tensor,  # [B, N, dim]
         grid: tuple[int, int],  # rows and columns of the tokens, N in all
     ) -> Tensor:  # [B, N, dim]
+        if self._fuses(x):
+            (weight, bias), conv = plain_weights(self.fc1), self.conv
+            hidden = F.linear(x, weight).unflatten(1, grid)
+            return self.fc2(conv_activation(hidden, conv.weight, conv.bias, self.activation, x_bias=bias).flatten(1, 2))
         hidden = self.fc1(x).unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, H, W], channels last in memory
         hidden = self.conv(hidden).permute(0, 2, 3, 1).flatten(1, 2)
         return self.fc2(ACTIVATIONS[self.activation](hidden))
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether the convolution and its neighbours run as one operator: on a CPU, where nobody has wrapped them."""
+        plain = type(self.conv) is nn.Conv2d and unhooked(self.conv) and plain_weights(self.fc1) is not None
+        return plain and choose_backend("conv_activation", x.device.type, (autocast_dtype(x),)) != "reference"

@@ -30,6 +30,14 @@ cuda_module, cuda_missing = _load(
     "fastdiff._C_cuda", "this build has no CUDA module; build it with nvcc: FASTDIFF_CUDA=1 pip install -e ."
 )
 
+
+def why_no_operator(name: str) -> str | None:
+    """Why fastdiff._C does not have an operator: it is missing, or older than the source. None where it has it."""
+    if cpu_missing is None and not hasattr(torch.ops.fastdiff, name):
+        return f"fastdiff._C is older than its source and has no {name}; run: pip install -e . --no-build-isolation"
+    return cpu_missing
+
+
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 triton_missing = None if importlib.util.find_spec("triton") else "Triton is not installed; run: pip install triton"
 

@@ -98,7 +98,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
 
 
@@ -130,7 +130,8 @@ class PlainLLM2DiT(nn.Module):
         h = h.view(batch, -1, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         h = self.x_embedder(h)
         dim = h.shape[-1] // self.heads
-        angles = torch.outer(torch.arange(rows * columns), 10000.0 ** -(torch.arange(0, dim, 2).float() / dim))
+        rates = 10000.0 ** -(torch.arange(0, dim, 2, device=x.device).float() / dim)
+        angles = torch.outer(torch.arange(rows * columns, device=x.device), rates)
         turns = torch.polar(torch.ones_like(angles), angles)
         time = self.t_embedder(t)
         if text_states is None:

@@ -103,6 +103,30 @@ def self_attention(rng: random.Random) -> Operands:
     return tensors | {"grad_out": floats(rng, *make["out"], dtype=dtype), "lse": lse, "scale": 0.5}
 
 
+def conv_activation(rng: random.Random) -> Operands:
+    shape = rng.randint(0, 2), rng.randint(0, 5), rng.randint(0, 9), rng.choice((0, 1, 16, 33, 70))
+    dtype = rng.choice(FLOATS)
+    x, grad_out = (floats(rng, *shape, dtype=dtype) for _ in range(2))
+    bias, x_bias = (maybe(rng, lambda: floats(rng, shape[-1], dtype=torch.float32)) for _ in range(2))
+    return {
+        "x": x, "grad_out": grad_out, "weight": floats(rng, 9, shape[-1], dtype=torch.float32), "bias": bias,
+        "x_bias": x_bias, "activation": rng.randint(0, 2), "need_parameters": rng.random() < 0.7,
+    }  # fmt: skip
+
+
+def qk_norm_rotary(rng: random.Random) -> Operands:
+    batch, tokens, heads, dim = rng.randint(0, 2), rng.choice((0, 1, 7, 65)), rng.randint(0, 2), rng.choice((2, 8, 34))
+    dtype, turns = rng.choice(FLOATS), rng.random() < 0.7
+    qkv, grad_out = (floats(rng, batch, tokens, 3, heads, dim, dtype=dtype) for _ in range(2))
+    weight, bias = (floats(rng, 2, heads * dim, dtype=torch.float32) for _ in range(2))
+    cosine, sine = (floats(rng, tokens, dim // 2, dtype=torch.float32) if turns else None for _ in range(2))
+    return {
+        "qkv": qkv, "grad_out": grad_out, "weight": weight, "bias": bias, "cosine": cosine, "sine": sine,
+        "stats": floats(rng, batch * tokens, 4, dtype=torch.float32), "eps": 1e-5,
+        "need_parameters": rng.random() < 0.7,
+    }  # fmt: skip
+
+
 def bias_activation(rng: random.Random) -> Operands:
     shape = [rng.randint(0, 5) for _ in range(rng.randint(0, 2))] + [rng.randint(0, 70)]
     dtype = rng.choice((*FLOATS, torch.float64))
@@ -233,7 +257,8 @@ FAMILIES: dict[str, Callable[[random.Random], Operands]] = {
     "adaln": adaln, "gated": adaln, "bias_activation": bias_activation, "scale_shift": scale_shift,
     "self_attention": self_attention, "qgfd": qgfd, "adamw_ema": adamw_ema, "gradient_norm": adamw_ema,
     "sample_tokens": sampling, "lm_head_sample": sampling, "eos_log_prob": sampling, "unmask": unmask,
-    "cross_entropy": cross_entropy, "tiled": product,
+    "cross_entropy": cross_entropy, "tiled": product, "conv_activation": conv_activation,
+    "qk_norm_rotary": qk_norm_rotary,
 }  # fmt: skip
 
 

@@ -6,10 +6,12 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.kernels.adaln import reference as adaln_reference
 from ops.bias_activation_cases import BIAS_ACTIVATION
+from ops.conv_activation_cases import CONV_ACTIVATION
 from ops.eos_log_prob_cases import EOS_HEAD, EOS_LOGITS
 from ops.harness import Case, Dtypes, Inputs, Operator
 from ops.masked_linear_cross_entropy_cases import MASKED_LOSS
 from ops.qgfd_cases import QGFD
+from ops.qk_norm_rotary_cases import QK_NORM_ROTARY
 from ops.scale_shift_cases import SCALE_SHIFT
 from ops.self_attention_cases import SELF_ATTENTION
 from ops.token_sampling_cases import HEAD, SAMPLE
@@ -113,4 +115,6 @@ OPERATORS = [
     SCALE_SHIFT,
     SELF_ATTENTION,
     BIAS_ACTIVATION,
+    CONV_ACTIVATION,
+    QK_NORM_ROTARY,
 ]

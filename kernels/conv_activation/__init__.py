@@ -1,0 +1,1 @@
+"""A depthwise 3×3 convolution with its activation: reference."""

@@ -1,0 +1,1 @@
+"""Norms and rotary positions of queries and keys: reference."""
