@@ -57,16 +57,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of_files(files: Sequence[Path], most_bytes: int = _CONTENT_READ) -> str:
+def fingerprint_of_files(files: Sequence[Path], most_bytes: int | None = None) -> str:
     """A hash of files in their order, cheap for folders of any size.
 
-    It is of their sizes, and of their contents where they are `most_bytes` (256 MiB) together, or less. Of more, a file
+    It is of their sizes, and of their contents where they are `most_bytes` (None: 256 MiB) together, or less. Of more, a file
     whose content was replaced by another of the same size is not noticed. Names and times are not looked at. Raises
     OSError.
     """
     sizes = [path.stat().st_size for path in files]
     digest = hashlib.sha256(str(sizes).encode())
-    if sum(sizes) <= most_bytes:
+    if sum(sizes) <= (_CONTENT_READ if most_bytes is None else most_bytes):
         for path in files:
             digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()

@@ -72,7 +72,7 @@ def test_the_cache_is_used_again_and_follows_the_source(cache, stories, monkeypa
     config, tokenizer = TextDataConfig(name="jsonl", path=str(stories), max_length=32), TokenizerConfig(vocab_size=330)
     first = load_text_data(config, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr("fastdiff.data.corpora._parse_object", None)  # the text is not read again
+        patch.setattr("fastdiff.data.corpora.read_objects", None)  # the text is not read again
         again = load_text_data(config, tokenizer)
     assert again.fingerprint == first.fingerprint and again.train.targets.path == first.train.targets.path
     assert again.tokenizer("a cat")["input_ids"] == first.tokenizer("a cat")["input_ids"]
