@@ -22,7 +22,6 @@ CLASS = "AutoencoderKL"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _NOT_APPLIED = ("shift_factor", "latents_mean", "latents_std")  # DiTPipeline scales latents, and nothing else
 _PIXELS = 2**18  # of images that are encoded or decoded at once
-_LOGVAR = (-30.0, 20.0)  # between which diffusers keeps the logarithm of the posterior's variance
 
 
 @dataclass
@@ -227,11 +226,10 @@ def encode(
         float32 [N, c, h, w] on the CPU.
     """
     device, parts = next(vae.parameters()).device, []
-    draws = [None] * len(images) if noise is None else noise
     for part in _parts(images, batch_size):
         mean, logvar = _posterior(vae, images[part].float().to(device))
         if noise is not None:
-            mean = mean + torch.exp(0.5 * logvar) * draws[part].to(device)
+            mean = mean + torch.exp(0.5 * logvar) * noise[part].to(device)
         parts.append((mean * vae.config.scaling_factor).float().cpu().contiguous())
     return torch.cat(parts)
 
@@ -257,7 +255,7 @@ def _parts(images: Tensor, batch_size: int | None, reduction: int = 1) -> Iterat
 def _posterior(vae: "AutoencoderKL", images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and logarithm of the variance of the latents, unscaled."""
     distribution = vae.encode(images).latent_dist
-    return distribution.mean, distribution.logvar.clamp(*_LOGVAR)
+    return distribution.mean, distribution.logvar
 
 
 def deviation_of(vae: "AutoencoderKL", images: Callable[[Tensor], Tensor], indices: Tensor) -> float:
