@@ -11,8 +11,8 @@ from fastdiff.nn.flash import attend, resolve_implementation
 from fastdiff.nn.head import plain_weights
 from fastdiff.nn.norm import QK_NORM_EPS, AdaLayerNorm
 
-# Up to so many queries and keys plain products in half precision are faster on a CPU than torch's attention: forward and
-# backward of 128 x 4 queries to 16 tokens, 768 wide, take 90 ms with them and 145 with it (in float32 169 and 148).
+# Up to so many queries and keys plain products in half precision are faster on a CPU than torch's attention: forward
+# and backward of 128 x 4 queries to 16 tokens, 768 wide, take 90 ms with them and 145 with it (in float32 169 and 148).
 _FEW = 64
 
 
