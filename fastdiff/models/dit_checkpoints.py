@@ -95,7 +95,10 @@ def _read_llama(state: dict[str, Tensor], overrides: dict[str, Any], path: Path)
         config, renamed = dit_llama(state, overrides)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a DiT of LLM2DiT ({len(state)} tensors): {reason_of(error)}") from error
-    return config, {name: tensor for name, tensor in renamed.items() if not name.startswith("query_embedder.")}
+    own = {name: tensor for name, tensor in renamed.items() if not name.startswith("query_embedder.")}
+    if len(own) < len(renamed):
+        warnings.warn(f"{path}: its Q-Former is left out; TextToImage.from_pretrained reads it as well", stacklevel=7)
+    return config, own
 
 
 def _from_facebook(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STEM_GROUPS = 32  # of ConvStem's GroupNorm
+_MANY_CHANNELS = 32  # of an image whose patches are cut channels last
 
 
 def sincos_2d(grid_h: int, grid_w: int, dim: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -158,8 +159,9 @@ class _PatchProjection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         nn.init.xavier_uniform_(self.weight.view(dim, -1))
 
-    def forward(self, patches: Tensor) -> Tensor:  # [B, N, C * p * p] -> [B, N, D]
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+    def forward(self, patches: Tensor, channels_last: bool = False) -> Tensor:  # [B, N, C * p * p] -> [B, N, D]
+        weight = self.weight.permute(0, 2, 3, 1) if channels_last else self.weight
+        return F.linear(patches, weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -182,8 +184,10 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         if height % p or width % p or height == 0 or width == 0:
             raise ValueError(f"sample: got {height} x {width} pixels; expected positive multiples of patch_size = {p}")
-        patches = image.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        return self.proj(patches.reshape(batch, (height // p) * (width // p), channels * p * p))
+        patches = image.reshape(batch, channels, height // p, p, width // p, p)
+        last = channels >= _MANY_CHANNELS  # a stem's: then the copy is of whole runs of channels
+        patches = patches.permute(0, 2, 4, 3, 5, 1) if last else patches.permute(0, 2, 4, 1, 3, 5)
+        return self.proj(patches.reshape(batch, (height // p) * (width // p), channels * p * p), last)
 
 
 class ConvStem(nn.Sequential):

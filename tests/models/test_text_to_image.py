@@ -100,7 +100,7 @@ def test_llm2dit_learns_as_it_learns_with_its_dit_frozen(llm, texts):
     ours.dit.requires_grad_(False)
     losses = NOISE.loss(lambda x, time: ours(x, time, text_states=texts[0], text_mask=texts[1]), x0, level - 1, noise)
     found = gradients(losses.mean(), ours)
-    assert float(losses.mean()) == pytest.approx(float(expected_loss), rel=1e-5)
+    assert losses.mean().item() == pytest.approx(expected_loss.item(), rel=1e-5)
     assert all(name.startswith("q_former.") for name in found) and len(found) == len(list(ours.q_former.parameters()))
     pairs = {
         "q_former.queries.weight": expected["query_embedder.query_table.weight"],
@@ -186,7 +186,7 @@ def test_latent_diffusion_learns_as_it_learns(latents):
     expected = gradients(expected_loss, plain)
     losses = IMAGES.loss(lambda x, time: ours(x, time, text_states=states, dropped=dropped), x0, t, noise)
     found = gradients(losses.mean(), ours)
-    assert float(losses.mean()) == pytest.approx(float(expected_loss), rel=1e-5)
+    assert losses.mean().item() == pytest.approx(expected_loss.item(), rel=1e-5)
     assert len(found) == len(list(ours.parameters()))
     for name, theirs in {
         "dit.pos_embed": "pos_embed",

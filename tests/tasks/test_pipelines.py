@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, Transformer2DModel
 from models import public_samplers as public
+from models.plain_llm2dit import PlainLLM2DiT
 from models.test_dit_checkpoints import PlainDiT, diffusers_model, randomised
 from tasks.test_load import fails
 
@@ -222,6 +223,26 @@ def test_a_facebookresearch_file_is_sampled_as_there(tmp_path, learn_sigma):
     assert torch.equal(again.sample([1, 5], num_inference_steps=20, seed=2, output_type="latent"), found)
     every = run.sample([1, 5], num_inference_steps=20, seed=2, output_type="latent", guidance_channels=4)
     assert not torch.equal(every, found)
+
+
+def test_a_file_of_llm2dit_is_sampled_as_there(tmp_path):
+    """Its time is (level + 1) / levels; ddpm over all levels with the large variance, no guidance."""
+    plain = randomised(PlainLLM2DiT(dim=64, layers=2, heads=4, text_dim=16))
+    torch.save(plain.state_dict(), tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="as by LLM2DiT .ddpm, 1000 steps, .* guidance 1 of") as caught:
+        run = fastdiff.load(tmp_path / "a.pth", device="cpu", num_heads=4)
+    assert any("its Q-Former is left out" in str(each.message) for each in caught)
+    assert run.diffusion.model_time(torch.tensor([0, 499, 999])).tolist() == pytest.approx([0.001, 0.5, 1.0])
+    x, labels = torch.randn(2, 3, 32, 32), torch.tensor([4, 10])
+    with torch.no_grad():
+        expected = plain(x, torch.tensor([0.001, 0.5]), labels)
+        found = run.model(x, run.diffusion.model_time(torch.tensor([0, 499])), labels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    options = dict(num_inference_steps=3, seed=2, output_type="latent")
+    run.save_pretrained(tmp_path / "saved")
+    again = fastdiff.load(tmp_path / "saved", device="cpu")
+    assert again.diffusion.config == run.diffusion.config
+    assert torch.equal(again.sample([1, 5], **options), run.sample([1, 5], **options))
 
 
 def test_a_folder_without_a_scheduler_says_what_is_assumed(tmp_path):

@@ -38,6 +38,7 @@ _HUB_FILES = (
 )  # fmt: skip
 # The process of the published DiT checkpoints, which is assumed of a folder that does not name its own.
 _PUBLISHED = DiffusionConfig(prediction_type="epsilon", noise_levels="linear")
+_LLM2DIT = replace(_PUBLISHED, time_scale=1.0)
 _OUTPUTS = ("pil", "pt", "latent")
 
 
@@ -212,7 +213,8 @@ def load_run(
     `DiT.from_pretrained` does. A pipeline of diffusers (DiTPipeline) loads whole: its scheduler says how samples are
     drawn, its vae makes images of them, and they are drawn with the defaults of its call: 50 steps, guidance 4 of all
     channels. A facebookresearch/DiT file is sampled as that repository's sample.py: ddpm, 250 steps, guidance 4 of the
-    first 3 channels (`guidance_channels`). Both run in the dtype of their weights: float32, or the `dtype` given.
+    first 3 channels (`guidance_channels`); one of LLM2DiT as there: ddpm, 1000 steps, no guidance. All run in the dtype
+    of their weights: float32, or the `dtype` given.
 
     Where a scheduler_config.json is missing, the process of the published DiT checkpoints is assumed, with a warning
     that says all of this. `fields` are those of `DiT.from_pretrained`, such as
@@ -262,8 +264,11 @@ def _load_checkpoint(found: Found, device: torch.device) -> DiTRun:
 def _sampled_as(found: Found, model: DiT) -> tuple[Diffusion, SamplingConfig | None]:
     """The diffusion of what lies in a folder or file, and how another project samples it by default, if it is one's."""
     path, folder = found.source, model_folder(found.source)
-    sampling, guidance = None, 4.0 if model.config.null_label else 1.0
-    if path.is_file():
+    sampling, guidance, process = None, 4.0 if model.config.null_label else 1.0, _PUBLISHED
+    if path.is_file() and model.config.stem == "conv":  # only LLM2DiT's files have one
+        sampling, process = SamplingConfig(num_inference_steps=1000, guidance_scale=1.0), _LLM2DIT
+        repository, options = "LLM2DiT", SamplerOptions("ddpm", "strided", variance_type="fixed_large")
+    elif path.is_file():
         sampling = SamplingConfig(num_inference_steps=250, guidance_scale=guidance, guidance_channels=3)
         repository = "facebookresearch/DiT's sample.py"
         options = SamplerOptions("ddpm", "respacing", variance_type=None if model.config.learn_sigma else "fixed_large")
@@ -288,7 +293,7 @@ def _sampled_as(found: Found, model: DiT) -> tuple[Diffusion, SamplingConfig | N
             f"{options.timestep_spacing!r}, guidance {sampling.guidance_scale:g} of {channels})"
         )
     warnings.warn(told, stacklevel=4)
-    return Diffusion(_PUBLISHED, options), sampling
+    return Diffusion(process, options), sampling
 
 
 def _names_of(path: Path, num_classes: int) -> tuple[str, ...]:
