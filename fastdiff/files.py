@@ -60,8 +60,8 @@ def sha256_of(path: Path) -> str:
 def fingerprint_of_files(files: Sequence[Path], most_bytes: int | None = None) -> str:
     """A hash of files in their order, cheap for folders of any size.
 
-    It is of their sizes, and of their contents where they are `most_bytes` (None: 256 MiB) together, or less. Of more, a
-    file whose content was replaced by another of the same size is not noticed. Names and times are not looked at.
+    It is of their sizes, and of their contents where they are `most_bytes` (None: 256 MiB) together, or less. Of more,
+    a file whose content was replaced by another of the same size is not noticed. Names and times are not looked at.
     Raises OSError.
     """
     sizes = [path.stat().st_size for path in files]
