@@ -5,6 +5,7 @@ from fastdiff.lazy import exports
 
 __all__ = [
     "Attribute",
+    "AttributedImages",
     "AudioData",
     "AudioDataConfig",
     "CaptionedData",
@@ -47,6 +48,7 @@ __getattr__ = exports(
     __name__,
     {
         "Attribute": "fastdiff.data.captions",
+        "AttributedImages": "fastdiff.data.captions",
         "AudioData": "fastdiff.data.audio",
         "AudioDataConfig": "fastdiff.data.audio",
         "CaptionedData": "fastdiff.data.captions",

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdiff.data.images import ImageData
+from fastdiff.data.images import ImageData, ImageSet
 
 Part = Literal["train", "held_out"]
 
@@ -89,6 +89,19 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class AttributedImages:
+    """Images and what they show.
+
+    Attributes:
+        images: K of them.
+        values: int64 [K] by attribute.
+    """
+
+    images: ImageSet
+    values: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class CaptionedData(ImageData):
     """Labelled images with texts.
 
@@ -96,11 +109,15 @@ class CaptionedData(ImageData):
         captions: the texts.
         attributes: what is measured of samples, by name; {} where nothing is.
         seen: bool [M], of held-out images: their combination of attributes was trained on; None where all were.
+        every_combination: what classifiers that measure samples learn from: training images with all combinations,
+            those of `seen` False, too. A classifier that never saw a purple sneaker takes it for something else. None
+            is the part to train on.
     """
 
     captions: Captions
     attributes: dict[str, Attribute]
     seen: Tensor | None = None
+    every_combination: AttributedImages | None = None
 
     @cached_property
     def images_fingerprint(self) -> str:

@@ -5,15 +5,17 @@ model draws what it has never seen together. Texts come as those of LLM2DiT do: 
 ("base_syn"), a caption ("caption"), and one with synonyms ("caption_syn").
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastdiff.data.captions import Attribute, CaptionedData, Captions
+from fastdiff.data.captions import Attribute, AttributedImages, CaptionedData, Captions
 from fastdiff.data.config import DataConfig
 from fastdiff.data.fashion_mnist import FASHION_CLASSES, load_fashion_mnist
-from fastdiff.data.images import ArrayImages
+from fastdiff.data.images import ArrayImages, to_signed_unit
 from fastdiff.errors import named
 
 SIZE = 32
@@ -37,6 +39,7 @@ _SEE_THROUGH = ("trouser", "sandal", "bag")  # of the others, what a garment enc
 _SHADE = 0.42  # of the darkest cloth: darker, colours are no longer told apart
 _DIMMEST = 60  # of 255: bright parts that are dimmer are not brightened more, since noise would be seen
 _CHUNK = 2000  # images tinted at once
+_COLORINGS = 8  # of each garment, for classifiers
 
 NOUNS = {
     "T-shirt": ("T-shirt", "tee", "tee shirt"), "trouser": ("pair of trousers", "pair of pants", "pair of slacks"),
@@ -83,6 +86,7 @@ def load_colored_fashion(config: DataConfig) -> CaptionedData:
         name: Attribute(names[name], *pair) for name, pair in zip(names, zip(*values, strict=True), strict=True)
     }
     label, color, _ = values[1]
+    recolored = RecoloredGarments(grey.train)
     return CaptionedData(
         "colored_fashion",
         parts[0],
@@ -92,7 +96,45 @@ def load_colored_fashion(config: DataConfig) -> CaptionedData:
         Captions.of(ENTRIES, *rows),
         attributes,
         seen=color != torch.from_numpy(_UNSEEN_COLOR)[label],
+        every_combination=AttributedImages(recolored, recolored.values),
     )
+
+
+class RecoloredGarments:
+    """The garments to train on, each in eight other colourings of all combinations, tinted when they are asked for.
+
+    Args:
+        grey: the garments in grey.
+    """
+
+    def __init__(self, grey: ArrayImages):
+        self._grey, count = grey, _COLORINGS * len(grey)
+        self.labels = grey.labels.repeat(_COLORINGS)
+        draws = np.random.default_rng([_SEED, 2]).random((count, 2))
+        self._colors, self._backgrounds = _colors(self.labels.numpy(), draws[:, 0], draws[:, 1], trained_on=False)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """int64 [K] by attribute."""
+        colors, backgrounds = torch.from_numpy(self._colors), torch.from_numpy(self._backgrounds)
+        return {"class": self.labels, "color": colors, "background": backgrounds}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """The images at `indices`: float32 [n, 3, 32, 32] in [-1, 1]."""
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        grey, which = self._grey.pixels[indices % len(self._grey), 0].numpy(), indices.numpy()
+        pixels = tinted(grey, self.labels[indices].numpy(), self._colors[which], self._backgrounds[which])
+        return to_signed_unit(torch.from_numpy(pixels))
+
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        """{"pixel_values": float32 [n, 3, 32, 32] in [-1, 1], "labels": int64 [n]}."""
+        return {"pixel_values": self.images(indices), "labels": self.labels[torch.as_tensor(indices, dtype=torch.long)]}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{_COLORINGS} {_SEED} {self._grey.fingerprint()}".encode()).hexdigest()
 
 
 _UNSEEN_COLOR = np.array([GARMENTS.index(UNSEEN[name]) for name in FASHION_CLASSES])

@@ -32,8 +32,8 @@ class AttributeReport:
 
     Attributes:
         samples_seen, samples_unseen: samples of combinations that were trained on, and of those that never were.
-        held_out_seen, held_out_unseen: real held-out images of such combinations; the classifier itself has never seen
-            the unseen ones.
+        held_out_seen, held_out_unseen: real held-out images of such combinations. Where the classifier never saw the
+            unseen ones (no `CaptionedData.every_combination`), it tells less of them, and these accuracies show it.
     """
 
     samples_seen: AttributeAccuracy

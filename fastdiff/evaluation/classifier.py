@@ -55,6 +55,13 @@ class Classifier(nn.Module):
         return self.logits(F.dropout(self.features(images), 0.2, self.training))
 
 
+def training_images(data: ImageData) -> tuple[ImageSet, dict[str, Tensor]]:
+    """The images that a classifier of a data set learns from, and int64 [K] by attribute, what it learns of them."""
+    if isinstance(data, CaptionedData) and data.every_combination is not None:
+        return data.every_combination.images, data.every_combination.values
+    return data.train, {name: attribute.train for name, attribute in attributes_of(data).items()}
+
+
 def attributes_of(data: ImageData) -> dict[str, Attribute]:
     """What a classifier of a data set tells: the class, and the attributes that the data set has."""
     label = Attribute(data.class_names, data.train.labels, data.held_out.labels)
@@ -109,6 +116,9 @@ def classifier_file(data: ImageData, schedule: Schedule | None = None) -> Path:
     """Where the classifier of a data set lies once it was trained."""
     schedule = schedule or Schedule.for_size(len(data.train))
     key = f"{data.images_fingerprint[:16]}-v{VERSION}-{schedule.epochs}x{schedule.batch_size}"
+    images, _ = training_images(data)
+    if images is not data.train:
+        key += f"-{images.fingerprint()[:8]}"
     return cache_folder() / "classifiers" / f"{data.name}-{key}.safetensors"
 
 
@@ -127,18 +137,18 @@ def _store(classifier: Classifier, path: Path) -> None:
 
 def _train(classifier: Classifier, data: ImageData, schedule: Schedule, device: torch.device, progress: bool) -> None:
     classifier.to(device, memory_format=torch.channels_last).train()
-    stream = EpochStream(len(data.train), schedule.batch_size, seed=0)
+    train, targets = training_images(data)
+    stream = EpochStream(len(train), schedule.batch_size, seed=0)
     steps = schedule.epochs * len(data.train) // schedule.batch_size
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=schedule.learning_rate, weight_decay=1e-2, fused=True)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=steps + 1)
     bf16 = computes_bf16(device.type)
-    targets = {name: attribute.train for name, attribute in attributes_of(data).items()}
     black = not isinstance(data, CaptionedData)
     for step in tqdm(
         range(steps), desc=f"classifier of {data.name}", unit="step", disable=not progress, dynamic_ncols=True
     ):
         indices = stream.indices(step)
-        images = shifted(data.train.images(indices), black).to(device, memory_format=torch.channels_last)
+        images = shifted(train.images(indices), black).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = classifier(images)
         # no label smoothing: it draws each class together in the features, which then can't tell variety from sameness

@@ -20,6 +20,7 @@ from fastdiff.data.colored_fashion import (
     tinted,
 )
 from fastdiff.data.fashion_mnist import FASHION_CLASSES
+from fastdiff.evaluation.classifier import training_images
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,24 @@ def test_a_class_is_never_trained_on_in_one_color(data):
     unseen = [UNSEEN[FASHION_CLASSES[label]] == GARMENTS[color] for label, color in held_out]
     assert (~data.seen).tolist() == unseen and 0.08 < np.mean(unseen) < 0.18
     assert len({tuple(pair) for pair in held_out}) == 80
+
+
+def test_classifiers_learn_from_every_combination(data):
+    more = data.every_combination
+    assert len(more.images) == 8 * len(data.train) and list(more.values) == list(data.attributes)
+    pairs = torch.stack([more.values["class"], more.values["color"]], dim=1).unique(dim=0)
+    assert len(pairs) == 80
+    for index in range(0, 16_000, 777):
+        picture = ((more.images.images([index])[0] + 1) * 127.5).round().permute(1, 2, 0)
+        color, background = (int(more.values[name][index]) for name in ("color", "background"))
+        assert picture[0, 0].tolist() == list(PALETTE[BACKGROUNDS[background]])
+        assert picture[20, 18].tolist() == list(PALETTE[GARMENTS[color]])
+        assert more.values["class"][index] == data.train.labels[index % 2000]
+    batch = more.images.batch([5, 2005])
+    assert torch.equal(batch["labels"], data.train.labels[[5, 5]])
+    assert not torch.equal(*batch["pixel_values"])  # a garment in other colours
+    images, values = training_images(data)
+    assert images is more.images and values is more.values
 
 
 def test_captions_say_what_is_shown(data):
