@@ -19,7 +19,7 @@ except ImportError:
 
     st = _Anything()
 
-    def given(**strategies):
+    def given(*positional, **strategies):
         return pytest.mark.skip(reason="NOT TESTED: a property: hypothesis is not installed")
 
     def settings(**options):
