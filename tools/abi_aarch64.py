@@ -170,7 +170,19 @@ def copy_package(site: Path, module: Path) -> None:
 
 def run_tests(python: Path, files: list[str], every: int, minutes: float) -> bool:
     """Whether the tests passed, all of those that were to run. One process: its start takes minutes."""
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fastdiff_aarch64", "--timeout", 7200]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "fastdiff_aarch64",
+        "--timeout",
+        7200,
+        "--continue-on-collection-errors",
+    ]
     process = subprocess.Popen(
         [str(word) for word in (*command, "--every", every, *files)],
         cwd=ROOT,
