@@ -83,7 +83,7 @@ def test_llm2dit_predicts_what_it_predicts_with_texts_and_with_labels(llm, texts
     with torch.no_grad():
         expected = plain(x, t, text_states=texts[0], text_mask=texts[1])
         found = ours(x, t, text_states=texts[0], text_mask=texts[1])
-        assert difference(found, expected) < CLOSE  # seen: 8e-7
+        assert difference(found, expected) < CLOSE
         expected = plain(x, t, labels=torch.tensor([2, 10, 0]))
         assert difference(ours.dit(x, t, torch.tensor([2, 10, 0])), expected) < CLOSE
     assert torch.equal(ours.condition(*texts)["layer_embedding"], ours.q_former(*texts))
@@ -113,7 +113,7 @@ def test_llm2dit_learns_as_it_learns_with_its_dit_frozen(llm, texts):
         "q_former.blocks.0.cross_attn.q_norm.weight": expected["query_embedder.blocks.0.cross_attn.q_norm.weight"],
     }
     for name, gradient in pairs.items():
-        assert difference(found[name], gradient) < 1e-4, name  # seen: 2e-6
+        assert difference(found[name], gradient) < 1e-4, name
 
 
 def test_llm2dit_trained_as_a_whole_has_the_gradients_of_every_part(llm, texts):
@@ -146,7 +146,7 @@ def test_llm2dit_draws_the_images_that_it_draws(llm, texts, scale):
         condition = ours.condition(*texts)
     options = dict(num_inference_steps=LEVELS, sampler="ddpm", variance_type="fixed_large", seed=seeds, sample_size=16)
     found = sample_prompts(ours, NOISE, condition, guidance_scale=scale, **options)
-    assert difference(found, expected) < 1e-4  # seen: 1e-6
+    assert difference(found, expected) < 1e-4
     as_labels = sample_prompts(ours, NOISE, ours.null_condition(3), **options)
     assert difference(sample_classes(ours.dit, NOISE, [10] * 3, **options), as_labels) < CLOSE
 
@@ -173,7 +173,7 @@ def test_latent_diffusion_predicts_what_it_predicts(latents):
     plain, ours, text, states = latents
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([0.99, 0.4, 0.01])
     with torch.no_grad():
-        assert difference(ours(x, 100 * t, text_states=states), plain(x, text, t)) < CLOSE  # seen: 1e-6
+        assert difference(ours(x, 100 * t, text_states=states), plain(x, text, t)) < CLOSE
 
 
 def test_latent_diffusion_learns_as_it_learns(latents):
@@ -200,7 +200,7 @@ def test_latent_diffusion_learns_as_it_learns(latents):
         "dit.blocks.1.cross_attn.wo.weight": "blocks.1.attn2.out_proj.weight",
         "dit.x_embedder.proj.weight": "patch_embed.proj.weight",
     }.items():
-        assert difference(found[name], expected[theirs]) < 1e-4, name  # seen: 1e-6
+        assert difference(found[name], expected[theirs]) < 1e-4, name
 
 
 def test_latent_diffusion_draws_the_images_that_it_draws(latents):
@@ -213,7 +213,7 @@ def test_latent_diffusion_draws_the_images_that_it_draws(latents):
     # its result is what ours holds before a last prediction
     sample_prompts(ours, IMAGES, condition, num_inference_steps=steps + 1, sampler="renoise", seed=seeds,
                    callback=lambda step, _, x, __: after.append(x))  # fmt: skip
-    assert difference(after[steps - 1], expected) < 1e-4  # seen: 1e-6
+    assert difference(after[steps - 1], expected) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ presets
