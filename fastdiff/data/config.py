@@ -45,8 +45,8 @@ class DataConfig:
         held_out_fraction: share (of each class) kept out of training; image_folder and captions_folder alone (the
             others have fixed splits).
         horizontal_flip: mirror each training image with probability 1/2.
-        random_shift: move each training image by up to this share of its edge, each way; what comes in at an edge
-            repeats it. null for none.
+        random_shift: move each training image by up to this share of its edge, each way, by whole pixels unless
+            random_scale is given too; what comes in at an edge repeats it. null for none.
         random_scale: enlarge or shrink each training image by up to this share, about its middle. null for none.
         check: how files of image_folder and captions_folder are looked at before training: "decode" decodes each once
             (what was decoded is remembered in the cache until it changes), so that no run ends midway for a broken

@@ -170,11 +170,16 @@ def shift_and_scale(
 ) -> Tensor:  # [B, C, H, W]
     """Each image moved by up to `shift` of its edge each way and resized by up to `scale`, bilinearly.
 
-    Beyond an edge the image goes on as it is there. The same draws give the same images, whatever else is in the batch.
+    Where nothing is resized, images move by whole pixels, so that none of them is blurred. Beyond an edge the image
+    goes on as it is there. The same draws give the same images, whatever else is in the batch.
     """
     signed = draws.to(images.dtype) * 2 - 1
+    moved = shift * signed[:, 1:]  # of x and y, in shares of the edge
+    if not scale:
+        edges = moved.new_tensor([images.shape[3], images.shape[2]])
+        moved = (moved * edges).round() / edges
     theta = images.new_zeros(len(images), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / (1 + scale * signed[:, 0])
-    theta[:, :, 2] = 2 * shift * signed[:, 1:]  # in grid_sample's units an image is 2 wide
+    theta[:, :, 2] = 2 * moved  # in grid_sample's units an image is 2 wide
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
