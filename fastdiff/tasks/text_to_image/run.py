@@ -42,8 +42,8 @@ class TextToImageRun(Run):
     Attributes:
         diffusion: what the model predicts, at which noise levels.
         class_names: of the data, by label; () where there are none.
-        labelled: whether its diffusion transformer draws those classes by label, too: it was trained on them, and has
-            stayed as it was.
+        labelled: whether its diffusion transformer draws those classes by label, too: it was trained on the same ones,
+            and has stayed as it was.
         sampling: how samples are denoised where nobody says otherwise.
         mixed_precision: as in `TrainingConfig`.
         text_encoder: the language model that reads texts.
@@ -112,7 +112,8 @@ class TextToImageRun(Run):
 
         Raises:
             ValueError: both or neither of prompts and classes, a prompt that is too long, not a class, a number out of
-                range, or an option that does not fit the sampler; before any image is drawn.
+                range, an option that does not fit the sampler, or guidance of a model that never learnt to draw without
+                a text; before any image is drawn.
             TypeError: an option that there is not, or a value of another type.
         """
         if output_type not in _OUTPUTS:
@@ -121,8 +122,6 @@ class TextToImageRun(Run):
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed, **options}
         sampling = self.sampling.replaced(given)
         conditions = self.conditions(prompts, classes)
-        count = len(conditions) * num_images_per_prompt
-        check_sampler(sampling, self.diffusion, count)
         drawn = self.draw(conditions.repeated(num_images_per_prompt), sampling, progress=progress)
         images = drawn if output_type == "latent" else self.decoded(drawn)
         return to_pil(images) if output_type == "pil" else images
@@ -160,6 +159,21 @@ class TextToImageRun(Run):
         rows = torch.tensor([different.index(text) for text in texts])
         return Conditions(tuple(texts), {name: value[rows] for name, value in states.items()})
 
+    def check_sampling(self, sampling: TextToImageSamplingConfig, count: int = 1) -> None:
+        """Raises ValueError where `count` samples cannot be drawn so.
+
+        That is: a sampler that does not fit the diffusion, or guidance of a model that never learnt to draw without a
+        text.
+        """
+        check_sampler(sampling, self.diffusion, count)
+        config = self.model.config
+        crosses = config.conditioning == "cross_attention"
+        if sampling.guidance_scale != 1 and not (config.text_dropout_prob if crosses else config.dit.null_label):
+            raise ValueError(
+                f"guidance_scale: got {sampling.guidance_scale:g}; {self.source} was trained with text_dropout_prob 0 "
+                "and never learnt to draw without a text; expected 1"
+            )
+
     @going_by_choices
     def draw(
         self,
@@ -178,10 +192,9 @@ class TextToImageRun(Run):
         `seeds[i]`. `keep` gets the samples drawn so far after each batch but the last. `callback` is that of
         `fastdiff.diffusion.sample`, for each batch.
 
-        Raises:
-            ValueError: a sampler that does not fit the run.
+        Raises ValueError as `check_sampling`.
         """
-        check_sampler(sampling, self.diffusion, len(conditions))
+        self.check_sampling(sampling, len(conditions))
         device = next(self.model.parameters()).device
         if device.type == "cpu":  # else each step maps activations anew
             keep_freed_memory()

@@ -60,8 +60,9 @@ class TextToImageTask:
         with section("data"):
             self.data = load_data(recipe.data) if data is None else data
         captions, training = captions_of(self.data), recipe.training
-        texts, rows = trained_texts(captions)
-        self.choose = TextChoice(rows, captions.entries, recipe.objective.entry_weights)
+        weights = recipe.objective.entry_weights
+        texts, rows = trained_texts(captions, [name for name, weight in weights.items() if not weight])
+        self.choose = TextChoice(rows, captions.entries, weights)
         prompts = recipe.sampling.prompts or shown_texts(captions)
         recipe.sampling = dataclasses.replace(recipe.sampling, prompts=prompts)
         if encoder is None:
@@ -70,15 +71,19 @@ class TextToImageTask:
             encoder.check(prompts)
         encoder.check(texts)
         self.decoder, self.latents = None, None
-        if recipe.latents is not None:
-            self.decoder, self.latents = load_latents(recipe.latents, self.data)
+        fits = functools.partial(check_fit, recipe, name=self.data.name)
+        if recipe.latents is None:
+            fits(self.data.image_shape)
+        else:
+            self.decoder, self.latents = load_latents(recipe.latents, self.data, check=fits)
         self.images = self.data.train if self.latents is None else self.latents.train
-        check_fit(recipe, self.data.image_shape if self.latents is None else self.latents.image_shape, self.data.name)
         self.states = cached_text_states(texts, encoder.encode, encoder.fingerprint)
         self.prompts, self.prompt_states = tuple(prompts), self._states_of(prompts, texts, encoder)
         self.encoder_facts = {**dataclasses.asdict(recipe.text_encoder), "fingerprint": encoder.fingerprint}
         self.diffusion = Diffusion(recipe.diffusion)
         self.stream = EpochStream(len(self.images), training.batch_size, derive_seed(training.seed, _ORDER))
+        # a frozen DiT still draws the classes that it was trained on
+        self.labelled = recipe.train == "q_former" and start.draws_classes(self.data.class_names)
         self.model = build_model(recipe, start, encoder.hidden_size, encoder.num_states)
         weight = recipe.objective.attention_entropy_weight
         self.entropy = EntropyTerm(self.model, weight) if weight else None
@@ -135,7 +140,7 @@ class TextToImageTask:
         recipe = self.config
         save_model(
             folder, model, self.diffusion, recipe.sampling, recipe.training.mixed_precision, self.encoder_facts,
-            self.data.class_names, recipe.train == "q_former", self.decoder,
+            self.data.class_names, self.labelled, self.decoder,
         )  # fmt: skip
 
     def validate(self, model: nn.Module) -> dict[str, float]:
