@@ -115,6 +115,48 @@ def captioned(data, captions):
     return CaptionedData(**values, captions=captions, attributes={})
 
 
+NO_NULL = {**DIT["model"], "class_dropout_prob": 0.0, "null_label": False}
+
+
+def test_a_dit_without_a_null_label_learns_to_read_without_dropped_texts(make_task, tmp_path):
+    fields = {"train": "all", "model": NO_NULL, "sampling": {"guidance_scale": 1.0}}
+    with pytest.raises(ValueError, match="objective.text_dropout_prob: got 0.1 with model.null_label false"):
+        make_task(Q_FORMER, **fields)
+    task = make_task(Q_FORMER, **fields, objective={"text_dropout_prob": 0.0})
+    assert torch.isfinite(task.loss(task.model, task.batch(0, range(4))))
+    recipe = write_recipe(tmp_path / "dit.yaml", DIT, model=NO_NULL, sampling={"guidance_scale": 1.0},
+                          training={"max_steps": 1})  # fmt: skip
+    train.main([str(recipe), "--training.output_dir", str(tmp_path / "dit")])
+    fields = {"dit_from": str(tmp_path / "dit"), "objective": {"text_dropout_prob": 0.0}}
+    with pytest.raises(ValueError, match="sampling.guidance_scale: got 2.0; the DiT of dit_from was trained without"):
+        make_task(Q_FORMER, **fields)
+    task = make_task(Q_FORMER, **fields, sampling={"guidance_scale": 1.0})
+    assert torch.isfinite(task.loss(task.model, task.batch(0, range(4))))
+
+
+def test_a_text_that_is_too_long_names_the_field_that_says_so(make_task, tmp_path, digits):
+    import transformers
+    from tokenizers_of_kinds import bert_like
+
+    tokenizer = bert_like("a digit of " + " ".join("0123456789"))
+    sizes = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=16)
+    config = transformers.BertConfig(**sizes, vocab_size=1 + max(tokenizer.get_vocab().values()))
+    transformers.BertModel(config).save_pretrained(tmp_path / "reader")
+    tokenizer.save_pretrained(tmp_path / "reader")
+    encoder = {"name": str(tmp_path / "reader"), "max_length": 4}
+    too_long = r"prompt: got 'a digit of 3', which has \d tokens; expected at most 4 \(text_encoder.max_length\)"
+    with pytest.raises(ValueError, match=too_long):
+        make_task(CROSS, text_encoder=encoder, sampling={"prompts": ["a digit of 3"]})
+    task = make_task(CROSS, text_encoder=encoder)
+    (folder := tmp_path / "saved").mkdir()
+    task.save(task.model, folder)
+    run = fastdiff.load(folder)
+    with pytest.raises(ValueError, match=too_long):
+        run.sample(["3", "a digit of 3"])
+    with pytest.raises(TypeError, match="prompts: got .3.; expected texts"):
+        run.sample(3)
+
+
 # ------------------------------------------------------------------------------------------------ latents
 
 

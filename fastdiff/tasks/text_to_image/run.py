@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,7 @@ from fastdiff.device import autocast, autocast_dtype, check_device, evaluating
 from fastdiff.diffusion import Diffusion, DiffusionConfig
 from fastdiff.diffusion.continuous import split_variance
 from fastdiff.diffusion.sampler_config import check_sampler
+from fastdiff.errors import section
 from fastdiff.models.autoencoder import FOLDER, decode, load_decoder
 from fastdiff.models.pretrained import naming_config, read_config
 from fastdiff.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -148,13 +150,14 @@ class TextToImageRun(Run):
             if self.labelled:
                 return Conditions(tuple(texts), labels=torch.tensor(labels, dtype=torch.int64))
         else:
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            texts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
         if not texts:
             raise ValueError(f"{'prompts' if classes is None else 'classes'}: got none; expected one or more")
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"prompts: got {texts!r}; expected texts")
         different = list(dict.fromkeys(texts))
-        self.encoder.check(different)
+        with section("text_encoder"):  # whose max_length it is
+            self.encoder.check(different)
         states = TextStates.pad(self.encoder.encode(different))
         rows = torch.tensor([different.index(text) for text in texts])
         return Conditions(tuple(texts), {name: value[rows] for name, value in states.items()})
@@ -167,8 +170,8 @@ class TextToImageRun(Run):
         """
         check_sampler(sampling, self.diffusion, count)
         config = self.model.config
-        crosses = config.conditioning == "cross_attention"
-        if sampling.guidance_scale != 1 and not (config.text_dropout_prob if crosses else config.dit.null_label):
+        learnt = self.model.knows_no_text() and (config.conditioning == "q_former" or config.text_dropout_prob > 0)
+        if sampling.guidance_scale != 1 and not learnt:
             raise ValueError(
                 f"guidance_scale: got {sampling.guidance_scale:g}; {self.source} was trained with text_dropout_prob 0 "
                 "and never learnt to draw without a text; expected 1"
@@ -238,7 +241,7 @@ class TextToImageRun(Run):
 
     def usage(self) -> str:
         prompt = (self.sampling.prompts or list(self.class_names) or ["…"])[0]
-        return f'images = run.sample(["{prompt}"])\nimages[0].save("sample.png")'
+        return f'images = run.sample([{json.dumps(prompt, ensure_ascii=False)}])\nimages[0].save("sample.png")'
 
     @going_by_choices
     def _save(self, directory: Path) -> None:

@@ -73,6 +73,11 @@ def load_start(recipe: TextToImageRecipe) -> Start:
             f"objective.text_dropout_prob: got {recipe.objective.text_dropout_prob}; the DiT of dit_from was trained "
             "without label dropout and knows no empty condition: set it to 0, and sampling.guidance_scale to 1"
         )
+    if not config.null_label and recipe.sampling.guidance_scale != 1:
+        raise ValueError(
+            f"sampling.guidance_scale: got {recipe.sampling.guidance_scale}; the DiT of dit_from was trained without "
+            "label dropout and knows no empty condition: set it to 1"
+        )
     loaded.model.config = config
     for module in loaded.model.modules():
         if isinstance(module, SelfAttention):

@@ -67,9 +67,8 @@ class TextToImageTask:
         recipe.sampling = dataclasses.replace(recipe.sampling, prompts=prompts)
         if encoder is None:
             encoder = load_encoder(recipe.text_encoder, self.data.class_names)
-        with section("sampling.prompts"):
-            encoder.check(prompts)
-        encoder.check(texts)
+        with section("text_encoder"):  # whose max_length it is
+            encoder.check([*prompts, *texts])
         self.decoder, self.latents = None, None
         fits = functools.partial(check_fit, recipe, name=self.data.name)
         if recipe.latents is None:
@@ -85,6 +84,8 @@ class TextToImageTask:
         # a frozen DiT still draws the classes that it was trained on
         self.labelled = recipe.train == "q_former" and start.draws_classes(self.data.class_names)
         self.model = build_model(recipe, start, encoder.hidden_size, encoder.num_states)
+        # a DiT that knows no empty condition never gets one
+        self.given = _CONDITION if self.model.knows_no_text() else _CONDITION[:-1]
         weight = recipe.objective.attention_entropy_weight
         self.entropy = EntropyTerm(self.model, weight) if weight else None
 
@@ -127,7 +128,7 @@ class TextToImageTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of the images' losses."""
-        predict = functools.partial(model, **{name: batch[name] for name in _CONDITION})
+        predict = functools.partial(model, **{name: batch[name] for name in self.given})
         loss = self.diffusion.loss(predict, batch["x0"], batch["t"], batch["noise"]).sum()
         return loss if self.entropy is None else loss + self.entropy() * len(batch["x0"])
 
