@@ -68,12 +68,13 @@ def load_start(recipe: TextToImageRecipe) -> Start:
     loaded = load_dit(recipe.dit_from, device="cpu")
     config = _merged(recipe.model, loaded.model.config, f"the DiT of dit_from ({recipe.dit_from})")
     _check_diffusion(recipe.diffusion, loaded.diffusion.config, recipe.dit_from)
-    if not config.null_label and recipe.objective.text_dropout_prob:
+    knows_no_text = config.null_label or config.conditioning != "adaln"
+    if not knows_no_text and recipe.objective.text_dropout_prob:
         raise ValueError(
             f"objective.text_dropout_prob: got {recipe.objective.text_dropout_prob}; the DiT of dit_from was trained "
             "without label dropout and knows no empty condition: set it to 0, and sampling.guidance_scale to 1"
         )
-    if not config.null_label and recipe.sampling.guidance_scale != 1:
+    if not knows_no_text and recipe.sampling.guidance_scale != 1:
         raise ValueError(
             f"sampling.guidance_scale: got {recipe.sampling.guidance_scale}; the DiT of dit_from was trained without "
             "label dropout and knows no empty condition: set it to 1"
