@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdiff import use_backend
+from fastdiff import BackendError, use_backend
 from fastdiff.nn import SelfAttention
 from fastdiff.nn.rotary import rotary_table
 from fastdiff.ops import qk_norm_rotary as module
@@ -47,6 +47,12 @@ def test_attention_gives_what_its_parts_give_when_they_are_called(turns):
     for other in results[1:]:
         for found, expected in zip(results[0], other, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backend_of_gpus_is_asked_for_the_norms():
+    attention, x = SelfAttention(32, 4, qk_norm=True), torch.zeros(1, 3, 32)
+    with use_backend("cuda"), pytest.raises(BackendError, match="fastdiff.adaln: backend 'cuda' was asked for"):
+        attention(x)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
