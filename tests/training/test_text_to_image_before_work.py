@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -204,6 +205,21 @@ def test_a_scale_that_does_not_fit_is_refused_before_all_images_are_encoded(vae,
     before = len(encoded)
     load_latents(LatentsConfig(str(vae)), digits, device="cpu", progress=False)
     assert len(encoded) == before
+
+
+def test_latents_without_a_decoder_are_no_pictures(make_task, vae, encoded, tmp_path, capsys):
+    task = make_task(LATENT, latents={"vae": str(vae)})
+    (folder := tmp_path / "saved").mkdir()
+    task.save(task.model, folder)
+    shutil.rmtree(folder / "vae")
+    run = fastdiff.load(folder)
+    assert run.sample("3", output_type="latent").shape == (1, 4, 4, 4)
+    with pytest.raises(ValueError, match="saved: got a model of latents with 4 channels and no decoder"):
+        run.sample("3")
+    study = tmp_path / "study.yaml"
+    study.write_text("entries: [{name: a, prompts: ['3']}]")
+    for options in (["--prompt", "3"], ["--config", study]):
+        assert "got a model of latents with 4 channels" in refused(sample, [folder, *options], capsys)
 
 
 # ------------------------------------------------------------------------------------------------ saved models

@@ -62,6 +62,7 @@ def evaluate_prompted(path: str, options: EvaluateOptions) -> None:
     data = load_data_of(run, options.data_path, options.accept_changed_data)
     output = output_path(options.output, run.folder.path / "evaluation.json")
     sampling = options.applied_to(run.sampling)
+    run.check_pictures()
     run.check_sampling(sampling, options.num_samples)  # before a classifier is trained
     results: dict[str, Any] = {
         "run": str(run.folder.path),
@@ -156,8 +157,9 @@ def spread(entries: Sequence[Any], count: int) -> list[Any]:
 def texts_of(data: CaptionedData, combination: Mapping[str, int]) -> tuple[str, ...]:
     """The texts that say all of a combination of attributes: captions, where held-out images have such."""
     entries = data.captions.entries
-    captions = data.prompts_of(combination, entries=("caption",)) if "caption" in entries else ()
-    return captions or data.prompts_of(combination, entries=entries)
+    if "caption" in entries and bool((data.captions.rows("held_out", ("caption",)) >= 0).any()):
+        entries = ("caption",)
+    return data.prompts_of(combination, entries=entries)
 
 
 def _of_texts(run: TextToImageRun, data: CaptionedData, sampling: TextToImageSamplingConfig, count: int) -> Measured:

@@ -23,7 +23,7 @@ from fastdiff.models.pretrained import naming_config, read_config
 from fastdiff.models.text_encoder import TextEncoder, TextEncoderConfig
 from fastdiff.models.text_to_image import TextToImage
 from fastdiff.recipes import load_recipe, plain
-from fastdiff.tasks.images import to_pil
+from fastdiff.tasks.images import check_pictures, to_pil
 from fastdiff.tasks.labels import labels_of
 from fastdiff.tasks.run import Found, Run, check_count, find, going_by_choices, sampling_keys, stored_sampling
 from fastdiff.tasks.text_to_image.drawing import Conditions, Step, draw_images, load_encoder
@@ -110,16 +110,19 @@ class TextToImageRun(Run):
 
         Returns:
             N = entries · num_images_per_prompt images. "pil": PIL images of 8 bits, grey ("L") or RGB. "pt": a float32
-            tensor [N, C, H, W] on the CPU, with values around -1 … 1. "latent": what the model itself draws.
+            tensor [N, C, H, W] on the CPU, with values around -1 … 1. "latent": what the model itself draws; a model of
+            latents without a decoder gives that for "pt", too.
 
         Raises:
             ValueError: both or neither of prompts and classes, a prompt that is too long, not a class, a number out of
-                range, an option that does not fit the sampler, or guidance of a model that never learnt to draw without
-                a text; before any image is drawn.
+                range, an option that does not fit the sampler, guidance of a model that never learnt to draw without a
+                text, or latents asked for as images; before any image is drawn.
             TypeError: an option that there is not, or a value of another type.
         """
         if output_type not in _OUTPUTS:
             raise ValueError(f"output_type: got {output_type!r}; expected one of {', '.join(map(repr, _OUTPUTS))}")
+        if output_type == "pil":
+            self.check_pictures()
         check_count("num_images_per_prompt", num_images_per_prompt)
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed, **options}
         sampling = self.sampling.replaced(given)
@@ -238,6 +241,10 @@ class TextToImageRun(Run):
     def decoded(self, samples: Tensor) -> Tensor:  # [N, C, H, W], float32, as `draw` gives them
         """Images of samples: what the decoder makes of latents; samples of other models are images."""
         return samples if self.decoder is None else decode(self.decoder, samples)
+
+    def check_pictures(self) -> None:
+        """Raises ValueError where samples are latents that nothing here makes pictures of."""
+        check_pictures(self.source, self.model.config.dit.in_channels, self.decoder)
 
     def usage(self) -> str:
         prompt = (self.sampling.prompts or list(self.class_names) or ["…"])[0]

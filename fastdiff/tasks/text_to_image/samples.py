@@ -65,6 +65,7 @@ def sample_prompted(path: str, options: SampleOptions) -> None:
 
     prompts = _prompts(options)
     run = load_run(path, weights=options.weights, device=options.device)
+    run.check_pictures()
     sampling = options.applied_to(run.sampling)
     run.check_sampling(sampling)
     output = output_path(options.output, results_folder(path, run.folder) / f"samples-seed-{sampling.seed}.png")

@@ -53,6 +53,7 @@ def draw_studies(path: str, options: "SampleOptions") -> None:
     file = find_entries(options.config)
     entries = read_entries(file)
     run = load_run(path, weights=options.weights, device=options.device)
+    run.check_pictures()
     sampling = options.applied_to(run.sampling)
     folder = Path(options.output) if options.output else results_folder(path, run.folder) / file.stem
     load_data = functools.cache(functools.partial(load_data_of, run))
