@@ -18,7 +18,7 @@ class AttributeAccuracy:
     Attributes:
         images: how many.
         accuracy: share that shows the value asked for (that real images have), by attribute; {} of no images.
-        all: share that shows all of them.
+        all: share that shows all of them; NaN of no images.
     """
 
     images: int
@@ -42,8 +42,8 @@ class AttributeReport:
     held_out_unseen: AttributeAccuracy
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
+        """As plain values, for JSON: `all` of a group without images is None."""
+        return {name: group | ({} if group["images"] else {"all": None}) for name, group in asdict(self).items()}
 
     def to_markdown(self) -> str:
         """As a table: a row an attribute, with columns for those groups that have images."""

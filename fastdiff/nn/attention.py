@@ -94,7 +94,9 @@ class SelfAttention(nn.Module):
 
     def _placed(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:  # [B, N, 3, H, d] -> the same
         """Query and key normalised and turned to their positions, values as they are."""
-        if self._plain_norms() and (rotary is None or len(rotary[0]) == 1):
+        packed = self._plain_norms() and (rotary is None or len(rotary[0]) == 1)
+        # a backend of GPUs that was asked for by name has no such operator: it runs the norms
+        if packed and backends.requested() not in ("cuda", "triton"):
             cosine, sine = (None, None) if rotary is None else (t[0, 0] for t in rotary)
             weight, bias = (
                 torch.stack([getattr(norm, name) for norm in (self.q_norm, self.k_norm)]) for name in ("weight", "bias")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff import backends
 from fastdiff.nn.head import plain_weights, unhooked
 from fastdiff.ops import bias_activation
 from fastdiff.ops._checks import autocast_dtype, choose_backend
@@ -98,4 +99,5 @@ class ConvMlp(nn.Module):
     def _fuses(self, x: Tensor) -> bool:
         """Whether the convolution and its neighbours run as one operator: on a CPU, where nobody has wrapped them."""
         plain = type(self.conv) is nn.Conv2d and unhooked(self.conv) and plain_weights(self.fc1) is not None
+        plain = plain and backends.requested() not in ("cuda", "triton")  # asked for by name, without such an operator
         return plain and choose_backend("conv_activation", x.device.type, (autocast_dtype(x),)) != "reference"

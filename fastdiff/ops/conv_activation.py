@@ -23,6 +23,7 @@ SCHEMAS = {
     "conv_activation": f"({_OPERANDS}) -> Tensor",
     "conv_activation_backward": f"(Tensor grad_out, {_OPERANDS}, bool need_parameters) -> (Tensor, Tensor)",
 }
+_MOST_TOKENS = 2**20  # of a grid: a thread of the CPU kernel keeps up to three grids, of 128 bytes a token each
 _SUMS = 11  # rows of the parameters' gradients: nine of weight, bias, x_bias
 
 
@@ -54,8 +55,8 @@ def conv_activation(
     """act(conv(x + x_bias) + bias): each channel with its own 3×3 kernel, zeros around the grid.
 
     Args:
-        x: a grid of tokens, channels last, `[B, H, W, C]`, in float32, bfloat16 or float16 (float64 runs on the
-            reference alone).
+        x: a grid of tokens, channels last, `[B, H, W, C]`, in float32, bfloat16 or float16 (float64, and grids of more
+            than 2^20 tokens, run on the reference alone).
         weight: `[C, 1, 3, 3]`, as nn.Conv2d has it with groups = C. Parameters may have another dtype than x.
         bias: `[C]` or None.
         activation: "gelu" (exact), "gelu_tanh" or "silu".
@@ -70,7 +71,8 @@ def conv_activation(
         BackendError: the backend that was asked for cannot run.
     """
     _check(x, weight, bias, x_bias, activation)
-    if choose_backend(OPERATOR, x.device.type, (x.dtype,)) == "reference":
+    refuses = _refuses_large if x.shape[1] * x.shape[2] > _MOST_TOKENS else None  # None is the faster way
+    if choose_backend(OPERATOR, x.device.type, (x.dtype,), refuses) == "reference":
         return reference.conv_activation(x, weight, bias, activation, x_bias)
     x, taps = x.contiguous(), weight.flatten(1).t().float().contiguous()  # [9, C]
     bias, x_bias = (None if t is None else t.float().contiguous() for t in (bias, x_bias))
@@ -78,6 +80,10 @@ def conv_activation(
     if wants_grad(x, weight, bias, x_bias):
         return _ConvActivation.apply(*distinct(args))
     return torch.ops.fastdiff.conv_activation.default(*args)
+
+
+def _refuses_large(backend: str) -> str | None:
+    return f"it takes grids of at most {_MOST_TOKENS} tokens" if backend == "cpu" else None
 
 
 class _ConvActivation(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fastdiff.backends import Backend, register
 from fastdiff.kernels.qk_norm_rotary import reference
 from fastdiff.ops import _native
-from fastdiff.ops._checks import check_floats, choose_backend, wants_grad
+from fastdiff.ops._checks import check_floats, choose_backend, distinct, wants_grad
 from fastdiff.ops._register import register_fake
 
 OPERATOR = "qk_norm_rotary"
@@ -77,12 +77,13 @@ def qk_norm_rotary(
         BackendError: the backend that was asked for cannot run.
     """
     _check(qkv, weight, bias, cosine, sine, eps)
+    cosine, sine = (None if t is None else t.detach() for t in (cosine, sine))
     if choose_backend(OPERATOR, qkv.device.type, (qkv.dtype,)) == "reference":
         return reference.qk_norm_rotary(qkv, weight, bias, cosine, sine, eps)
     qkv = qkv.contiguous()
     weight, bias, cosine, sine = (None if t is None else t.float().contiguous() for t in (weight, bias, cosine, sine))
     if wants_grad(qkv, weight, bias):
-        return _QkNormRotary.apply(qkv, weight, bias, cosine, sine, eps)
+        return _QkNormRotary.apply(*distinct((qkv, weight, bias, cosine, sine, eps)))
     return torch.ops.fastdiff.qk_norm_rotary.default(qkv, weight, bias, cosine, sine, eps)
 
 

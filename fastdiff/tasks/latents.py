@@ -1,12 +1,15 @@
 """The latents that a recipe asks for: an autoencoder of any origin, checked, and a data set encoded by it."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
 
 from fastdiff.data.images import ImageData
-from fastdiff.data.latents import cached_latents
+from fastdiff.data.latents import Encode, Shape, cached_latents
 from fastdiff.errors import named, section
 from fastdiff.tasks.kinds import kind_named, kind_of, load
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 Data = TypeVar("Data", bound=ImageData)
 _HASH = 16  # hexadecimal digits of a VAE's hash that a recipe names
 _SPREAD = (0.5, 2.0)  # between which the deviation of latents must lie
-_LOOKED_AT = 1024  # latents whose deviation is taken
+_LOOKED_AT = 256  # images whose latents' deviation is taken
 
 
 @dataclass
@@ -40,7 +43,12 @@ class LatentsConfig:
 
 
 def load_latents(
-    config: LatentsConfig, data: Data, *, device: torch.device | str | None = None, progress: bool = True
+    config: LatentsConfig,
+    data: Data,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    check: Callable[[Shape], None] | None = None,
 ) -> "tuple[AutoencoderKL, Data]":
     """The autoencoder of a recipe, and the latents of a data set's images: encoded now, or from the cache.
 
@@ -49,6 +57,7 @@ def load_latents(
         data: the images.
         device: where they are encoded; None takes a GPU where there is one.
         progress: shows a bar while they are.
+        check: gets the shape of the latents (c, h, w) before any is made, and raises where they are of no use.
 
     Returns:
         The model in float32 and eval mode, as `fastdiff.models.autoencoder.decode` takes it, and the data with latents
@@ -57,7 +66,7 @@ def load_latents(
     Raises:
         FileNotFoundError: no such autoencoder, or a hub that cannot be reached.
         ValueError: what lies there is none; another one than vae_hash says; images of other channels or sizes than it
-            takes; latents whose deviation is far from 1. One line.
+            takes; latents whose deviation is far from 1. One line, before the images are encoded.
         PermissionError, OSError: the cache cannot be written.
     """
     with section("latents"):
@@ -74,19 +83,38 @@ def load_latents(
             shape = run.latent_shape(data.image_shape)
         except ValueError as error:
             raise ValueError(f"{name}, which does not fit the images of {data.name}: {error}") from None
-        latents = cached_latents(data, shape, run.encode, run.fingerprint, progress=progress)
-        _check_spread(name, run.scaling_factor, latents)
+    if check is not None:
+        check(shape)  # whose messages name other sections
+    check_spread = functools.partial(_check_spread, f"{name}, whose latents of {data.name}", run.scaling_factor)
+    encode = _after(lambda: check_spread(run.encode(_some(data))), run.encode)
+    latents = cached_latents(data, shape, encode, run.fingerprint, progress=progress)
+    check_spread(_some(latents))
     return run.model, latents
 
 
-def _check_spread(name: str, scaling_factor: float, latents: ImageData) -> None:
+def _after(check: Callable[[], None], encode: Encode) -> Encode:
+    """`encode`, with a check before its first call."""
+    check_once = functools.cache(check)
+
+    def checked(images: Tensor) -> Tensor:
+        check_once()
+        return encode(images)
+
+    return checked
+
+
+def _some(data: ImageData) -> Tensor:
+    """Images to train on, or their latents, spread evenly over the set."""
+    count = min(_LOOKED_AT, len(data.train))
+    return data.train.images(torch.arange(count) * len(data.train) // count)
+
+
+def _check_spread(what: str, scaling_factor: float, latents: Tensor) -> None:
     """Raises ValueError where noise of deviation 1 would be far too much, or too little, for the latents."""
-    train = latents.train
-    count = min(_LOOKED_AT, len(train))
-    deviation = float(train.images(torch.arange(count) * len(train) // count).std())
+    deviation = float(latents.std())
     if not _SPREAD[0] <= deviation <= _SPREAD[1]:
         raise ValueError(
-            f"{name}, whose latents of {latents.name} have deviation {deviation:.3g}; expected about 1: its "
+            f"{what} have deviation {deviation:.3g}; expected about 1: its "
             f"scaling_factor, {scaling_factor:.4g}, is not of these images; set it to "
             f"{scaling_factor / max(deviation, 1e-9):.4g} in its config.json"
         )

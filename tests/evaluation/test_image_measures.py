@@ -113,6 +113,7 @@ def test_groups_without_images_are_left_out(data, classifier):
     )
     assert report.samples_unseen.images == 0 and math.isnan(report.samples_unseen.all)
     assert report.held_out_seen.images == 20 and "unseen" not in report.to_markdown()
+    assert report.to_dict()["samples_unseen"] == {"images": 0, "accuracy": {}, "all": None}  # JSON has no NaN
 
 
 def test_attributes_that_do_not_fit(data, classifier):

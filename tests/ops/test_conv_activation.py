@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdiff import use_backend
+from fastdiff import BackendError, use_backend
 from fastdiff.nn import ConvMlp
 from fastdiff.ops import conv_activation as module
 from fastdiff.ops.conv_activation import conv_activation
@@ -46,8 +46,9 @@ def test_an_mlp_with_a_convolution_is_one_operator_unless_somebody_wrapped_it():
     with torch.profiler.profile() as profile:
         fused = mlp(x, (3, 4))
     assert any(event.name == "fastdiff::conv_activation" for event in profile.events())
-    with use_backend("reference"):
-        torch.testing.assert_close(mlp(x, (3, 4)), fused, rtol=0, atol=1e-5)
+    for backend in ("reference", "triton"):  # Triton has no such operator
+        with use_backend(backend):
+            torch.testing.assert_close(mlp(x, (3, 4)), fused, rtol=0, atol=1e-5)
     seen = []
     mlp.conv.register_forward_hook(lambda _, args, out: seen.append(out.shape))
     torch.testing.assert_close(mlp(x, (3, 4)), fused, rtol=0, atol=1e-5)
@@ -56,6 +57,30 @@ def test_an_mlp_with_a_convolution_is_one_operator_unless_somebody_wrapped_it():
     torch.testing.assert_close(mlp(x, (3, 4)), fused, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="activation: got 'relu'"):
         ConvMlp(4, 4, activation="relu")
+
+
+def test_strided_operands_are_what_their_copies_are():
+    x, weight, bias = random(2, 6, 10, 24).transpose(1, 2)[..., ::2], random(9, 12).t().view(12, 1, 3, 3), random(24)
+    operands = (x, weight, bias[::2])
+    copies = [t.contiguous() for t in operands]
+    results = []
+    for leaves in (operands, copies):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        out = conv_activation(*leaves, x_bias=leaves[2])  # one tensor twice: its gradient is the sum of both
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_grid_too_large_for_the_kernel_goes_through_the_reference(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_TOKENS", 11)
+    x, weight = random(1, 3, 4, 8), random(8, 1, 3, 3)
+    with torch.profiler.profile() as profile:
+        large, small = conv_activation(x, weight), conv_activation(x[:, :2], weight)
+    assert sum(event.name == "fastdiff::conv_activation" for event in profile.events()) == 1
+    assert large.shape == x.shape and small.shape == x[:, :2].shape
+    with use_backend("cpu"), pytest.raises(BackendError, match="it takes grids of at most 11 tokens"):
+        conv_activation(x, weight)
 
 
 @pytest.mark.parametrize(

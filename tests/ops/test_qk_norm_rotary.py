@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdiff import use_backend
+from fastdiff import BackendError, use_backend
 from fastdiff.nn import SelfAttention
 from fastdiff.nn.rotary import rotary_table
 from fastdiff.ops import qk_norm_rotary as module
@@ -47,6 +47,36 @@ def test_attention_gives_what_its_parts_give_when_they_are_called(turns):
     for other in results[1:]:
         for found, expected in zip(results[0], other, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backend_of_gpus_is_asked_for_the_norms():
+    attention, x = SelfAttention(32, 4, qk_norm=True), torch.zeros(1, 3, 32)
+    with use_backend("cuda"), pytest.raises(BackendError, match="fastdiff.adaln: backend 'cuda' was asked for"):
+        attention(x)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_gradient_flows_to_angles(backend):
+    qkv, weight = random(2, 3, 3, 2, 8).requires_grad_(), random(2, 16).requires_grad_()
+    cosine, sine = (random(3, 4).requires_grad_() for _ in range(2))
+    with use_backend(backend):
+        out = qk_norm_rotary(qkv, weight, weight, cosine, sine)
+        only_angles = qk_norm_rotary(qkv.detach(), weight.detach(), weight.detach(), cosine, sine)
+    grads = torch.autograd.grad(out.square().sum(), (qkv, weight, cosine, sine), allow_unused=True)
+    assert [grad is None for grad in grads] == [False, False, True, True] and not only_angles.requires_grad
+
+
+def test_strided_operands_are_what_their_copies_are():
+    qkv, angles = random(3, 2, 3, 2, 16).transpose(0, 1)[..., ::2], random(8, 3).t()
+    operands = (qkv, random(16, 2).t(), random(2, 32)[:, ::2], angles[:, ::2], angles[:, 1::2])
+    copies = [t.contiguous() for t in operands]
+    results = []
+    for leaves in (operands, copies):
+        leaves = [t.detach().requires_grad_() for t in leaves[:3]] + list(leaves[3:])
+        out = qk_norm_rotary(*leaves)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves[:3])))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

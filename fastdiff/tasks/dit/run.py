@@ -21,7 +21,7 @@ from fastdiff.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, check_override
 from fastdiff.models.weights import check_counts, header_of
 from fastdiff.recipes import load_recipe
 from fastdiff.tasks.dit.recipe import DiTRecipe, SamplingConfig
-from fastdiff.tasks.images import to_pil
+from fastdiff.tasks.images import check_pictures, to_pil
 from fastdiff.tasks.labels import labels_of, parse_labels
 from fastdiff.tasks.run import Found, Run, check_count, find, going_by_choices, sampling_keys, stored_sampling
 from fastdiff.training.checkpoint import load_weights
@@ -167,12 +167,7 @@ class DiTRun(Run):
 
     def check_pictures(self) -> None:
         """Raises ValueError where samples are latents that nothing here makes pictures of."""
-        channels = self.model.config.in_channels
-        if self.decoder is None and channels not in (1, 3):
-            raise ValueError(
-                f"{self.source}: got a model of latents with {channels} channels and no decoder; expected the folder "
-                f"{FOLDER} of its pipeline beside it; in Python, output_type='latent' gives the latents"
-            )
+        check_pictures(self.source, self.model.config.in_channels, self.decoder)
 
     def usage(self) -> str:
         latents = self.decoder is None and self.model.config.in_channels not in (1, 3)

@@ -23,7 +23,7 @@ class Entry:
         classes: labels or class names to draw; exactly one of prompts, classes and combinations is given.
         combinations: "seen" or "unseen": texts of combinations of attributes that the run was trained on, or never met,
             one of each combination of class and color, spread evenly.
-        count: how many combinations.
+        count: how many combinations; given with those alone.
         images_per_prompt: images of each text.
         guidance_scale: a number, or several for a sweep: a column each.
         num_inference_steps, sampler, seed: as in `fastdiff sample`.
@@ -31,8 +31,9 @@ class Entry:
         noise_levels: noise times in [0, 1], a column each: the image of the text noised so far, and below it what the
             model makes of that in one step.
         progression: a column for each checkpoint of the run, all from the same noise.
-        attention_timesteps: times at which attention to the text's tokens is written down, each a heatmap: levels of a
-            discrete diffusion, or times in (0, 1].
+        attention_timesteps: times at which attention to the text's tokens is written down, each a heatmap: of a
+            discrete diffusion its levels (0 … 999), else times from 0 (the image) to 1 (noise). A Q-Former's maps are
+            the same at all of them.
         attention_average: maps averaged over "all" layers and heads (a map a prompt), over "heads" (one a layer), or
             "none".
         animate: write a GIF of the denoising, too.
@@ -117,6 +118,10 @@ def _check_alone(entry: Entry, where: str) -> None:
         raise ValueError(f"{where}: got {' and '.join(kinds)}; expected one of them: an entry is one picture")
     if entry.attention_timesteps is not None and entry.classes is not None:
         raise ValueError(f"{where}: attention_timesteps: got it with classes, which have no tokens; expected prompts")
+    for name, needed in (("count", "combinations"), ("attention_average", "attention_timesteps")):
+        default = getattr(Entry, name)
+        if getattr(entry, name) != default and getattr(entry, needed) is None:
+            raise ValueError(f"{where}: {name}: got {getattr(entry, name)} without {needed}; leave it out")
     if kinds and (entry.animate or entry.attention_timesteps):
         other = "animate" if entry.animate else "attention_timesteps"
         raise ValueError(f"{where}: {other}: got it with {kinds[0]}; expected it in an entry of its own")

@@ -15,6 +15,7 @@ from fastdiff.errors import section
 from fastdiff.files import output_path, write_atomically
 from fastdiff.tasks.options import DataOptions, SamplingOptions, at_least
 from fastdiff.tasks.run import finding_data
+from fastdiff.tasks.text_to_image.drawing import Conditions
 from fastdiff.tasks.text_to_image.recipe import TextToImageSamplingConfig
 from fastdiff.tasks.text_to_image.run import TextToImageRun, load_run
 
@@ -61,6 +62,8 @@ def evaluate_prompted(path: str, options: EvaluateOptions) -> None:
     data = load_data_of(run, options.data_path, options.accept_changed_data)
     output = output_path(options.output, run.folder.path / "evaluation.json")
     sampling = options.applied_to(run.sampling)
+    run.check_pictures()
+    run.check_sampling(sampling, options.num_samples)  # before a classifier is trained
     results: dict[str, Any] = {
         "run": str(run.folder.path),
         "step": run.step,
@@ -152,18 +155,21 @@ def spread(entries: Sequence[Any], count: int) -> list[Any]:
 
 
 def texts_of(data: CaptionedData, combination: Mapping[str, int]) -> tuple[str, ...]:
-    """The texts that say all of a combination of attributes: captions, where the data has such."""
-    entries = ("caption",) if "caption" in data.captions.entries else data.captions.entries
+    """The texts that say all of a combination of attributes: captions, where held-out images have such."""
+    entries = data.captions.entries
+    if "caption" in entries and bool((data.captions.rows("held_out", ("caption",)) >= 0).any()):
+        entries = ("caption",)
     return data.prompts_of(combination, entries=entries)
 
 
 def _of_texts(run: TextToImageRun, data: CaptionedData, sampling: TextToImageSamplingConfig, count: int) -> Measured:
     """Samples of texts of images to train on, and of held-out ones: is the right image the nearest among some?"""
     measures: dict[str, Any] = {}
-    tables = []
-    samples, images = _drawn_by_text(run, data, sampling, count, "train")
-    for part in ("train", "held_out"):
-        drawn, indices = (samples, images) if part == "train" else _drawn_by_text(run, data, sampling, count, part)
+    tables, samples = [], None
+    asked = {part: _asked(run, data, count, part) for part in ("train", "held_out")}  # all texts before any sample
+    for part, (conditions, indices) in asked.items():
+        drawn = run.decoded(run.draw(conditions, sampling, progress=True))
+        samples = drawn if samples is None else samples
         if len(indices) >= 2:
             chosen = torch.tensor(spread(range(len(indices)), _CANDIDATES))
             report = _retrieval(drawn[chosen], getattr(data, part).images(indices[chosen]))
@@ -181,10 +187,8 @@ def _of_texts(run: TextToImageRun, data: CaptionedData, sampling: TextToImageSam
     return samples, measures | {"nearest_training_image": nearest}, "\n\n".join([*tables, "\n".join([head, *rows])])
 
 
-def _drawn_by_text(
-    run: TextToImageRun, data: CaptionedData, sampling: TextToImageSamplingConfig, count: int, part: Part
-) -> tuple[Tensor, Tensor]:
-    """A sample of the first text of each of some images of a part, spread evenly over it; and the images' indices.
+def _asked(run: TextToImageRun, data: CaptionedData, count: int, part: Part) -> tuple[Conditions, Tensor]:
+    """The first text of each of some images of a part, spread evenly over it; and the images' indices.
 
     Of images that share a text, as others do, the first alone is taken.
     """
@@ -195,9 +199,7 @@ def _drawn_by_text(
         if text >= 0 and text not in texts:
             texts[text] = data.captions.texts[text]
             images.append(index)
-    prompts = spread(list(texts.values()), count)
-    samples = run.decoded(run.draw(run.conditions(prompts), sampling, progress=True))
-    return samples, torch.tensor(spread(images, count))
+    return run.conditions(spread(list(texts.values()), count)), torch.tensor(spread(images, count))
 
 
 def _retrieval(samples: Tensor, images: Tensor) -> "RetrievalReport":

@@ -124,9 +124,15 @@ def check_recipe(recipe: TextToImageRecipe) -> None:
             f"train: got 'q_former' with model.conditioning {recipe.model.conditioning!r}, which has no Q-Former; "
             "expected 'all'"
         )
+    model, dropped = recipe.model, recipe.objective.text_dropout_prob
+    if recipe.dit_from is None and model.conditioning == "adaln" and not model.null_label and dropped:
+        raise ValueError(
+            f"objective.text_dropout_prob: got {dropped} with model.null_label false, and no other label stands for no "
+            "text; expected 0, or model.null_label true"
+        )
     with section("sampling"):
         check_sampler(recipe.sampling, recipe.diffusion)
-    if recipe.sampling.guidance_scale != 1 and not recipe.objective.text_dropout_prob and recipe.train != "q_former":
+    if recipe.sampling.guidance_scale != 1 and not dropped and recipe.train != "q_former":
         raise ValueError(
             f"sampling.guidance_scale: got {recipe.sampling.guidance_scale}; with objective.text_dropout_prob 0 the "
             "model never learns to draw without a text: set it to 1, or the probability above 0"

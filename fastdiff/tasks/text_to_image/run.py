@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,12 +17,13 @@ from fastdiff.device import autocast, autocast_dtype, check_device, evaluating
 from fastdiff.diffusion import Diffusion, DiffusionConfig
 from fastdiff.diffusion.continuous import split_variance
 from fastdiff.diffusion.sampler_config import check_sampler
+from fastdiff.errors import section
 from fastdiff.models.autoencoder import FOLDER, decode, load_decoder
 from fastdiff.models.pretrained import naming_config, read_config
 from fastdiff.models.text_encoder import TextEncoder, TextEncoderConfig
 from fastdiff.models.text_to_image import TextToImage
 from fastdiff.recipes import load_recipe, plain
-from fastdiff.tasks.images import to_pil
+from fastdiff.tasks.images import check_pictures, to_pil
 from fastdiff.tasks.labels import labels_of
 from fastdiff.tasks.run import Found, Run, check_count, find, going_by_choices, sampling_keys, stored_sampling
 from fastdiff.tasks.text_to_image.drawing import Conditions, Step, draw_images, load_encoder
@@ -42,8 +44,8 @@ class TextToImageRun(Run):
     Attributes:
         diffusion: what the model predicts, at which noise levels.
         class_names: of the data, by label; () where there are none.
-        labelled: whether its diffusion transformer draws those classes by label, too: it was trained on them, and has
-            stayed as it was.
+        labelled: whether its diffusion transformer draws those classes by label, too: it was trained on the same ones,
+            and has stayed as it was.
         sampling: how samples are denoised where nobody says otherwise.
         mixed_precision: as in `TrainingConfig`.
         text_encoder: the language model that reads texts.
@@ -108,21 +110,23 @@ class TextToImageRun(Run):
 
         Returns:
             N = entries · num_images_per_prompt images. "pil": PIL images of 8 bits, grey ("L") or RGB. "pt": a float32
-            tensor [N, C, H, W] on the CPU, with values around -1 … 1. "latent": what the model itself draws.
+            tensor [N, C, H, W] on the CPU, with values around -1 … 1. "latent": what the model itself draws; a model of
+            latents without a decoder gives that for "pt", too.
 
         Raises:
             ValueError: both or neither of prompts and classes, a prompt that is too long, not a class, a number out of
-                range, or an option that does not fit the sampler; before any image is drawn.
+                range, an option that does not fit the sampler, guidance of a model that never learnt to draw without a
+                text, or latents asked for as images; before any image is drawn.
             TypeError: an option that there is not, or a value of another type.
         """
         if output_type not in _OUTPUTS:
             raise ValueError(f"output_type: got {output_type!r}; expected one of {', '.join(map(repr, _OUTPUTS))}")
+        if output_type == "pil":
+            self.check_pictures()
         check_count("num_images_per_prompt", num_images_per_prompt)
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed, **options}
         sampling = self.sampling.replaced(given)
         conditions = self.conditions(prompts, classes)
-        count = len(conditions) * num_images_per_prompt
-        check_sampler(sampling, self.diffusion, count)
         drawn = self.draw(conditions.repeated(num_images_per_prompt), sampling, progress=progress)
         images = drawn if output_type == "latent" else self.decoded(drawn)
         return to_pil(images) if output_type == "pil" else images
@@ -149,16 +153,32 @@ class TextToImageRun(Run):
             if self.labelled:
                 return Conditions(tuple(texts), labels=torch.tensor(labels, dtype=torch.int64))
         else:
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            texts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
         if not texts:
             raise ValueError(f"{'prompts' if classes is None else 'classes'}: got none; expected one or more")
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"prompts: got {texts!r}; expected texts")
         different = list(dict.fromkeys(texts))
-        self.encoder.check(different)
+        with section("text_encoder"):  # whose max_length it is
+            self.encoder.check(different)
         states = TextStates.pad(self.encoder.encode(different))
         rows = torch.tensor([different.index(text) for text in texts])
         return Conditions(tuple(texts), {name: value[rows] for name, value in states.items()})
+
+    def check_sampling(self, sampling: TextToImageSamplingConfig, count: int = 1) -> None:
+        """Raises ValueError where `count` samples cannot be drawn so.
+
+        That is: a sampler that does not fit the diffusion, or guidance of a model that never learnt to draw without a
+        text.
+        """
+        check_sampler(sampling, self.diffusion, count)
+        config = self.model.config
+        learnt = self.model.knows_no_text() and (config.conditioning == "q_former" or config.text_dropout_prob > 0)
+        if sampling.guidance_scale != 1 and not learnt:
+            raise ValueError(
+                f"guidance_scale: got {sampling.guidance_scale:g}; {self.source} was trained with text_dropout_prob 0 "
+                "and never learnt to draw without a text; expected 1"
+            )
 
     @going_by_choices
     def draw(
@@ -178,10 +198,9 @@ class TextToImageRun(Run):
         `seeds[i]`. `keep` gets the samples drawn so far after each batch but the last. `callback` is that of
         `fastdiff.diffusion.sample`, for each batch.
 
-        Raises:
-            ValueError: a sampler that does not fit the run.
+        Raises ValueError as `check_sampling`.
         """
-        check_sampler(sampling, self.diffusion, len(conditions))
+        self.check_sampling(sampling, len(conditions))
         device = next(self.model.parameters()).device
         if device.type == "cpu":  # else each step maps activations anew
             keep_freed_memory()
@@ -223,9 +242,13 @@ class TextToImageRun(Run):
         """Images of samples: what the decoder makes of latents; samples of other models are images."""
         return samples if self.decoder is None else decode(self.decoder, samples)
 
+    def check_pictures(self) -> None:
+        """Raises ValueError where samples are latents that nothing here makes pictures of."""
+        check_pictures(self.source, self.model.config.dit.in_channels, self.decoder)
+
     def usage(self) -> str:
         prompt = (self.sampling.prompts or list(self.class_names) or ["…"])[0]
-        return f'images = run.sample(["{prompt}"])\nimages[0].save("sample.png")'
+        return f'images = run.sample([{json.dumps(prompt, ensure_ascii=False)}])\nimages[0].save("sample.png")'
 
     @going_by_choices
     def _save(self, directory: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.files import output_path
 from fastdiff.tasks.labels import parse_labels
 from fastdiff.tasks.options import SamplingOptions, at_least
@@ -45,7 +44,8 @@ class SampleOptions(SamplingOptions):
 
     def __post_init__(self):
         at_least("images_per_prompt", self.images_per_prompt, 1)
-        given = [name for name in ("prompt", "prompt_file", "classes", "animate") if getattr(self, name)]
+        names = ("prompt", "prompt_file", "classes", "images_per_prompt", "animate")
+        given = [name for name in names if getattr(self, name)]
         if self.config is not None and given:
             raise ValueError(
                 f"--config: got it beside --{given[0].replace('_', '-')}; expected one of them: the file's entries say "
@@ -63,10 +63,11 @@ def sample_prompted(path: str, options: SampleOptions) -> None:
         return draw_studies(path, options)
     from fastdiff.visualization import save_captioned_gif, save_captioned_grid
 
-    prompts = [*(options.prompt or []), *(read_prompt_file(options.prompt_file) if options.prompt_file else [])]
+    prompts = _prompts(options)
     run = load_run(path, weights=options.weights, device=options.device)
+    run.check_pictures()
     sampling = options.applied_to(run.sampling)
-    check_sampler(sampling, run.diffusion)
+    run.check_sampling(sampling)
     output = output_path(options.output, results_folder(path, run.folder) / f"samples-seed-{sampling.seed}.png")
     conditions = _conditions(run, prompts, options.classes)
     each = options.images_per_prompt or (4 if len(conditions) <= 8 else 1)
@@ -87,6 +88,15 @@ def sample_prompted(path: str, options: SampleOptions) -> None:
     if options.animate:
         steps = torch.stack([run.decoded(step) for step in frames.steps()])
         print(save_captioned_gif(steps, conditions.texts, output.with_suffix(".gif"), title=title))
+
+
+def _prompts(options: SampleOptions) -> list[str]:
+    if options.prompt_file is None:
+        return options.prompt or []
+    of_file = read_prompt_file(options.prompt_file)
+    if not of_file:
+        raise ValueError(f"--prompt-file: got {options.prompt_file!r}, which has no prompt; expected one on each line")
+    return [*(options.prompt or []), *of_file]
 
 
 def _conditions(run: TextToImageRun, prompts: list[str], classes: str | None) -> Conditions:

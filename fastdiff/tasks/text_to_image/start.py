@@ -1,6 +1,7 @@
 """The model that a text-to-image run begins with: random weights, or those of a trained DiT that learns to read."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastdiff.models.dit import DiT
 from fastdiff.models.dit_config import DiTConfig
 from fastdiff.models.pretrained import read_config
 from fastdiff.models.text_to_image import TextToImage, TextToImageConfig
+from fastdiff.nn.attention import SelfAttention
 from fastdiff.tasks.dit.run import load_run as load_dit
 from fastdiff.tasks.kinds import kind_named, kind_of
 from fastdiff.tasks.text_to_image.recipe import TextToImageRecipe
@@ -27,12 +29,21 @@ class Start:
     Attributes:
         config: its shape.
         dit: with trained weights; None for random ones, and where a checkpoint of the run has them.
-        class_names: of a trained one, by label; () where its classes are not known.
+        class_names: of a trained one, by label.
+        labelled: what a checkpoint of the run says of `draws_classes`; None where there is none.
     """
 
     config: DiTConfig
     dit: DiT | None = None
     class_names: tuple[str, ...] = ()
+    labelled: bool | None = None
+
+    def draws_classes(self, names: Sequence[str]) -> bool:
+        """Whether the transformer was trained on these classes, by label. Names that are numbers tell nothing."""
+        if self.labelled is not None:
+            return self.labelled
+        numbers = tuple(map(str, range(len(names))))
+        return bool(self.class_names) and self.class_names in (tuple(names), numbers)
 
 
 def load_start(recipe: TextToImageRecipe) -> Start:
@@ -47,7 +58,8 @@ def load_start(recipe: TextToImageRecipe) -> Start:
         return Start(recipe.model)
     newest = RunFolder(recipe.training.output_dir).latest() if recipe.training.resume else None
     if newest is not None:
-        return Start(_merged(recipe.model, _stored_config(newest), str(newest)))
+        config, labelled = _stored(newest)
+        return Start(_merged(recipe.model, config, str(newest)), labelled=labelled)
     kind = kind_of(recipe.dit_from)
     if kind != "dit":
         raise ValueError(
@@ -56,12 +68,21 @@ def load_start(recipe: TextToImageRecipe) -> Start:
     loaded = load_dit(recipe.dit_from, device="cpu")
     config = _merged(recipe.model, loaded.model.config, f"the DiT of dit_from ({recipe.dit_from})")
     _check_diffusion(recipe.diffusion, loaded.diffusion.config, recipe.dit_from)
-    if not config.null_label and recipe.objective.text_dropout_prob:
+    knows_no_text = config.null_label or config.conditioning != "adaln"
+    if not knows_no_text and recipe.objective.text_dropout_prob:
         raise ValueError(
             f"objective.text_dropout_prob: got {recipe.objective.text_dropout_prob}; the DiT of dit_from was trained "
             "without label dropout and knows no empty condition: set it to 0, and sampling.guidance_scale to 1"
         )
+    if not knows_no_text and recipe.sampling.guidance_scale != 1:
+        raise ValueError(
+            f"sampling.guidance_scale: got {recipe.sampling.guidance_scale}; the DiT of dit_from was trained without "
+            "label dropout and knows no empty condition: set it to 1"
+        )
     loaded.model.config = config
+    for module in loaded.model.modules():
+        if isinstance(module, SelfAttention):
+            module.backend = config.attention
     return Start(config, loaded.model, loaded.class_names)
 
 
@@ -70,12 +91,15 @@ def build_model(recipe: TextToImageRecipe, start: Start, text_dim: int, num_stat
 
     With `train` "q_former" the diffusion transformer is frozen. `fields` are further ones of `TextToImageConfig`.
     """
+    crosses = start.config.conditioning == "cross_attention"
     config = TextToImageConfig(
         dit=start.config,
         text_dim=text_dim,
         text_states=num_states,
-        conditioning="q_former" if start.config.conditioning == "adaln" else "cross_attention",
-        q_former=recipe.q_former if start.config.conditioning == "adaln" else None,
+        conditioning="cross_attention" if crosses else "q_former",
+        q_former=None if crosses else recipe.q_former,
+        # a Q-Former's own projection of one-hot rows is such a table
+        text_embedding_dim=start.config.hidden_size if crosses and recipe.text_encoder.name == "learned" else None,
         text_dropout_prob=recipe.objective.text_dropout_prob,
         **fields,
     )
@@ -87,12 +111,14 @@ def build_model(recipe: TextToImageRecipe, start: Start, text_dim: int, num_stat
     return model
 
 
-def _stored_config(checkpoint: Path) -> DiTConfig:
-    values = read_config(checkpoint).get("dit")
+def _stored(checkpoint: Path) -> tuple[DiTConfig, bool]:
+    """A checkpoint's shape of the DiT, and whether that draws the data's classes by label."""
+    content = read_config(checkpoint)
+    values = content.get("dit")
     if not isinstance(values, dict):
         raise ValueError(f"{checkpoint}/config.json: dit: got {values!r}; expected the shape of a DiT")
     try:
-        return DiTConfig(**values)
+        return DiTConfig(**values), bool(content.get("labelled", False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint}/config.json: dit: {error}") from None
 

@@ -1,6 +1,7 @@
 """`fastdiff.sample RUN --config FILE`: a picture for each entry of a file."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastdiff.data import ImageData
 from fastdiff.device import autocast_dtype
 from fastdiff.diffusion.prompt_attention import nearest_steps, prompt_attention
-from fastdiff.diffusion.sampler_config import check_sampler
 from fastdiff.diffusion.steps import fresh_noise
 from fastdiff.errors import one_line
 from fastdiff.nn.attention_maps import cross_attentions
@@ -19,6 +20,7 @@ from fastdiff.shipped import find_entries
 from fastdiff.tasks.results import results_folder
 from fastdiff.tasks.text_to_image.drawing import Conditions, Frames
 from fastdiff.tasks.text_to_image.entries import Entry, read_entries
+from fastdiff.tasks.text_to_image.evaluate import load_data_of, spread, texts_of
 from fastdiff.tasks.text_to_image.recipe import TextToImageSamplingConfig
 from fastdiff.tasks.text_to_image.run import TextToImageRun, load_run
 from fastdiff.training.checkpoint import list_checkpoints
@@ -51,12 +53,14 @@ def draw_studies(path: str, options: "SampleOptions") -> None:
     file = find_entries(options.config)
     entries = read_entries(file)
     run = load_run(path, weights=options.weights, device=options.device)
+    run.check_pictures()
     sampling = options.applied_to(run.sampling)
     folder = Path(options.output) if options.output else results_folder(path, run.folder) / file.stem
+    load_data = functools.cache(functools.partial(load_data_of, run))
     studies = []
     for number, entry in enumerate(entries, 1):
         try:
-            studies.append(_ready(run, entry, sampling, folder))
+            studies.append(_ready(run, entry, sampling, folder, load_data))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: entry {number} ({entry.name}): {one_line(error)}") from error
     if folder.exists() and not folder.is_dir():
@@ -67,14 +71,20 @@ def draw_studies(path: str, options: "SampleOptions") -> None:
             print(written)
 
 
-def _ready(run: TextToImageRun, entry: Entry, sampling: TextToImageSamplingConfig, folder: Path) -> Study:
+def _ready(
+    run: TextToImageRun,
+    entry: Entry,
+    sampling: TextToImageSamplingConfig,
+    folder: Path,
+    load_data: Callable[[], ImageData],
+) -> Study:
     sampling = sampling.replaced(entry.sampling())
     if entry.combinations is not None:
-        conditions = run.conditions(_texts_of_combinations(run, entry))
+        conditions = run.conditions(_texts_of_combinations(load_data(), entry))
     else:
         conditions = run.conditions(entry.prompts, entry.classes)
     for scale in entry.scales or [sampling.guidance_scale]:
-        check_sampler(sampling.replaced({"guidance_scale": scale}), run.diffusion, len(conditions))
+        run.check_sampling(sampling.replaced({"guidance_scale": scale}), len(conditions))
     if entry.progression and run.folder is None:
         raise ValueError("progression: got true for a model without checkpoints; expected a run of fastdiff.train")
     if entry.attention_timesteps is not None:
@@ -82,11 +92,8 @@ def _ready(run: TextToImageRun, entry: Entry, sampling: TextToImageSamplingConfi
     return Study(entry, conditions, sampling, folder)
 
 
-def _texts_of_combinations(run: TextToImageRun, entry: Entry) -> list[str]:
-    """A text of each of some combinations of the run's data, spread evenly over them."""
-    from fastdiff.tasks.text_to_image.evaluate import load_data_of, spread, texts_of
-
-    data = load_data_of(run)
+def _texts_of_combinations(data: ImageData, entry: Entry) -> list[str]:
+    """A text of each of some combinations of attributes, spread evenly over them."""
     names = [name for name in ("class", "color") if name in getattr(data, "attributes", {})]
     known = data.combinations(names, seen=entry.combinations == "seen") if names else []
     texts = [text for combination in spread(known, entry.count) for text in texts_of(data, combination)[:1]]
@@ -189,7 +196,7 @@ def _noise_levels(run: TextToImageRun, study: Study) -> Path:
     """Of each text two rows: its image noised so far, and the image that the model predicts from that."""
     from fastdiff.visualization import save_picture_table
 
-    conditions, sampling = study.conditions, study.sampling
+    conditions, sampling = study.conditions.repeated(study.entry.images_per_prompt), study.sampling
     clean = run.draw(conditions, sampling, progress=True)
     generators = [torch.Generator().manual_seed(sampling.seed + index) for index in range(len(clean))]
     noise = fresh_noise(generators, clean.shape[1:], torch.device("cpu"))

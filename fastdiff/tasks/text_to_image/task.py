@@ -60,26 +60,32 @@ class TextToImageTask:
         with section("data"):
             self.data = load_data(recipe.data) if data is None else data
         captions, training = captions_of(self.data), recipe.training
-        texts, rows = trained_texts(captions)
-        self.choose = TextChoice(rows, captions.entries, recipe.objective.entry_weights)
+        weights = recipe.objective.entry_weights
+        texts, rows = trained_texts(captions, [name for name, weight in weights.items() if not weight])
+        self.choose = TextChoice(rows, captions.entries, weights)
         prompts = recipe.sampling.prompts or shown_texts(captions)
         recipe.sampling = dataclasses.replace(recipe.sampling, prompts=prompts)
         if encoder is None:
             encoder = load_encoder(recipe.text_encoder, self.data.class_names)
-        with section("sampling.prompts"):
-            encoder.check(prompts)
-        encoder.check(texts)
+        with section("text_encoder"):  # whose max_length it is
+            encoder.check([*prompts, *texts])
         self.decoder, self.latents = None, None
-        if recipe.latents is not None:
-            self.decoder, self.latents = load_latents(recipe.latents, self.data)
+        fits = functools.partial(check_fit, recipe, name=self.data.name)
+        if recipe.latents is None:
+            fits(self.data.image_shape)
+        else:
+            self.decoder, self.latents = load_latents(recipe.latents, self.data, check=fits)
         self.images = self.data.train if self.latents is None else self.latents.train
-        check_fit(recipe, self.data.image_shape if self.latents is None else self.latents.image_shape, self.data.name)
         self.states = cached_text_states(texts, encoder.encode, encoder.fingerprint)
         self.prompts, self.prompt_states = tuple(prompts), self._states_of(prompts, texts, encoder)
         self.encoder_facts = {**dataclasses.asdict(recipe.text_encoder), "fingerprint": encoder.fingerprint}
         self.diffusion = Diffusion(recipe.diffusion)
         self.stream = EpochStream(len(self.images), training.batch_size, derive_seed(training.seed, _ORDER))
+        # a frozen DiT still draws the classes that it was trained on
+        self.labelled = recipe.train == "q_former" and start.draws_classes(self.data.class_names)
         self.model = build_model(recipe, start, encoder.hidden_size, encoder.num_states)
+        # a DiT that knows no empty condition never gets one
+        self.given = _CONDITION if self.model.knows_no_text() else _CONDITION[:-1]
         weight = recipe.objective.attention_entropy_weight
         self.entropy = EntropyTerm(self.model, weight) if weight else None
 
@@ -122,7 +128,7 @@ class TextToImageTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of the images' losses."""
-        predict = functools.partial(model, **{name: batch[name] for name in _CONDITION})
+        predict = functools.partial(model, **{name: batch[name] for name in self.given})
         loss = self.diffusion.loss(predict, batch["x0"], batch["t"], batch["noise"]).sum()
         return loss if self.entropy is None else loss + self.entropy() * len(batch["x0"])
 
@@ -135,7 +141,7 @@ class TextToImageTask:
         recipe = self.config
         save_model(
             folder, model, self.diffusion, recipe.sampling, recipe.training.mixed_precision, self.encoder_facts,
-            self.data.class_names, recipe.train == "q_former", self.decoder,
+            self.data.class_names, self.labelled, self.decoder,
         )  # fmt: skip
 
     def validate(self, model: nn.Module) -> dict[str, float]:

@@ -19,9 +19,14 @@ def captions_of(data: ImageData) -> Captions:
     return Captions(tuple(data.class_names), ("name",), train, held_out)
 
 
-def trained_texts(captions: Captions) -> tuple[tuple[str, ...], Tensor]:
-    """The different texts of the images to train on, and which of them each has: int64 [N, E], -1 for none."""
-    used, places = captions.train.long().clamp(min=-1).unique(return_inverse=True)
+def trained_texts(captions: Captions, left_out: Sequence[str] = ()) -> tuple[tuple[str, ...], Tensor]:
+    """The different texts of the images to train on, and which of them each has: int64 [N, E], -1 for none.
+
+    Columns of the entries `left_out` have none.
+    """
+    unused = torch.tensor([name in left_out for name in captions.entries])
+    rows = captions.train.long().clamp(min=-1).masked_fill(unused, -1)
+    used, places = rows.unique(return_inverse=True)
     known = used[used >= 0].tolist()
     return tuple(captions.texts[index] for index in known), places - (len(used) - len(known))
 
