@@ -78,7 +78,8 @@ def _ready(run: TextToImageRun, entry: Entry, sampling: TextToImageSamplingConfi
     if entry.progression and run.folder is None:
         raise ValueError("progression: got true for a model without checkpoints; expected a run of fastdiff.train")
     if entry.attention_timesteps is not None:
-        _check_attention(run, entry.attention_timesteps, sampling)
+        cross_attentions(run.model)  # raises where there are none
+        nearest_steps([0], entry.attention_timesteps, run.diffusion)  # raises for one outside the schedule
     return Study(entry, conditions, sampling, folder)
 
 
@@ -122,24 +123,13 @@ def _grid(run: TextToImageRun, study: Study) -> list[Path]:
     return written
 
 
-def _check_attention(run: TextToImageRun, timesteps: list[float], sampling: TextToImageSamplingConfig) -> None:
-    """Raises ValueError for a timestep outside the schedule, and for a model that attends to no text."""
-    if sampling.timesteps is not None:
-        raise ValueError("attention_timesteps: got them for samples at sampling.timesteps; expected a spacing there")
-    try:
-        cross_attentions(run.model)
-        nearest_steps([0], timesteps, run.diffusion)
-    except ValueError as error:
-        raise ValueError(f"attention_{error}" if str(error).startswith("timesteps") else str(error)) from None
-
-
 def _attention(run: TextToImageRun, study: Study) -> list[Path]:
     """Heatmaps of what each query, or each image token, attends to in a prompt, and the arrays."""
     from fastdiff.visualization.attention import save_prompt_attention, save_token_maps
 
     device, sampling = next(run.model.parameters()).device, study.sampling
     attention = prompt_attention(
-        run.model, run.diffusion, **study.conditions.states, timesteps=study.entry.attention_timesteps,
+        run.model, run.diffusion, **study.conditions.states, attention_timesteps=study.entry.attention_timesteps,
         num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
         guidance_interval=sampling.guidance_interval, seed=sampling.seed,
         autocast_dtype=autocast_dtype(run.mixed_precision, device.type, run.model),
