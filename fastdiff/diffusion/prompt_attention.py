@@ -55,7 +55,7 @@ def prompt_attention(
     diffusion: Diffusion,
     text_states: Tensor,  # [B, S, text_dim] or [B, S, K, text_dim]
     text_mask: Tensor,  # bool [B, S], True = a token
-    timesteps: Sequence[float],
+    attention_timesteps: Sequence[float],
     *,
     num_inference_steps: int | None = None,
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
@@ -68,18 +68,19 @@ def prompt_attention(
         model: a `TextToImage`.
         diffusion: its process.
         text_states, text_mask: of the prompts, as `TextStates.pad` gives them.
-        timesteps: of a discrete process levels 0 … T - 1, else noise times from 0 (the image) to 1 (noise). The nearest
-            one that the sampler visits is taken.
+        attention_timesteps: of a discrete process levels 0 … T - 1, else noise times from 0 (the image) to 1 (noise).
+            The nearest one that the sampler visits is taken. (The sampler's own `timesteps` are one of `options`.)
         num_inference_steps, callback, autocast_dtype, options: as of `sample_prompts`.
 
     Raises:
-        ValueError: no timesteps, or one outside the schedule; a model without cross-attention. And as `sample_prompts`.
+        ValueError: no attention_timesteps, or one outside the schedule; a model without cross-attention. And as
+            `sample_prompts`.
     """
     cross_attentions(model)
     plan = make_steps(
         diffusion, num_inference_steps, {name: value for name, value in options.items() if name not in _OF_PROMPTS}
     )
-    steps = nearest_steps(plan.times.tolist(), timesteps, diffusion)
+    steps = nearest_steps(plan.times.tolist(), attention_timesteps, diffusion)
     device = next(model.parameters()).device
     text_states, text_mask = text_states.to(device), text_mask.to(device)
     over_time, count = depends_on_time(model), len(text_states)
@@ -104,32 +105,32 @@ def prompt_attention(
         )
     lengths = (captured.leading_keys + text_mask.sum(1)).tolist()
     maps = {}
-    for timestep, step in zip(timesteps, steps, strict=True):
+    for timestep, step in zip(attention_timesteps, steps, strict=True):
         of_step = captured[step if over_time else 0]
         maps[timestep] = [each[..., :length] for each, length in zip(of_step, lengths, strict=True)]
     times = plan.times.tolist()
-    visited = dict(zip(timesteps, (times[step] for step in steps), strict=True))
+    visited = dict(zip(attention_timesteps, (times[step] for step in steps), strict=True))
     return PromptAttention(maps, visited, captured.layers, captured.leading_keys, over_time, samples)
 
 
 _OF_PROMPTS = ("null", "guidance_scale", "guidance_interval", "guidance_channels", "seed", "sample_size", "progress")
 
 
-def nearest_steps(times: Sequence[float], timesteps: Sequence[float], diffusion: Diffusion) -> list[int]:
+def nearest_steps(times: Sequence[float], attention_timesteps: Sequence[float], diffusion: Diffusion) -> list[int]:
     """The sampling step nearest to each timestep.
 
     Args:
         times: the t of each step, as `Steps.times` has them.
-        timesteps: as of `prompt_attention`.
+        attention_timesteps: as of `prompt_attention`.
 
     Raises ValueError for none of them, for one twice, and for one outside the schedule.
     """
     discrete = diffusion.config.is_discrete
     last = diffusion.config.num_train_timesteps - 1 if discrete else 1
-    if not timesteps or len(set(timesteps)) < len(timesteps):
-        raise ValueError(f"timesteps: got {list(timesteps)}; expected one or more, each once")
-    for timestep in timesteps:
+    if not attention_timesteps or len(set(attention_timesteps)) < len(attention_timesteps):
+        raise ValueError(f"attention_timesteps: got {list(attention_timesteps)}; expected one or more, each once")
+    for timestep in attention_timesteps:
         if not 0 <= timestep <= last:
             kind = f"a level of the schedule, 0 … {last}" if discrete else "a noise time, 0 to 1"
-            raise ValueError(f"timesteps: got {timestep}; expected {kind}")
-    return [min(range(len(times)), key=lambda step: abs(times[step] - wanted)) for wanted in timesteps]
+            raise ValueError(f"attention_timesteps: got {timestep}; expected {kind}")
+    return [min(range(len(times)), key=lambda step: abs(times[step] - wanted)) for wanted in attention_timesteps]

@@ -32,6 +32,7 @@ def save_captioned_grid(
     path: str | Path,
     *,
     columns: int | None = None,
+    headings: Sequence[str] = (),
     title: str | None = None,
 ) -> Path:
     """Writes a PNG of pictures with the text that each was drawn from under them, long ones wrapped.
@@ -41,13 +42,17 @@ def save_captioned_grid(
             those of the first caption come first.
         captions: the texts.
         path: path of the PNG.
-        columns: captions side by side; None takes as many as fit on a page.
+        columns: captions side by side; None takes as many as there are headings, or as fit on a page.
+        headings: a text above each column.
         title: above the grid.
 
     Raises:
-        ValueError: no images, or shapes that do not fit.
+        ValueError: no images, shapes that do not fit, or not a heading a column.
     """
-    figure, _ = _grid(_checked(images, len(captions)), captions, columns, title)
+    if headings and (columns not in (None, len(headings)) or len(headings) > len(captions)):
+        expected = min(columns or len(captions), len(captions))
+        raise ValueError(f"headings: got {len(headings)} for {expected} columns; expected one a column")
+    figure, _ = _grid(_checked(images, len(captions)), captions, columns, title, headings)
     return save_figure(figure, Path(path), dpi=160)
 
 
@@ -157,24 +162,32 @@ def _checked(images: Tensor, captions: int) -> Tensor:
 
 
 def _grid(
-    images: Tensor, captions: Sequence[str], columns: int | None, title: str | None
+    images: Tensor,
+    captions: Sequence[str],
+    columns: int | None,
+    title: str | None,
+    headings: Sequence[str] = (),
 ) -> tuple[Figure, list[AxesImage]]:
     """The figure of a captioned grid, and what is drawn in each of its cells."""
     each = len(images) // len(captions)
     across, down = min(each, _STRIP), -(-each // _STRIP)
     size, ratio = _ALONE if each == 1 else _IN_STRIP, images.shape[-2] / images.shape[-1]
     cell, tall = across * size, down * size * ratio
-    columns = columns or max(1, int((_WIDEST - 2 * _EDGE + _GAP) / (cell + _GAP)))
+    columns = columns or len(headings) or max(1, int((_WIDEST - 2 * _EDGE + _GAP) / (cell + _GAP)))
     columns = min(columns, len(captions))
     texts = [_wrapped(caption, int(cell / _CHARACTER)) for caption in captions]
     rows = [texts[start : start + columns] for start in range(0, len(texts), columns)]
     below = [0.05 + _LINE * max(map(len, row)) + _GAP for row in rows]
-    top = _EDGE + (_TITLE if title else 0)
+    heads = [_wrapped(heading, int(cell / _CHARACTER)) for heading in headings]
+    top = _EDGE + (_TITLE if title else 0) + (_LINE * max(map(len, heads)) + 0.05 if heads else 0)
     least = 2 * _EDGE + 0.07 * len(title or "")
     total_width = max(columns * (cell + _GAP) - _GAP + 2 * _EDGE, least)
     total_height = top + sum(tall + each for each in below) + _EDGE - _GAP / 2
     figure = Figure(figsize=(total_width, total_height))
     shift = (total_width - columns * (cell + _GAP) + _GAP) / 2
+    for column, lines in enumerate(heads):
+        x = (shift + column * (cell + _GAP) + cell / 2) / total_width
+        figure.text(x, 1 - (top - 0.04) / total_height, "\n".join(lines), fontsize=8, ha="center", va="bottom")
     drawn, strips = [], _strips(images, len(captions))
     for row, lines_of_row in enumerate(rows):
         for column, lines in enumerate(lines_of_row):

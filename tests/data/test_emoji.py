@@ -104,7 +104,9 @@ def test_shift_and_scale():
     moved = shift_and_scale(images, draws, 0.25, 0.0)
     assert torch.allclose(moved[..., :12], images[..., 4:], atol=1e-5)
     assert torch.allclose(moved[..., 12:], images[..., 15:].expand(-1, -1, -1, 4), atol=1e-5)  # its edge goes on
-    draws[:, 1] = 0.8  # 0.6 of an edge of a pixel and a half: by a whole pixel, since what lies between would be blurred
+    draws[:, 1] = (
+        0.8  # 0.6 of an edge of a pixel and a half: by a whole pixel, since what lies between would be blurred
+    )
     assert torch.allclose(shift_and_scale(images, draws, 1.5 / 16, 0.0)[..., :15], images[..., 1:], atol=1e-5)
     draws = middle.clone()
     draws[:, 0] = 1.0  # twice as large would be 1 + scale = 2

@@ -76,10 +76,10 @@ def test_maps_are_those_of_the_steps_and_samples_stay(kind, process, texts):
 @pytest.mark.parametrize(
     ("timesteps", "message"),
     [
-        ([100], r"timesteps: got 100; expected a level of the schedule, 0 … 99"),
-        ([50, -1], r"timesteps: got -1; expected a level"),
-        ([50, 50], r"timesteps: got \[50, 50\]; expected one or more, each once"),
-        ([], r"timesteps: got \[\]"),
+        ([100], r"attention_timesteps: got 100; expected a level of the schedule, 0 … 99"),
+        ([50, -1], r"attention_timesteps: got -1; expected a level"),
+        ([50, 50], r"attention_timesteps: got \[50, 50\]; expected one or more, each once"),
+        ([], r"attention_timesteps: got \[\]"),
     ],
 )
 def test_timesteps_outside_the_schedule_are_refused_before_work(timesteps, message, process, texts):
@@ -87,11 +87,19 @@ def test_timesteps_outside_the_schedule_are_refused_before_work(timesteps, messa
         prompt_attention(model_of("q_former"), process, *texts, timesteps, callback=lambda *_: 1 / 0, **OPTIONS)
 
 
+def test_maps_of_samples_at_timesteps_of_their_own(process, texts):
+    model, chosen = model_of("cross_attention"), dict(timesteps=[90, 50, 20], seed=3)
+    found = prompt_attention(model, process, *texts, attention_timesteps=[30, 99], **chosen)
+    assert found.visited == {30: 20, 99: 90}
+    expected = sample_prompts(model, process, model.eval().condition(*texts), **chosen)
+    assert (found.samples - expected).abs().max() < 1e-4
+
+
 def test_continuous_times(texts):
     process = Diffusion(DiffusionConfig(prediction_type="flow"))
     found = prompt_attention(model_of("cross_attention"), process, *texts, [0.5], num_inference_steps=4)
     assert found.visited == {0.5: 0.5} and list(found.maps) == [0.5]
-    with pytest.raises(ValueError, match=r"timesteps: got 500; expected a noise time, 0 to 1"):
+    with pytest.raises(ValueError, match=r"attention_timesteps: got 500; expected a noise time, 0 to 1"):
         prompt_attention(model_of("cross_attention"), process, *texts, [500], num_inference_steps=4)
 
 

@@ -108,3 +108,36 @@ def same_files():
 def batches_in_step(monkeypatch):
     """Each batch is made in its own step, not a step ahead: a signal sent when a batch is made comes in that step."""
     monkeypatch.setattr("fastdiff.training.trainer.pays", lambda device: False)
+
+
+@pytest.fixture(scope="session")
+def dit_run(tmp_path_factory, cache):
+    """A DiT that was trained on the digits' labels."""
+    from text_to_image_runs import DIT
+
+    return _trained(tmp_path_factory.mktemp("dit"), DIT)
+
+
+@pytest.fixture(scope="session")
+def q_former_run(tmp_path_factory, cache, dit_run):
+    """A Q-Former that was trained for that DiT, which stayed as it was."""
+    from text_to_image_runs import Q_FORMER
+
+    return _trained(tmp_path_factory.mktemp("q_former"), Q_FORMER, dit_from=str(dit_run))
+
+
+@pytest.fixture(scope="session")
+def cross_run(tmp_path_factory, cache):
+    """A DiT that attends to its prompts."""
+    from text_to_image_runs import CROSS
+
+    return _trained(tmp_path_factory.mktemp("cross"), CROSS)
+
+
+def _trained(folder, recipe, **changes):
+    from text_to_image_runs import write_recipe
+
+    from fastdiff import train
+
+    train.main([str(write_recipe(folder / "recipe.yaml", recipe, **changes)), "--training.output_dir", f"{folder}/run"])
+    return folder / "run"

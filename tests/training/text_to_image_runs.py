@@ -2,6 +2,8 @@
 
 import copy
 
+import pytest
+import torch
 import yaml
 
 DIT = {
@@ -56,3 +58,27 @@ def write_recipe(path, recipe, **changes):
             recipe[name] = value
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def write_reader(folder, words):
+    """A tiny BERT of random weights that knows these words, in a folder; returns it."""
+    import transformers
+    from tokenizers_of_kinds import bert_like
+
+    tokenizer = bert_like(words)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**sizes, vocab_size=1 + max(tokenizer.get_vocab().values()))
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def refused(command, arguments, capsys) -> str:
+    """The one line with which a command refuses its arguments."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        command.main([str(each) for each in arguments])
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.value.code == 2 and text.startswith("error: "), text
+    return text

@@ -42,6 +42,20 @@ def test_a_grid_has_each_text_under_its_images(tmp_path, figures, each):
     assert len(figures[0].axes) == 3
 
 
+def test_a_grid_of_two_sides_has_a_heading_over_each(tmp_path, figures):
+    captions, headings = ("3", "three", "7", LONG), ("by label", "by prompt")
+    save_captioned_grid(
+        coloured(*np.linspace(-1, 1, 8)), captions, tmp_path / "a.png", headings=headings, title="sides"
+    )
+    found = [" ".join(text.split()) for text in texts_inside(figures[0])]
+    assert sorted(found) == sorted([*captions, *headings, "sides"])
+    cells = [axes.get_position() for axes in figures[0].axes]
+    assert cells[0].x0 == cells[2].x0 < cells[1].x0 == cells[3].x0 and cells[0].y0 == cells[1].y0 > cells[2].y1
+    places = {text.get_text(): text.get_position() for text in figures[0].texts}
+    for name, cell in zip(headings, cells, strict=False):
+        assert cell.x0 < places[name][0] < cell.x1 and cell.y1 < places[name][1] < places["sides"][1]
+
+
 def test_a_text_that_is_far_too_long_is_cut(tmp_path, figures):
     save_captioned_grid(coloured(0), [" ".join(["word"] * 200)], tmp_path / "grid.png")
     (text,) = texts_inside(figures[0])
@@ -77,6 +91,10 @@ def test_a_table_has_rows_columns_and_gaps(tmp_path, figures):
 def test_shapes_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"images: got shape \(3, 3, 8, 8\) and 2 captions"):
         save_captioned_grid(coloured(0, 0, 0), ("a", "b"), tmp_path / "grid.png")
+    with pytest.raises(ValueError, match="headings: got 2 for 1 columns; expected one a column"):
+        save_captioned_grid(coloured(0, 0), ("a", "b"), tmp_path / "a.png", columns=1, headings=("x", "y"))
+    with pytest.raises(ValueError, match="headings: got 2 for 1 columns"):
+        save_captioned_grid(coloured(0, 0), ("a",), tmp_path / "a.png", headings=("x", "y"))
     with pytest.raises(ValueError, match="frames: got shape"):
         save_captioned_gif(coloured(0), ("a",), tmp_path / "grid.gif")
     with pytest.raises(ValueError, match="1 rows' and 3 columns' names"):

@@ -20,9 +20,11 @@ class Entry:
     Attributes:
         name: of its files.
         prompts: texts to draw.
-        classes: labels or class names to draw; exactly one of prompts, classes and combinations is given.
-        combinations: "seen" or "unseen": texts of combinations of attributes that the run was trained on, or never met,
-            one of each combination of class and color, spread evenly.
+        classes: labels or class names to draw. Beside as many prompts they are compared with these, side by side: a row
+            each, images of the class at the left, of the prompt at the right, from the same noise.
+        combinations: instead of prompts and classes, "seen" or "unseen": texts of combinations of attributes that the
+            run was trained on, or never met, one of each combination of class and color, spread evenly; "both" draws
+            them side by side.
         count: how many combinations; given with those alone.
         images_per_prompt: images of each text.
         guidance_scale: a number, or several for a sweep: a column each.
@@ -57,6 +59,13 @@ class Entry:
     animate: bool = False
 
     @property
+    def sides(self) -> str:
+        """Which two things are drawn side by side; empty where there are no two."""
+        if self.combinations == "both":
+            return "combinations: both"
+        return "prompts beside classes" if self.prompts is not None and self.classes is not None else ""
+
+    @property
     def scales(self) -> list[float] | None:
         """The guidance scales of a sweep; None where there is none."""
         return self.guidance_scale if isinstance(self.guidance_scale, list) else None
@@ -73,8 +82,8 @@ def read_entries(path: Path) -> list[Entry]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not YAML, a field that there is not, a wrong value, both or neither of prompts and classes, or two
-            kinds of pictures in one entry; one line that names file and entry.
+        ValueError: not YAML, a field that there is not, a wrong value, nothing to draw, or two kinds of pictures
+            in one entry; one line that names file and entry.
     """
     content = read_recipe_file(path)
     entries = content.get("entries") if isinstance(content, dict) else None
@@ -109,14 +118,19 @@ def _entry(content: Any, where: str) -> Entry:
 
 def _check_alone(entry: Entry, where: str) -> None:
     given = [name for name in ("prompts", "classes", "combinations") if getattr(entry, name) is not None]
-    if len(given) != 1:
-        got = " and ".join(given) or "neither"
-        raise ValueError(f"{where}: got {got}; expected exactly one of prompts and classes (or combinations)")
+    if not given or (entry.combinations is not None and len(given) > 1):
+        got = " and ".join(given) or "none of them"
+        raise ValueError(f"{where}: got {got}; expected prompts, classes, both of these side by side, or combinations")
+    if entry.sides and entry.combinations is None and len(entry.prompts) != len(entry.classes):
+        raise ValueError(
+            f"{where}: prompts: got {len(entry.prompts)} beside {len(entry.classes)} classes; expected one a class"
+        )
     kinds = [name for name in _KINDS if getattr(entry, name)]
+    kinds += [entry.sides] if entry.sides else []
     kinds += ["guidance_scale (several)"] if entry.scales is not None else []
     if len(kinds) > 1:
         raise ValueError(f"{where}: got {' and '.join(kinds)}; expected one of them: an entry is one picture")
-    if entry.attention_timesteps is not None and entry.classes is not None:
+    if entry.attention_timesteps is not None and given == ["classes"]:
         raise ValueError(f"{where}: attention_timesteps: got it with classes, which have no tokens; expected prompts")
     for name, needed in (("count", "combinations"), ("attention_average", "attention_timesteps")):
         default = getattr(Entry, name)
@@ -157,7 +171,7 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
     "name": (_is_name, f"letters, digits, - and _, at most {_NAME}"),
     "prompts": (_list_of(_is_text), "a list of texts"),
     "classes": (_list_of(_is_class), "a list of labels or class names"),
-    "combinations": (lambda value: value in ("seen", "unseen"), "seen or unseen"),
+    "combinations": (lambda value: value in ("seen", "unseen", "both"), "seen, unseen or both"),
     "count": (_is_count, "a whole number of 1 or more"),
     "images_per_prompt": (_is_count, "a whole number of 1 or more"),
     "guidance_scale": (lambda value: _is_number(value) or _list_of(_is_number)(value), "a number, or a list of them"),

@@ -203,10 +203,10 @@ def _asked(run: TextToImageRun, data: CaptionedData, count: int, part: Part) -> 
 
 
 def _retrieval(samples: Tensor, images: Tensor) -> "RetrievalReport":
-    from fastdiff.evaluation import image_features, retrieval
+    from fastdiff.evaluation import evaluate_retrieval, image_features
 
     features = [image_features(each, progress=True) for each in (samples, images)]
-    return retrieval(*features, torch.arange(len(samples)))
+    return evaluate_retrieval(*features, torch.arange(len(samples)))
 
 
 def _nearest(images: Tensor, data: ImageData) -> dict[str, float]:

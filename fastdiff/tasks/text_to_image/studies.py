@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Study:
-    """An entry made ready: what is drawn, how, and where it goes."""
+    """An entry made ready: what is drawn (beside what), how, and where it goes."""
 
     entry: Entry
     conditions: Conditions
+    beside: Conditions | None
     sampling: TextToImageSamplingConfig
     folder: Path
 
@@ -79,31 +80,46 @@ def _ready(
     load_data: Callable[[], ImageData],
 ) -> Study:
     sampling = sampling.replaced(entry.sampling())
-    if entry.combinations is not None:
-        conditions = run.conditions(_texts_of_combinations(load_data(), entry))
-    else:
-        conditions = run.conditions(entry.prompts, entry.classes)
+    conditions, beside = _conditions(run, entry, load_data)
     for scale in entry.scales or [sampling.guidance_scale]:
         run.check_sampling(sampling.replaced({"guidance_scale": scale}), len(conditions))
     if entry.progression and run.folder is None:
         raise ValueError("progression: got true for a model without checkpoints; expected a run of fastdiff.train")
     if entry.attention_timesteps is not None:
-        _check_attention(run, entry.attention_timesteps, sampling)
-    return Study(entry, conditions, sampling, folder)
+        cross_attentions(run.model)  # raises where there are none
+        nearest_steps([0], entry.attention_timesteps, run.diffusion)  # raises for one outside the schedule
+    return Study(entry, conditions, beside, sampling, folder)
 
 
-def _texts_of_combinations(data: ImageData, entry: Entry) -> list[str]:
-    """A text of each of some combinations of attributes, spread evenly over them."""
+def _conditions(
+    run: TextToImageRun, entry: Entry, load_data: Callable[[], ImageData]
+) -> tuple[Conditions, Conditions | None]:
+    """What is drawn, and what at the right of it where there are two sides."""
+    if entry.combinations is not None:
+        sides = [run.conditions(texts) for texts in _texts_of_combinations(load_data(), entry)]
+    else:
+        given = {"classes": entry.classes, "prompts": entry.prompts}
+        sides = [run.conditions(**{name: value}) for name, value in given.items() if value is not None]
+    return sides[0], sides[1] if entry.sides else None
+
+
+def _texts_of_combinations(data: ImageData, entry: Entry) -> list[list[str]]:
+    """Of each side a text of each of some combinations of the run's data, spread evenly over them; as many of each."""
     names = [name for name in ("class", "color") if name in getattr(data, "attributes", {})]
-    known = data.combinations(names, seen=entry.combinations == "seen") if names else []
-    texts = [text for combination in spread(known, entry.count) for text in texts_of(data, combination)[:1]]
-    if not texts:
+    sides = ("seen", "unseen") if entry.combinations == "both" else (entry.combinations,)
+    known = [data.combinations(names, seen=side == "seen") if names else [] for side in sides]
+    count = min(entry.count, *map(len, known))
+    texts = [[text for each in spread(side, count) for text in texts_of(data, each)[:1]] for side in known]
+    if not all(texts):
         raise ValueError(f"combinations: got {entry.combinations!r}; the run's data {data.name} has none of these")
-    return texts
+    shortest = min(map(len, texts))
+    return [side[:shortest] for side in texts]
 
 
 def _draw(run: TextToImageRun, study: Study) -> list[Path]:
     entry = study.entry
+    if entry.sides:
+        return [_side_by_side(run, study)]
     if entry.scales is not None:
         return [_sweep(run, study)]
     for name, draw in _TABLES.items():
@@ -129,24 +145,13 @@ def _grid(run: TextToImageRun, study: Study) -> list[Path]:
     return written
 
 
-def _check_attention(run: TextToImageRun, timesteps: list[float], sampling: TextToImageSamplingConfig) -> None:
-    """Raises ValueError for a timestep outside the schedule, and for a model that attends to no text."""
-    if sampling.timesteps is not None:
-        raise ValueError("attention_timesteps: got them for samples at sampling.timesteps; expected a spacing there")
-    try:
-        cross_attentions(run.model)
-        nearest_steps([0], timesteps, run.diffusion)
-    except ValueError as error:
-        raise ValueError(f"attention_{error}" if str(error).startswith("timesteps") else str(error)) from None
-
-
 def _attention(run: TextToImageRun, study: Study) -> list[Path]:
     """Heatmaps of what each query, or each image token, attends to in a prompt, and the arrays."""
     from fastdiff.visualization.attention import save_prompt_attention, save_token_maps
 
     device, sampling = next(run.model.parameters()).device, study.sampling
     attention = prompt_attention(
-        run.model, run.diffusion, **study.conditions.states, timesteps=study.entry.attention_timesteps,
+        run.model, run.diffusion, **study.conditions.states, attention_timesteps=study.entry.attention_timesteps,
         num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
         guidance_interval=sampling.guidance_interval, seed=sampling.seed,
         autocast_dtype=autocast_dtype(run.mixed_precision, device.type, run.model),
@@ -163,6 +168,21 @@ def _attention(run: TextToImageRun, study: Study) -> list[Path]:
     share, even = attention.sink_share(), attention.even_share()
     print(f"{study.entry.name}: the first token has {share:.1%} of the attention; evenly it would have {even:.1%}")
     return written
+
+
+def _side_by_side(run: TextToImageRun, study: Study) -> Path:
+    """A row of two cells for each of both sides' conditions; images in the same place have the same noise."""
+    from fastdiff.visualization import save_captioned_grid
+
+    sides, each = (study.conditions, study.beside), study.entry.images_per_prompt
+    drawn = [run.decoded(run.draw(side.repeated(each), study.sampling, progress=True)) for side in sides]
+    cells = torch.stack([images.unflatten(0, (-1, each)) for images in drawn], dim=1)  # [rows, 2, each, C, H, W]
+    captions = [text for row in zip(*(side.texts for side in sides), strict=True) for text in row]
+    if study.entry.combinations is not None:
+        headings = ("seen in training", "never seen")
+    else:
+        headings = ("by label" if study.conditions.labels is not None else "by class name", "by prompt")
+    return save_captioned_grid(cells.flatten(0, 2), captions, study.picture, headings=headings, title=study.title(run))
 
 
 def _table(run: TextToImageRun, study: Study, columns: list[Tensor], names: list[str]) -> Path:
