@@ -88,9 +88,13 @@ def some_variants() -> list[aot.Variant]:
     return aot.adaln_variants(aot.Case(1152, AUTOCAST)) + sampling + others
 
 
-@pytest.mark.parametrize("arch", [87, 120])
-def test_kernels_compile_without_a_spill(arch):
-    for variant in some_variants():
+@pytest.mark.parametrize(
+    ("arch", "half"),
+    [(87, 0), (120, 1), *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in ((87, 1), (120, 0)))],
+)
+def test_kernels_compile_without_a_spill(arch, half):
+    """Each kernel for one of the two; the others are `exhaustive`."""
+    for variant in some_variants()[half::2]:
         row = aot.compile_variant(variant, variant.kernel, arch)
         assert row["spill_bytes"] == 0 and row["registers"] * row["threads"] <= 65536, row
         assert row["shared_bytes"] <= 99 * 1024

@@ -1,6 +1,7 @@
 """The Triton kernels on a machine without a GPU: interpreted_*.py and a few cases of the harness, interpreted.
 
-The interpreter has to be chosen before Triton is imported, so these tests have a process of their own.
+The interpreter has to be chosen before Triton is imported, so these tests have a process of their own: one for all,
+since to start it takes longer than most of them.
 """
 
 import os
@@ -20,19 +21,14 @@ HARNESS = (
 )
 
 
-def run_interpreted(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+@pytest.mark.timeout(1800)
+def test_kernels_interpreted():
+    pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels: triton is not installed (the extra 'triton')")
+    files = [*sorted(HERE.glob("interpreted_*.py")), HERE / "test_operators.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", f"interpreted_ or ({HARNESS})"]
+    command += map(str, files)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("interpreted_*.py")))
-def test_launch_functions(file):
-    pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels: triton is not installed (the extra 'triton')")
-    run_interpreted(str(HERE / file))
-
-
-def test_harness_row():
-    pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels: triton is not installed (the extra 'triton')")
-    run_interpreted(str(HERE / "test_operators.py"), "-k", HARNESS)
+    for file in files:  # of each something was run
+        assert f"{file.name} " in result.stdout, file.name

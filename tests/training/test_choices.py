@@ -24,6 +24,7 @@ from fastdiff.training import Trainer
 from fastdiff.training.run_folder import RunFolder
 
 AUTO = ("--training.mixed_precision", "auto")
+FEW_STEPS = ("--training.max_steps", 4, "--training.log_every", 2)
 
 
 class Machine:
@@ -139,26 +140,27 @@ def test_a_second_run_finds_what_the_first_has_measured(machine, make, tmp_path)
     assert machine.passes > passes
 
 
-@pytest.mark.parametrize("there", ["another machine", "FASTDIFF_TUNE=0"])
-def test_a_resumed_run_keeps_its_choices_and_its_bits(machine, make, tmp_path, curve, same_files, there):
+def test_a_resumed_run_keeps_its_choices_and_its_bits(machine, make, tmp_path, curve, same_files):
+    """On another machine, with and without measuring."""
     machine.move(bf16=0.15, no=0.1)
-    whole = make(tmp_path / "whole").train()
-    assert make(tmp_path / "run").train(stop_at=5).steps == 5
+    whole = make(tmp_path / "whole", *FEW_STEPS).train()
+    assert make(tmp_path / "run", *FEW_STEPS).train(stop_at=2).steps == 2
     recorded = choices(tmp_path / "run")
-    machine.move(bf16=0.1, no=0.15)
-    if there != "another machine":
-        machine.patch.setenv("FASTDIFF_TUNE", "0")
-    resumed = make(tmp_path / "run", "--training.resume", "true")
-    assert resumed.accelerator.mixed_precision == "no" and resumed.choices == recorded
-    outcome = resumed.train()
-    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
-    same_files(outcome.checkpoint, whole.checkpoint)
-    assert choices(tmp_path / "run") == recorded == choices(tmp_path / "whole")
+    for tunes in ("1", "0"):
+        machine.move(bf16=0.1, no=0.15)
+        machine.patch.setenv("FASTDIFF_TUNE", tunes)
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"resumed_{tunes}")
+        resumed = make(folder, *FEW_STEPS, "--training.resume", "true")
+        assert resumed.accelerator.mixed_precision == "no" and resumed.choices == recorded
+        outcome = resumed.train()
+        assert curve(folder) == curve(tmp_path / "whole")
+        same_files(outcome.checkpoint, whole.checkpoint)
+        assert choices(folder) == recorded == choices(tmp_path / "whole")
 
 
 def test_a_run_of_an_earlier_version_goes_on_as_it_was(machine, make, tmp_path):
     machine.move(bf16=0.15, no=0.1)
-    make(tmp_path / "run").train(stop_at=5)
+    make(tmp_path / "run").train(stop_at=1)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     del config["training"]["choices"]
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
