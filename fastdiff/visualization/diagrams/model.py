@@ -164,9 +164,9 @@ class _Sheet:
             flow.leave(y + 26, "")
             y += 48
         for stage in group:
-            aside = 92 if stage is queries else 0
+            aside = 70 if stage is queries else 0
             if queries and group.index(stage) <= group.index(queries):
-                flow.move(x + 46)
+                flow.move(x + 35)
             if stage is not queries:
                 flow.arrive(y)
             box = self._box(stage, x + aside, y, _SIDE - aside)
@@ -257,7 +257,8 @@ class _Sheet:
         with self.drawing.behind(place):
             self.drawing.rect(x, y, width, height, fill="#fafbfc", stroke=FAINT, dashes="4 3", radius=12, line=1)
             name = f"{section}: {kind}"
-            name = name if text_width(name, 11) < width / 2 - 20 else fitted(section, width / 2 - 20, 11)
+            room = width / 2 - 20 if width > _MAIN else width - 24  # the column's line comes in through the middle
+            name = name if text_width(name, 11) < room else fitted(section, room, 11)
             self.drawing.text(x + 12, y + 14, name, size=11, color=MUTED)
 
     def _pill(self, middle: float, y: float, text: str, height: float = _PILL) -> None:

@@ -47,8 +47,8 @@ def _advance(character: str, bold: bool) -> float:
 
 @functools.cache
 def _font(bold: bool):
-    found = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal"))
-    font = font_manager.get_font(found)
+    wanted = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
+    font = font_manager.get_font(font_manager.findfont(wanted))
     font.set_size(_SCALE, 72)
     return font
 
