@@ -186,6 +186,13 @@ def test_a_tied_head_is_not_counted_again_and_names_free_lengths():
     assert {"token ids B × L", "embedded text B × M", "logits B × L × 60", "B × M × 32"} <= set(texts(whole))
 
 
+def test_states_from_outside_are_named():
+    """A decoder of captions attends to a picture's states, which another model makes."""
+    _, _, (whole, blocks) = drawn("lm, context")
+    assert "context B × M × 20" in texts(whole) and "B × M × 20" in texts(blocks)
+    assert not any(text.startswith("context") for text in texts(drawn("lm, encoder")[2][0]))
+
+
 @pytest.mark.parametrize(
     ("name", "titles", "gates", "shifts"),
     [

@@ -92,8 +92,7 @@ def _block(stage: Stage, path: str, module: nn.Module, trace: Trace) -> Block | 
         else:
             parts.append(part)
     kinds = {kind.__name__ for kind in type(module).__mro__}
-    if not trace.order.keys() >= {part.path for part in parts if part.words.role != "norm"}:
-        parts = [part for part in parts if part.path in trace.order] or parts
+    parts = [part for part in parts if part.path in trace.order] or parts  # what this call needs
     parts += _norms_without_weights(module, path, {part.path for part in parts}, trace)
     shortcut = [part for part in parts if part.path.endswith("shortcut")]
     parts = [part for part in parts if part not in shortcut]

@@ -29,6 +29,7 @@ from fastdiff.visualization.diagrams.svg import (
     text_width,
     wrapped,
 )
+from fastdiff.visualization.diagrams.words import describe
 
 _MAIN, _SIDE, _BETWEEN, _EDGE, _HEADER = 330, 280, 78, 36, 92  # widths of the columns, their distance, margins
 _GAP, _PILL = 36, 30  # between boxes; height of inputs and outputs
@@ -69,6 +70,7 @@ class _Sheet:
         self.drawing, self.model, self.trace, self.sizes = drawing, model, trace, sizes
         self.main = [stage for stage in stages if not stage.beside]
         self.side = _groups([stage for stage in stages if stage.beside])
+        self.context = self._context()
         self.framed = self._framed()
         self.roles: set[str] = set()
         self.foot = 0.0  # of the column before
@@ -76,7 +78,7 @@ class _Sheet:
     def draw(self, title: str, subtitle: str, total: int) -> str:
         drawing = self.drawing
         columns = _columns(self.main)
-        left = _EDGE + (_SIDE + _BETWEEN if self.side else 0)
+        left = _EDGE + (_SIDE + _BETWEEN if self.side or self.context else 0)
         width = left + len(columns) * (_MAIN + _BETWEEN) - _BETWEEN + _EDGE
         bottoms, placed = [], []
         for index, column in enumerate(columns):
@@ -130,7 +132,7 @@ class _Sheet:
     def _beside(self, placed: Sequence[Placed]) -> float:
         """Draws what conditions the column, its lines to the boxes that it reaches; gives the lower edge."""
         if not self.side:
-            return 0
+            return self._from_outside(placed, 0.0, 0.0) if self.context else 0
         reached = [(self._target(group, placed), group) for group in self.side]
         reached.sort(key=lambda pair: pair[0].y)  # lines that cross less
         targets, groups = [target for target, _ in reached], [group for _, group in reached]
@@ -141,7 +143,37 @@ class _Sheet:
         for group, target, height in zip(groups, targets, heights, strict=True):
             self._reach(group, self._chain(group, y), target, 11 * lanes.index(target.y))
             y += height + between
+        if self.context:
+            return self._from_outside(placed, y, 11.0 * len(lanes))
         return y - between + 14
+
+    def _context(self) -> tuple[Stage, str] | None:
+        """Blocks that attend to states which no part of the model makes, such as a picture's, and these states."""
+        made = ("text_proj", "cond_proj", "context_norm")
+        if any(group[0].path.endswith(made) or len(group) > 1 for group in self.side):
+            return None
+        for stage in self.main:
+            for name, part in stage.module.named_modules() if "cross" in stage_shares(stage) else ():
+                path = f"{stage.path}.{name}"
+                found = [self.trace.inputs.get(f"{path}.{key}") for key in ("k_proj", "wk")]
+                if describe(part, name.rpartition(".")[2]).role == "cross" and any(found):
+                    return stage, f"context {shape_text(found[0] or found[1], self.sizes)}"
+        return None
+
+    def _from_outside(self, placed: Sequence[Placed], y: float, lane: float) -> float:
+        """Draws what the blocks attend to, from y on or at their height; gives the lower edge."""
+        stage, text = self.context
+        target = next(each for each in placed if each.stage is stage)
+        end, color = target.y + target.height / 2, ROLES["condition"][1]
+        y = max(y, end - _PILL / 2)
+        middle, wide = y + _PILL / 2, text_width(text, 12) + 30
+        self._pill(_EDGE + _SIDE - wide / 2, y, text)
+        points = [(_EDGE + _SIDE, middle), (target.x - 1, end)]
+        if abs(middle - end) > 1:
+            bus = _EDGE + _SIDE + _BETWEEN - 42 + lane
+            points[1:1] = [(bus, middle), (bus, end)]
+        self.drawing.line(points, color=color, arrow=True)
+        return y + _PILL
 
     def _height_of(self, group: Sequence[Stage]) -> float:
         """Of a chain beside the column, with its frame and what goes into it."""
