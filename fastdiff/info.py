@@ -1,4 +1,4 @@
-"""`python -m fastdiff.info`: what this installation is, what it can run here, and why it cannot run the rest."""
+"""`fastdiff info`: what this installation is, what it can run here and why it cannot run the rest; diagrams of runs."""
 
 import argparse
 import json
@@ -69,12 +69,26 @@ def _backends_of(operator: str, entries: dict[str, str | None]) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    about = "Tells what this installation is, which kernels it can run here, and why it cannot run the others."
+    about = (
+        "Tells what this installation is, which kernels it can run here, and why it cannot run the others; or draws a "
+        "run: its model, one block of it inside, and its diffusion process."
+    )
     parser = argparse.ArgumentParser(prog="fastdiff info", description=about, allow_abbrev=False)
-    _, unknown = parser.parse_known_args(argv)
+    run = "draw this run, checkpoint, saved model or hub id: files of SVG"
+    parser.add_argument("--diagram", metavar="RUN", help=run)
+    folder = "folder of the files; default: diagrams in the folder of the run or saved model"
+    parser.add_argument("--output", metavar="FOLDER", help=folder)
+    options, unknown = parser.parse_known_args(argv)
     if unknown:
         raise argparse.ArgumentError(None, f"unrecognized arguments: {' '.join(unknown)}")
-    print(report())
+    if options.diagram is None:
+        if options.output is not None:
+            raise ValueError(f"--output: got {options.output!r} without --diagram; expected a RUN to draw")
+        return print(report())
+    from fastdiff.tasks.diagrams import save_diagrams
+
+    for file in save_diagrams(options.diagram, options.output):
+        print(file)
 
 
 if __name__ == "__main__":
