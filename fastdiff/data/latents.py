@@ -1,9 +1,9 @@
 """What a frozen model makes of a data set's images (latents, features): encoded once, kept in the cache as .npy files,
 and read through memory maps.
 
-A folder of the cache has train.npy and held_out.npy, [N, *shape] in float32 or float16, and latents.json. While they are made, they
-grow in a folder beside it, and a file says how many images are safely there: a process that is killed goes on with the
-image after them.
+A folder of the cache has train.npy and held_out.npy, [N, *shape] in float32 or float16, and latents.json. While they
+are made, they grow in a folder beside it, and a file says how many images are safely there: a process that is killed
+goes on with the image after them.
 """
 
 import hashlib
@@ -88,7 +88,9 @@ def cached_latents(
     folder = cache_folder() / "latents" / f"{data.name}-{digest}"
     if not folder.is_dir():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
-        make_folder_once(folder, Path.is_dir, lambda into: _fill(into, unfinished, data, shape, dtype, encode, progress))
+        make_folder_once(
+            folder, Path.is_dir, lambda into: _fill(into, unfinished, data, shape, dtype, encode, progress)
+        )
         shutil.rmtree(unfinished, ignore_errors=True)
     record = _record(folder)
     sets = {}

@@ -121,7 +121,9 @@ def load_text_encoder(
     device = check_device(device)
     if config.name in OF_CLASSES:
         return ClassNames(config.name, classes)
-    packaged = PACKAGED[config.name]() if config.name in PACKAGED else PackagedModel(folder_of(config.name, _known_names()))
+    packaged = (
+        PACKAGED[config.name]() if config.name in PACKAGED else PackagedModel(folder_of(config.name, _known_names()))
+    )
     return TransformersEncoder(config, packaged, device)
 
 

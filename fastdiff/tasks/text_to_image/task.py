@@ -24,7 +24,7 @@ from fastdiff.tasks.text_to_image.drawing import Conditions, draw_images, load_e
 from fastdiff.tasks.text_to_image.recipe import TextToImageRecipe, check_fit, check_recipe
 from fastdiff.tasks.text_to_image.run import save_model
 from fastdiff.tasks.text_to_image.start import build_model, load_start
-from fastdiff.tasks.text_to_image.texts import TextChoice, captions_of, shown_texts, trained_texts
+from fastdiff.tasks.texts import TextChoice, captions_of, shown_texts, trained_texts
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.task import Batch
 
@@ -61,7 +61,8 @@ class TextToImageTask:
             self.data = load_data(recipe.data) if data is None else data
         captions, training = captions_of(self.data), recipe.training
         texts, rows = trained_texts(captions)
-        self.choose = TextChoice(rows, captions.entries, recipe.objective.entry_weights)
+        with section("objective"):
+            self.choose = TextChoice(rows, captions.entries, recipe.objective.entry_weights)
         prompts = recipe.sampling.prompts or shown_texts(captions)
         recipe.sampling = dataclasses.replace(recipe.sampling, prompts=prompts)
         if encoder is None:
