@@ -1,13 +1,13 @@
 """Token ids of a training step: windows of documents, and prompts with windows of answers. Pure functions."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.data.text_config import LengthFormat, TextDataConfig
+from fastdiff.data.text_config import LengthFormat
 from fastdiff.data.text_parts import TextPart
 from fastdiff.data.token_files import TokenFile
 
@@ -26,7 +26,15 @@ class PairBatch(NamedTuple):
     condition_mask: Tensor | None  # bool [B, M], False on padding
 
 
-def window_length(config: TextDataConfig, generator: torch.Generator | None = None) -> int:
+class WindowLengths(Protocol):
+    """A section of a recipe that says how long windows are, such as `TextDataConfig`."""
+
+    min_length: int
+    max_length: int
+    window_distribution: str
+
+
+def window_length(config: WindowLengths, generator: torch.Generator | None = None) -> int:
     """The length of a step's window: drawn from min_length … max_length tokens, whatever the texts.
 
     Windows of random length, drawn independently of the answers, keep a model usable when decoding crops the window.

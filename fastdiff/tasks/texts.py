@@ -51,8 +51,8 @@ class TextChoice:
         if without.any():
             index = int(without.nonzero()[0])
             raise ValueError(
-                f"{named('entry_weights')}: got {dict(weights)}, which leave image {index} and {int(without.sum()) - 1} "
-                "others without a text; give another entry a weight"
+                f"{named('entry_weights')}: got {dict(weights)}, which leave image {index} and "
+                f"{int(without.sum()) - 1} others without a text; give another entry a weight"
             )
 
     def __call__(self, indices: Tensor, draws: Tensor) -> Tensor:  # [n], uniform on [0, 1) [n] -> int64 [n]

@@ -28,8 +28,8 @@ class Captioner:
     Args:
         model: a `fastdiff.models.MaskedDiffusionLM` with cross-attention.
         tokenizer: its tokenizer.
-        decoding: fields of `MaskedDiffusionGenerationConfig`. Guidance hides the image alone: the token that texts begin
-            with stays, as in training.
+        decoding: fields of `MaskedDiffusionGenerationConfig`. Guidance hides the image alone: the token that texts
+            begin with stays, as in training.
         length_predictor: of length="auto"; None is the rule "cdf", uncalibrated.
 
     Raises ValueError for options that do not fit.
@@ -51,9 +51,7 @@ class Captioner:
         self.generator = plain
         plain.check([self.start], "captions")
 
-    def __call__(
-        self, names: Sequence[str], states: Sequence[Tensor], **options: Any
-    ) -> Iterator[list[Continuation]]:
+    def __call__(self, names: Sequence[str], states: Sequence[Tensor], **options: Any) -> Iterator[list[Continuation]]:
         """Captions, a batch at a time: the first image's num_samples, then the second's, …
 
         Args:

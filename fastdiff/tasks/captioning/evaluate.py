@@ -1,6 +1,5 @@
 """`fastdiff.evaluate` on a captioning model."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Images as a vision encoder's states: of a data set once, in the cache; of pictures that somebody names, one by one."""
+"""Images as a vision encoder's states: a data set's once, in the cache; pictures that somebody names one by one."""
 
 import os
 from collections.abc import Sequence

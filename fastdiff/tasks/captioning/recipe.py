@@ -48,9 +48,8 @@ class CaptionsConfig:
     window_distribution: Literal["uniform", "log_uniform"] = "uniform"
 
     def __post_init__(self):
-        if self.min_length is None:
-            self.min_length = self.max_length
-        if not 1 <= self.min_length <= self.max_length:
+        least = self.max_length if self.min_length is None else self.min_length
+        if not 1 <= least <= self.max_length:
             raise ValueError(
                 f"{named('min_length')}: got {self.min_length} and {named('max_length')} {self.max_length}; "
                 "expected 1 <= min_length <= max_length"

@@ -62,9 +62,9 @@ class CaptioningRun(Run):
         encoder = load_vision_encoder(self.vision_config, self.model.device)
         if encoder.fingerprint != self.fingerprint:
             raise ValueError(
-                f"vision: got {self.vision_config.name!r} with the fingerprint {encoder.fingerprint[:12]}; {self.source} "
-                f"was trained with {self.fingerprint[:12]}: it would see something else; bring the same weights and "
-                "preprocessing back"
+                f"vision: got {self.vision_config.name!r} with the fingerprint {encoder.fingerprint[:12]}; "
+                f"{self.source} was trained with {self.fingerprint[:12]}: it would see something else; bring the same "
+                "weights and preprocessing back"
             )
         return encoder
 

@@ -77,6 +77,8 @@ class CaptioningTask:
         check_fit(recipe, self.model.config)
         self.start = start_token(TextCodec(self.tokenizer, self.model.config))
         self.tokens = CaptionTokens(texts, self.tokenizer)
+        least = recipe.captions.min_length or recipe.captions.max_length
+        self.lengths = dataclasses.replace(recipe.captions, min_length=least)
         self.features = cached_features(self.data, encoder, recipe.vision)
         self.vision_facts = {**dataclasses.asdict(recipe.vision), "fingerprint": encoder.fingerprint}
         self.process = MaskedDiffusion(recipe.diffusion, self.model.config.mask_token_id)
@@ -102,7 +104,7 @@ class CaptioningTask:
     def _draw_tokens(self, step: int) -> Batch:
         """The captions of a whole step's batch, masked."""
         recipe, seed, size = self.config, self.config.training.seed, self.config.training.batch_size
-        length = window_length(recipe.captions, generator(seed, step, _LENGTH))
+        length = window_length(self.lengths, generator(seed, step, _LENGTH))
         texts = self.choose(self.stream.indices(step), self._draws(step, _TEXTS))
         windows = self._windows(self.tokens, texts, length)
         clean = windows.input_ids
@@ -143,9 +145,7 @@ class CaptioningTask:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Model, tokenizer, ways of decoding and the name of the vision encoder, as `fastdiff.load` reads them."""
-        save_captioner(
-            folder, model, self.tokenizer, self.config.decoding, self.vision_facts, self.data.image_shape
-        )
+        save_captioner(folder, model, self.tokenizer, self.config.decoding, self.vision_facts, self.data.image_shape)
 
     @cached_property
     def _held_out(self) -> dict[str, Any]:
