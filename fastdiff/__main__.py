@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "draws images, sounds, videos, texts or rows of a table from a run",
     "generate": "continues prompts with a masked diffusion language model",
     "evaluate": "scores a run",
+    "prepare": "draws or decodes the pictures of a data set once, ahead of a training",
     "demo": "trains a small model on handwritten digits in five minutes, and scores it",
     "tune": "measures again what is faster on this machine, and shows it",
     "info": "tells what this installation is and which kernels it can run here",

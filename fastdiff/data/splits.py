@@ -1,5 +1,7 @@
 """How data sets without a split of their own are split, once and for all."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,3 +23,21 @@ def stratified_split(labels: Tensor, held_out_fraction: float) -> tuple[Tensor, 
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[torch.from_numpy(np.concatenate(held_out))] = True
     return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()
+
+
+def grouped_split(groups: Sequence[str], held_out_fraction: float) -> list[bool]:
+    """Which examples are held out, by `SPLIT_SEED`: whole groups, of about this fraction of all examples.
+
+    Each side has at least one group, where there are two.
+    """
+    members: dict[str, int] = {}
+    for group in groups:
+        members[group] = members.get(group, 0) + 1
+    names = list(members)
+    wanted, held_out = held_out_fraction * len(groups), set[str]()
+    for index in np.random.default_rng(SPLIT_SEED).permutation(len(names))[:-1].tolist():
+        if wanted <= 0:
+            break
+        held_out.add(names[index])
+        wanted -= members[names[index]]
+    return [group in held_out for group in groups]

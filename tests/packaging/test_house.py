@@ -7,7 +7,7 @@ from pathlib import Path
 import fastdiff
 
 ROOT = Path(fastdiff.__file__).parent
-COMMANDS = ("train", "sample", "generate", "evaluate", "demo", "tune", "info", "__main__")
+COMMANDS = ("train", "sample", "generate", "evaluate", "prepare", "demo", "tune", "info", "__main__")
 # From the top down: a room may import its own floor and those below. `__init__` of fastdiff itself is not a room.
 FLOORS = (
     COMMANDS,
