@@ -22,7 +22,6 @@ from fastdiff.recipes import parse_recipe
 from fastdiff.tasks.captioning import CaptioningRecipe, CaptioningTask
 from fastdiff.tasks.captioning.decoding import Captioner
 from fastdiff.training.randomness import generator
-from fastdiff.visualization.text import save_text_samples
 
 _TIMES, _MASKS = 3, 5  # what the task draws them from
 
@@ -257,10 +256,12 @@ def test_a_saved_folder_captions_as_the_run_does(run, pictures, tmp_path):
 
 def test_the_picture_of_samples(captions, make_task, tmp_path):
     task = make_task(sampling={"num_images": 3, "samples_per_image": 2})
-    images, samples = task.samples(captions.model)
-    assert images.shape == (3, 3, 24, 24) and len(samples) == 6
-    assert all("square" in sample.prompt and len(sample.steps) == len(sample.pieces) for sample in samples)
-    assert save_text_samples(samples, tmp_path / "x.png").is_file()
+    images, known, samples = task.samples(captions.model)
+    assert images.shape == (3, 3, 24, 24) and images.dtype == torch.uint8 and len(samples) == 6
+    assert all("square" in texts[0] for texts in known)
+    assert all(len(sample.steps) == len(sample.pieces) for sample in samples)
+    task.preview(captions.model, tmp_path / "samples.png")
+    assert Image.open(tmp_path / "samples.png").size[0] > 100
 
 
 # ------------------------------------------------------------------------------------------------ commands

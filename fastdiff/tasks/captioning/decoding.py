@@ -66,7 +66,6 @@ def text_samples(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
     states: Tensor,  # [N, M, C]
-    known: Sequence[str],
     decoding: Mapping[str, Any],
     *,
     num_samples: int = 1,
@@ -76,13 +75,12 @@ def text_samples(
 
     Args:
         states: of the images.
-        known: what people say of each.
         decoding: as of `Captioner`.
         num_samples: captions of each image.
         dtype: what the model computes in; None is the dtype of its weights.
     """
     captioner = Captioner(model, tokenizer, decoding)
     with autocast(model.device, dtype):
-        batches = list(captioner(known, list(states), num_samples=num_samples, record_steps=True))
+        batches = list(captioner([""] * len(states), list(states), num_samples=num_samples, record_steps=True))
     pieces = captioner.generator.pieces
-    return [TextSample(f"{each.prompt} → ", pieces(each.tokens), each.steps) for batch in batches for each in batch]
+    return [TextSample("", pieces(each.tokens), each.steps) for batch in batches for each in batch]

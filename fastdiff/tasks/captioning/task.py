@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data import EpochStream, ImageData, load_data
+from fastdiff.data.images import to_bytes
 from fastdiff.data.text_batches import PairBatch, window_length
 from fastdiff.data.text_codec import TextCodec
 from fastdiff.data.tokenization import load_tokenizer
@@ -181,27 +182,26 @@ class CaptioningTask:
         }
 
     def preview(self, model: nn.Module, path: Path) -> None:
-        """Captions of held-out images, each token in the colour of the step that chose it."""
-        from fastdiff.visualization import save_text_samples
+        """Held-out images, each with what people say of it and its captions, coloured by step."""
+        from fastdiff.visualization.captions import caption_grid
 
-        _, samples = self.samples(model)
-        save_text_samples(samples, path, title="dark: tokens of the first steps, light: of the last")
+        images, known, samples = self.samples(model)
+        caption_grid(images, known, samples, path)
 
-    def samples(self, model: nn.Module) -> tuple[Tensor, list[TextSample]]:
-        """Held-out images, float32 [N, C, H, W] in [-1, 1], and what the recipe's `sampling` makes of each."""
+    def samples(self, model: nn.Module) -> tuple[Tensor, list[list[str]], list[TextSample]]:
+        """Held-out images, uint8 [N, C, H, W], what people say of each, and what is generated of it."""
         sampling, training = self.config.sampling, self.config.training
+        images = evenly_spaced(len(self.data.held_out), sampling.num_images)
         known = references(self.captions, "held_out")
-        images = evenly_spaced(len(known), sampling.num_images)
         samples = text_samples(
             model,
             self.tokenizer,
             self.features.held_out.images(images),
-            ["; ".join(known[index]) for index in images.tolist()],
             {"seed": training.seed, **self.config.decoding},
             num_samples=sampling.samples_per_image,
             dtype=autocast_dtype(training.mixed_precision, next(model.parameters()).device.type),
         )
-        return self.data.held_out.images(images), samples
+        return to_bytes(self.data.held_out.images(images)), [known[index] for index in images.tolist()], samples
 
     def data_sets(self) -> dict[str, ImageData]:
         """The images with their texts, and their states."""
