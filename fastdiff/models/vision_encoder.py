@@ -87,13 +87,14 @@ class VisionEncoder(ABC):
         return self.grid.leading + self.grid.rows * self.grid.columns
 
     @torch.no_grad()
-    def encode(self, images: Tensor, batch_size: int = 32) -> Tensor:
+    def encode(self, images: Tensor, batch_size: int = 8) -> Tensor:
         """The states of images.
 
         Args:
             images: float [N, 1 or 3, H, W] in [-1, 1], of any size: they are resized, cropped and normalised as the
                 model's own training did.
-            batch_size: how many go through the model at a time; it changes states by rounding alone.
+            batch_size: how many go through the model at a time; it changes states by rounding alone. On a CPU larger
+                ones are no faster: 22 ms an image of EfficientNet-Lite0 on one core.
 
         Returns:
             float32 [N, M, C] on the CPU.
