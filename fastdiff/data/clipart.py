@@ -26,6 +26,7 @@ _HELD_OUT = 0.1
 _MOST_SHARED = 12  # pictures that may have the same title or description; more are a collection's
 _MOST_KEYWORDS, _LONGEST_KEYWORD = 8, 24
 _LONGEST_CAPTION = 30  # words
+_DEEPEST = 30  # elements of metadata in one another
 _BY = re.compile(r"(?:clip ?art|drawing) by .*? - ", re.IGNORECASE)
 _NUMBER_AT_END = re.compile(r"(?:[\s#-]*\d+|\s+(?:svg|bw))+$", re.IGNORECASE)
 _IN_BRACKETS = re.compile(r"\s*\(([^()]*[a-z][^()]*)\)$")
@@ -104,24 +105,28 @@ def _metadata(path: Path) -> _Metadata:
     """Dublin Core's fields of an SVG. One that is no XML has none, and is found to be broken when it is drawn."""
     fields: dict[str, list[str]] = {"title": [], "description": [], "li": [], "license": []}
     creators: list[str] = []
-    inside: list[str] = []  # names of the elements around
+    around: list[str] = []  # names of the elements from "metadata" on
     try:
         for event, element in ElementTree.iterparse(path, ("start", "end")):
             name = element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
             if event == "start":
-                inside.append(name)
+                if around or name == "metadata":
+                    around.append(name)
+                if len(around) > _DEEPEST:
+                    return _Metadata(readable=False)
                 continue
-            inside.pop()
-            text = " ".join((element.text or "").split())
-            if "metadata" in inside:
-                if name.lower() == "license":
-                    fields["license"] += [value for value in element.attrib.values() if value]
-                elif name == "title" and "creator" in inside:
-                    creators.append(text)
-                elif name == "li" and "subject" in inside or name in ("title", "description") and inside[-1] == "Work":
-                    fields[name].append(text)
-            if name == "metadata":
+            if not around:
+                continue
+            around.pop()
+            if not around:
                 break
+            text = " ".join((element.text or "").split())
+            if name.lower() == "license":
+                fields["license"] += [value for value in element.attrib.values() if value]
+            elif name == "title" and "creator" in around:
+                creators.append(text)
+            elif name == "li" and "subject" in around or name in ("title", "description") and around[-1] == "Work":
+                fields[name].append(text)
     except (ElementTree.ParseError, ValueError, LookupError):
         return _Metadata(readable=False)
     return _Metadata(

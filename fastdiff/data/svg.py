@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _DPI = 96.0  # CSS's: without it resvg refuses sizes in millimetres and points
 _LARGEST = 4096  # edge in pixels of what is drawn at most
+_DEEPEST = 200  # elements in one another
+_ADVICE = "; remove it or replace it"
 _NEARLY_WHITE = 250  # from where on, of 255, a pixel counts as empty paper
 _BORDER = 0.04  # of the edge, left free each way
 
@@ -28,13 +30,14 @@ def read_svg(path: Path, image_size: int) -> "Image.Image | None":
         ModuleNotFoundError: the package resvg-py is missing.
     """
     content = path.read_bytes()
-    picture = _rendered(content, path, 4 * image_size)
+    _check_depth(content, path)
+    picture = _rendered(content, path, 2 * image_size)
     box = _drawn_box(picture)
     if box is None:
         return None
     largest = max(box[2] - box[0], box[3] - box[1])
-    if largest < 2 * image_size:  # too few pixels of it
-        edge = min(math.ceil(4 * image_size * 2 * image_size / largest), _LARGEST)
+    if largest < image_size:  # too few pixels of it
+        edge = min(math.ceil(2 * image_size * 2 * image_size / largest), _LARGEST)
         picture = _rendered(content, path, edge)
     return on_white_square(picture, image_size)
 
@@ -53,11 +56,33 @@ def on_white_square(picture: "Image.Image", image_size: int) -> "Image.Image":
     return square
 
 
+def _check_depth(content: bytes, path: Path) -> None:
+    """Raises ValueError for what is no XML, or nested so deep that resvg, which calls itself, would end the process."""
+    from xml.parsers import expat
+
+    depth = 0
+
+    def started(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+    def ended(_: str) -> None:
+        nonlocal depth
+        depth -= 1
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = started, ended
+    with reading(path, " cannot be drawn as an SVG", _ADVICE):
+        parser.Parse(content, True)
+
+
 def _rendered(content: bytes, path: Path, edge: int) -> "Image.Image":
     import resvg_py
     from PIL import Image
 
-    with reading(path, " cannot be drawn as an SVG", "; remove it or replace it"):
+    with reading(path, " cannot be drawn as an SVG", _ADVICE):
         text = content.decode("utf-8", errors="replace")  # what is replaced are letters of texts or comments
         drawn = resvg_py.svg_to_bytes(svg_string=text, width=edge, height=edge, dpi=_DPI, skip_system_fonts=True)
         return flattened(Image.open(io.BytesIO(drawn)), 3)

@@ -30,12 +30,14 @@ from file_seeds import (
     TABLE,
     TENSORS,
     bombs,
+    caption_files,
     cifar_batch,
     idx_file,
     pictures,
     recipe_yaml,
     saved_folder,
     sounds,
+    svgs,
     token_file,
     tokenizer_json,
     torch_file,
@@ -49,7 +51,8 @@ _VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 1e308, float("inf"), float("nan"), "", "x"),
     *("/etc/passwd", "../../x", "\ud800", "\n", [], [[]], [1] * 50, {}, {"a": None}),
 )
-_JSON_KINDS = ("json", "schema", "state", "tokenizer", "yaml", "safetensors", "folder")
+_JSON_KINDS = ("json", "captions", "schema", "state", "tokenizer", "yaml", "safetensors", "folder")
+_LINES = ("jsonl", "csv", "token")  # of these kinds, files that are no JSON
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 
 
@@ -128,11 +131,14 @@ class Kind:
 def kinds(folder: Path) -> dict[str, Kind]:
     """Every kind of file and its reader. `folder` is for what lies beside the files."""
 
-    from fastdiff.data import TabularDataConfig, TextDataConfig, TokenFile, load_tabular_data
+    from fastdiff.data import DataConfig, TabularDataConfig, TextDataConfig, TokenFile, load_tabular_data
+    from fastdiff.data.caption_files import coco_source, flickr30k_source
     from fastdiff.data.cifar10 import read_batch
+    from fastdiff.data.clipart import clipart_source
     from fastdiff.data.corpora import open_corpus
     from fastdiff.data.fashion_mnist import read_idx
     from fastdiff.data.pictures import check_picture, picture_size, read_picture
+    from fastdiff.data.svg import read_svg
     from fastdiff.data.table_schema import TableSchema
     from fastdiff.data.tokenization import load_saved_tokenizer
     from fastdiff.data.waveforms import read_wav, resample, trimmed
@@ -188,6 +194,15 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def documents(path: Path) -> None:
         list(open_corpus(TextDataConfig("jsonl", path=str(path))).read())
 
+    def drawing(path: Path) -> None:
+        alone = _only(folder / "svg", path, "a.svg")
+        clipart_source(DataConfig("clipart", folder=str(alone))).listing()
+        read_svg(path, 16)
+
+    def photo_captions(path: Path) -> None:
+        source = coco_source if path.suffix == ".json" else flickr30k_source
+        source(DataConfig("coco", folder=str(folder), captions=str(path))).listing()
+
     saved = saved_folder(folder / "saved")
 
     def saved_file(path: Path) -> None:
@@ -212,6 +227,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "jsonl": Kind({"a.jsonl": b'{"text": "a b c"}\n' * 9}, documents),
         "torch": Kind({"a.pt": torch_file()}, read_tensors),
         "tokenizer": Kind({"t.json": tokenizer_json()}, tokenizer),
+        "svg": Kind(svgs(), drawing),
+        "captions": Kind(caption_files(), photo_captions),
         "folder": Kind({f"saved-{name}": content for name, content in saved.items()}, saved_file),
     }
 
@@ -274,7 +291,7 @@ def _files(each: dict[str, Kind], count: int, seed: int) -> Iterator[tuple[str, 
     for number in range(count):
         name = names[number % len(names)]
         file, content = rng.choice(list(each[name].seeds.items()))
-        shaped = name in _JSON_KINDS and not file.endswith("jsonl") and rng.random() < 0.6
+        shaped = name in _JSON_KINDS and not file.endswith(_LINES) and rng.random() < 0.6
         shape = "safetensors" if file.endswith("safetensors") else name
         yield name, file, misshapen(content, shape, rng) if shaped else damaged(content, rng)
 

@@ -85,6 +85,33 @@ STATE = {"step": 3, "task": {"class_names": ["a"]}, "files": {"model.safetensors
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
 
 
+def svgs() -> dict[str, bytes]:
+    """Drawings with metadata."""
+    dublin_core = 'xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:cc="http://web.resource.org/cc/"'
+    words = "<cc:Work><dc:title>A box</dc:title><dc:subject><li>box</li></dc:subject></cc:Work>"
+    shapes = '<rect width="9" height="5" fill="red"/><path d="M 1 1 L 8 2 L 3 7 z"/>'
+    drawing = f'<svg xmlns="http://www.w3.org/2000/svg" {dublin_core} width="10mm" height="10mm">'
+    return {"a.svg": f"{drawing}<metadata>{words}</metadata>{shapes}</svg>".encode()}
+
+
+def caption_files() -> dict[str, bytes]:
+    """Captions of photos in each of the published forms."""
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)]
+    notes = [{"image_id": number, "id": number, "caption": f"A photo {number}."} for number in range(3)]
+    split = [
+        {"filename": f"{number}.jpg", "split": name, "sentences": [{"raw": "A photo."}]}
+        for number, name in enumerate(("train", "val", "test"))
+    ]
+    lines = [(f"{number}.jpg", number % 2, "A man walks .") for number in range(4)]
+    rows = "".join(f"{name}| {number}| {text}\n" for name, number, text in lines)
+    return {
+        "captions.json": json.dumps({"images": images, "annotations": notes}).encode(),
+        "dataset.json": json.dumps({"images": split}).encode(),
+        "results.csv": f"image_name| comment_number| comment\n{rows}".encode(),
+        "results.token": "".join(f"{name}#{number}\t{text}\n" for name, number, text in lines).encode(),
+    }
+
+
 def tokenizer_json() -> bytes:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -147,7 +174,15 @@ def bombs() -> dict[str, list[bytes]]:
         alias += f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n".encode()
     deep = b"[" * 100_000
     nested_json, json_object = deep + b"]" * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+    page = b'<svg xmlns="http://www.w3.org/2000/svg" width="%s" height="9">'
+    entities = b"".join(
+        b'<!ENTITY %c "%s">' % (b, b"&%c;" % a * 9) for a, b in zip(b"abcdefgh", b"bcdefghi", strict=True)
+    )
     return {
+        "svg": [page % b"9" + b"<g>" * 100_000 + b"</g>" * 100_000 + b"</svg>", page % b"1e9" + b"</svg>",
+                page % b"9" + b"<metadata>" * 10_000, b"<!DOCTYPE svg [<!ENTITY a 'aaaaaaaaa'>" + entities + b"]>"
+                + page % b"9" + b"<metadata>&i;</metadata></svg>", b"", b"<svg/>"],
+        "captions": [nested_json, json_object, b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", b'{"images": null}'],
         "picture": [png(60_000, 60_000), png(2**31 - 1, 2**31 - 1), png(0, 0), png(20_000, 4_000),
                     png(10, 10, (b"zTXt", b"a\0\0" + text)), png(10, 10, (b"iTXt", b"a\0\1\0\0\0" + text))],
         "wav": [wav(bytes(400), rate=2**31 - 1), wav(bytes(400), riff=0), wav(bytes(400), channels=0, width=2),

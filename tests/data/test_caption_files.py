@@ -109,10 +109,7 @@ def test_karpathys_splits_of_coco(coco):
 def test_missing_photos_are_named_and_left_out(coco, capsys):
     (coco / "train2017/000000000010.jpg").unlink()
     (coco / "val2017/000000000500.jpg").write_bytes(b"no photo")
-    with pytest.raises(
-        ValueError,
-        match="000000000010.jpg.* (1 more of 6 files are broken, too)".replace("(", r"\(").replace(")", r"\)"),
-    ):  # noqa: E501
+    with pytest.raises(ValueError, match=r"000000000010.jpg.* \(1 more of 6 files are broken, too\)"):
         load("coco", coco)
     photo(coco / "train2017/000000000010.jpg", "green")  # repaired: it is tried again
     with pytest.raises(ValueError, match="000000000500.jpg cannot be decoded as an image"):
@@ -166,8 +163,12 @@ CSV = """image_name| comment_number| comment
 2.jpg| 4   A dog runs across the grass .
 3.jpg| 0| A child in a pink dress .
 """
-TOKEN = "1.jpg#0\tTwo young guys | with shaggy hair .\n1.jpg#1\tTwo young , White males are outside .\n" \
-    "2.jpg#0\tSeveral men in hard hats .\n2.jpg#4\tA dog runs across the grass .\n3.jpg#0\tA child in a pink dress .\n"  # fmt: skip
+TOKEN = """1.jpg#0\tTwo young guys | with shaggy hair .
+1.jpg#1\tTwo young , White males are outside .
+2.jpg#0\tSeveral men in hard hats .
+2.jpg#4\tA dog runs across the grass .
+3.jpg#0\tA child in a pink dress .
+"""
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ def test_karpathys_splits_of_flickr(flickr):
         ("results.csv", CSV + "1.jpg| 2| \n", "results.csv, line 7: got an empty caption"),
         ("results.csv", CSV.replace("3.jpg", "/3.jpg"), "line 6: got the file '/3.jpg'; expected a name in"),
         ("results.csv", "".join(CSV.splitlines(True)[:3]), "got 1 pictures with up to 2 captions; expected at least 2"),
-        ("results_20130124.token", TOKEN + "1.jpg 2\tx\n", "line 6: got '1.jpg 2.tx'; expected NAME#NUMBER<tab>CAPTION"),
+        ("results_20130124.token", TOKEN + "1.jpg 2\tx\n", "line 6: got '1.jpg 2.tx'; expected NAME#NUMBER<tab>"),
         ("dataset_flickr30k.json", "{", "dataset_flickr30k.json: not a JSON file"),
         (
             "dataset_flickr30k.json",

@@ -9,7 +9,7 @@ from damaged_files import kinds, run
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_every_reader_gives_a_value_or_a_line(cache, tmp_path):
     started = time.perf_counter()
-    tally = run(420, 2, tmp_path)
+    tally = run(480, 2, tmp_path)
     assert not tally.failures, "\n".join(tally.failures)
     assert time.perf_counter() - started < 120
     for name, kind in kinds(tmp_path).items():  # whole files are read, damaged ones are noticed
