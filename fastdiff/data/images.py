@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from fastdiff.data.labelled import ExampleSet, LabelledData
 from fastdiff.data.pictures import read_picture
 from fastdiff.files import fingerprint_of_files
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class ImageSet(ExampleSet, Protocol):
@@ -85,13 +88,7 @@ class FileImages(LabelledImages):
         return to_signed_unit(torch.stack(list(self._pool.map(self._decode, paths))) if paths else empty)
 
     def _decode(self, path: Path) -> Tensor:  # uint8 [C, image_size, image_size]
-        from PIL import Image, ImageOps
-
-        image = read_picture(path, self.channels)
-        image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return (
-            torch.from_numpy(np.array(image)).reshape(self.image_size, self.image_size, self.channels).permute(2, 0, 1)
-        )
+        return fitted(read_picture(path, self.channels), (self.image_size, self.image_size), self.channels)
 
     def fingerprint(self) -> str:
         """See `fastdiff.files.fingerprint_of_files`; names and labels are in it, times and the folder's place not."""
@@ -145,6 +142,14 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:  # float [N, C, H, 
     if images.shape[-2:] == size:
         return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def fitted(picture: "Image.Image", size: tuple[int, int], channels: int) -> Tensor:  # uint8 [C, *size]
+    """A picture of mode "L" or "RGB", cropped around its centre to the shape of `size` (height, width) and resized."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).reshape(*size, channels).permute(2, 0, 1)
 
 
 def to_signed_unit(pixels: Tensor) -> Tensor:

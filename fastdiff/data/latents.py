@@ -1,19 +1,21 @@
-"""Latents of a data set: encoded once, kept in the cache as .npy files, and read through memory maps.
+"""What a frozen model makes of a data set's images (latents, features): encoded once, kept in the cache as .npy files,
+and read through memory maps.
 
-A folder of the cache has train.npy and held_out.npy, float32 [N, c, h, w], and latents.json. While they are made, they
-grow in a folder beside it, and a file says how many images are safely there: a process that is killed goes on with the
-image after them.
+A folder of the cache has train.npy and held_out.npy, [N, *shape] in float32 or float16, and latents.json. While they
+are made, they grow in a folder beside it, and a file says how many images are safely there: a process that is killed
+goes on with the image after them.
 """
 
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,14 +33,16 @@ _CONTENT_READ = 2**28  # bytes: files that are smaller are compared with their S
 
 Data = TypeVar("Data", bound=ImageData)
 Encode = Callable[[Tensor], Tensor]
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+DType = Literal["float32", "float16"]
+_STORED: dict[str, str] = {"float32": "<f4", "float16": "<f2"}
 
 
 class LatentSet(LabelledImages):
     """Latents of labelled images, for whatever takes an `ImageSet`.
 
     Args:
-        latents: float32 [N, c, h, w], a memory map.
+        latents: float32 or float16 [N, *shape], a memory map.
         labels: int64 [N].
         fingerprint: a hash of what they were made of.
     """
@@ -47,14 +51,16 @@ class LatentSet(LabelledImages):
         self.latents, self.labels, self._fingerprint = latents, labels.long(), fingerprint
 
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """The latents at `indices`: float32 [n, c, h, w]."""
-        return torch.from_numpy(self.latents[np.asarray(indices, dtype=np.int64)])
+        """The latents at `indices`: float32 [n, *shape]."""
+        return torch.from_numpy(self.latents[np.asarray(indices, dtype=np.int64)]).float()
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
 
-def cached_latents(data: Data, shape: Shape, encode: Encode, key: str, *, progress: bool = True) -> Data:
+def cached_latents(
+    data: Data, shape: Shape, encode: Encode, key: str, *, dtype: DType = "float32", progress: bool = True
+) -> Data:
     """A data set with the latents of its images in the place of these, from cache_folder()/latents.
 
     Where they are not there yet, they are encoded: once, and after a kill from where it was. Of two processes at once,
@@ -62,10 +68,11 @@ def cached_latents(data: Data, shape: Shape, encode: Encode, key: str, *, progre
 
     Args:
         data: the images, with labels and whatever else (captions), which stay.
-        shape: (c, h, w) of the latents.
-        encode: images float32 [n, C, H, W] in -1 … 1 → latents [n, c, h, w], scaled. It is not called where all are
+        shape: of what `encode` makes of an image: (c, h, w) of latents, (tokens, width) of features.
+        encode: images float32 [n, C, H, W] in -1 … 1 → latents [n, *shape], scaled. It is not called where all are
             there.
         key: a hash of all that decides what `encode` gives, such as `fastdiff.models.autoencoder.fingerprint_of`.
+        dtype: how they are stored; float16 takes half the space, and numbers up to 65 504.
         progress: shows a bar while images are encoded.
 
     Returns:
@@ -76,35 +83,43 @@ def cached_latents(data: Data, shape: Shape, encode: Encode, key: str, *, progre
         PermissionError: the cache cannot be written. OSError: the disk is full; what was done is kept.
         And what `encode` raises.
     """
-    marks = {part: _mark(getattr(data, part), shape, key) for part in _PARTS}
+    marks = {part: _mark(getattr(data, part), shape, key, dtype) for part in _PARTS}
     digest = hashlib.sha256("\n".join(marks.values()).encode()).hexdigest()[:32]
     folder = cache_folder() / "latents" / f"{data.name}-{digest}"
     if not folder.is_dir():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
-        make_folder_once(folder, Path.is_dir, lambda into: _fill(into, unfinished, data, shape, encode, progress))
+        make_folder_once(
+            folder, Path.is_dir, lambda into: _fill(into, unfinished, data, shape, dtype, encode, progress)
+        )
         shutil.rmtree(unfinished, ignore_errors=True)
     record = _record(folder)
-    sets = {part: LatentSet(_open(folder / f"{part}.npy", (len(getattr(data, part)), *shape), record[part]),
-                            getattr(data, part).labels, marks[part]) for part in _PARTS}  # fmt: skip
+    sets = {}
+    for part in _PARTS:
+        images = getattr(data, part)
+        latents = _open(folder / f"{part}.npy", (len(images), *shape), dtype, record[part])
+        sets[part] = LatentSet(latents, images.labels, marks[part])
     return replace(data, **sets, image_shape=shape)
 
 
-def _mark(images: ImageSet, shape: Shape, key: str) -> str:
+def _mark(images: ImageSet, shape: Shape, key: str, dtype: DType) -> str:
     """A hash of what the latents of a part are made of."""
     facts = [VERSION, key, list(shape), len(images), images.fingerprint()]
+    facts += [] if dtype == "float32" else [dtype]  # those of float32 have kept their names
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _fill(into: Path, unfinished: Path, data: ImageData, shape: Shape, encode: Encode, progress: bool) -> None:
+def _fill(
+    into: Path, unfinished: Path, data: ImageData, shape: Shape, dtype: DType, encode: Encode, progress: bool
+) -> None:
     """Ends what lies in the folder `unfinished`, and puts it and a record into another."""
     unfinished.mkdir(exist_ok=True)
     total = sum(len(getattr(data, part)) for part in _PARTS)
     with tqdm(total=total, desc="encoding", unit="image", disable=not progress, dynamic_ncols=True) as bar:
         for part in _PARTS:
-            _encode_part(getattr(data, part), unfinished / f"{part}.npy", shape, encode, bar)
+            _encode_part(getattr(data, part), unfinished / f"{part}.npy", shape, dtype, encode, bar)
     for part in _PARTS:
         source, target = unfinished / f"{part}.npy", into / f"{part}.npy"
         try:
@@ -115,54 +130,62 @@ def _fill(into: Path, unfinished: Path, data: ImageData, shape: Shape, encode: E
     write_atomically(into / _RECORD, json.dumps({"version": VERSION, **hashes}) + "\n")
 
 
-def _encode_part(images: ImageSet, path: Path, shape: Shape, encode: Encode, bar: tqdm) -> None:
+def _encode_part(images: ImageSet, path: Path, shape: Shape, dtype: DType, encode: Encode, bar: tqdm) -> None:
     """Appends latents to a file until it has those of all images."""
-    count, header = len(images), _header((len(images), *shape))
-    done = _done(path, count, header, shape)
+    count, header = len(images), _header((len(images), *shape), dtype)
+    each = _bytes(shape, dtype)
+    done = _done(path, count, header, each)
     bar.update(done)
     with open(path, "r+b" if done else "wb") as file:
         if not done:
             file.write(header)
-        file.truncate(len(header) + done * _bytes(shape))  # what was not marked may be half of a block
+        file.truncate(len(header) + done * each)  # what was not marked may be half of a block
         file.seek(0, os.SEEK_END)
         for start in range(done, count, _BLOCK):
             indices = torch.arange(start, min(start + _BLOCK, count))
             latents = encode(images.images(indices)).float().cpu()
             if tuple(latents.shape) != (len(indices), *shape):
                 raise ValueError(f"encode: gave shape {tuple(latents.shape)}; expected {(len(indices), *shape)}")
-            if not latents.isfinite().all():
-                raise ValueError(
-                    f"encode: gave latents of images {start} … {start + len(indices) - 1} that are not finite; the "
-                    "autoencoder or the images are damaged"
-                )
-            file.write(latents.contiguous().numpy().astype("<f4", copy=False).tobytes())
+            _check_numbers(latents, dtype, f"{start} … {start + len(indices) - 1}")
+            file.write(latents.contiguous().numpy().astype(_STORED[dtype], copy=False).tobytes())
             file.flush()
             os.fsync(file.fileno())
             write_atomically(path.with_suffix(".json"), json.dumps({"images": start + len(indices)}) + "\n")
             bar.update(len(indices))
 
 
-def _done(path: Path, count: int, header: bytes, shape: Shape) -> int:
+def _check_numbers(latents: Tensor, dtype: DType, which: str) -> None:
+    """Raises ValueError for numbers that cannot be stored."""
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"encode: gave latents of images {which} that are not finite; the autoencoder or the images are damaged"
+        )
+    largest = float(latents.abs().max())
+    if dtype == "float16" and largest > torch.finfo(torch.float16).max:
+        raise ValueError(f"encode: gave {largest:.4g} of images {which}; expected at most 65504; store float32")
+
+
+def _done(path: Path, count: int, header: bytes, each: int) -> int:
     """How many images' latents are safely in an unfinished file; 0 where there is none, or not of this form."""
     try:
         done = int(read_json(path.with_suffix(".json"))["images"])
         with open(path, "rb") as file:
             begins = file.read(len(header)) == header
-        whole = path.stat().st_size >= len(header) + done * _bytes(shape)
+        whole = path.stat().st_size >= len(header) + done * each
     except (OSError, ValueError, KeyError, TypeError):
         return 0
     return done if begins and whole and 0 <= done <= count else 0
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
-    """The first bytes of the .npy file of a float32 array."""
+def _header(shape: Shape, dtype: DType) -> bytes:
+    """The first bytes of the .npy file of an array."""
     content = io.BytesIO()
-    np.lib.format.write_array_header_1_0(content, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(content, {"descr": _STORED[dtype], "fortran_order": False, "shape": shape})
     return content.getvalue()
 
 
-def _bytes(shape: Shape) -> int:
-    return 4 * shape[0] * shape[1] * shape[2]
+def _bytes(shape: Shape, dtype: DType) -> int:
+    return np.dtype(_STORED[dtype]).itemsize * math.prod(shape)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -180,12 +203,12 @@ def _record(folder: Path) -> dict[str, str]:
         raise ValueError(f"{file}: not a whole record of latents ({error}); {_advice(folder)}") from None
 
 
-def _open(path: Path, shape: tuple[int, ...], sha256: str) -> np.ndarray:
+def _open(path: Path, shape: Shape, dtype: DType, sha256: str) -> np.ndarray:
     """A memory map of a part. Raises ValueError, naming the file, where it is not as it was written."""
-    header, advice = _header(shape), _advice(path.parent)
+    header, advice = _header(shape, dtype), _advice(path.parent)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected latents of {shape[0]} images; {advice}")
-    size, expected = path.stat().st_size, len(header) + 4 * int(np.prod(shape))
+    size, expected = path.stat().st_size, len(header) + _bytes(shape, dtype)
     if size != expected:
         raise ValueError(f"{path}: got {size} bytes; expected {expected}, {list(shape)} numbers; {advice}")
     if size <= _CONTENT_READ and sha256_of(path) != sha256:

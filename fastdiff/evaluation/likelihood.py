@@ -50,6 +50,7 @@ def likelihood_bound(
     attention_mask: Tensor | None = None,  # bool or 0/1 [N, L]
     encoder_input_ids: Tensor | Sequence[Tensor] | None = None,  # int64 [N, M], or N of [M_i]
     encoder_attention_mask: Tensor | None = None,  # bool or 0/1 [N, M]
+    encoder_hidden_states: Tensor | None = None,  # [N, M, cross_attention_dim]
     guidance_scale: float = 1.0,
     num_samples: int = 512,
     batch_size: int = 32,
@@ -72,6 +73,7 @@ def likelihood_bound(
             None: all that may be attended to.
         attention_mask: False at padding. None: all of a tensor's tokens count.
         encoder_input_ids, encoder_attention_mask: condition texts, for a model with an encoder.
+        encoder_hidden_states: states of another encoder instead, such as those of images.
         guidance_scale: classifier-free guidance as in `fastdiff.generation.generate`: what is not maskable is masked in
             the unconditional pass, and the condition text hidden. 1: none. LLaDA's cfg + 1.
         num_samples: draws over all sequences; rounded up to a multiple of the number of groups.
@@ -90,6 +92,11 @@ def likelihood_bound(
     texts = _Texts(sequences, maskable, attention_mask)
     condition = None if encoder_input_ids is None else _Texts(encoder_input_ids, None, encoder_attention_mask)
     texts.check(model, process, condition)
+    if encoder_hidden_states is not None:
+        if condition is not None or len(encoder_hidden_states) != len(texts.ids):
+            got = "encoder_input_ids, too" if condition is not None else f"{len(encoder_hidden_states)} rows"
+            raise ValueError(f"encoder_hidden_states: got {got}; expected them alone, {len(texts.ids)} rows")
+        condition = encoder_hidden_states
     draws = _Draws(texts, process, num_samples, seed)
     values = torch.zeros(len(draws.rows), dtype=torch.float64)
     order = texts.lengths[draws.rows].argsort(stable=True)  # rows of like lengths together: less padding
@@ -250,7 +257,7 @@ def _values(
     model: nn.Module,
     process: MaskedDiffusion,
     texts: _Texts,
-    condition: _Texts | None,
+    condition: _Texts | Tensor | None,
     draws: _Draws,
     chosen: Tensor,
     guidance_scale: float,
@@ -259,7 +266,9 @@ def _values(
     clean, attended, width = texts.part(rows)
     mask = draws.masks[chosen, :width]
     masked = MaskedTokens(clean.masked_fill(mask, process.mask_token_id), mask, draws.weights[chosen])
-    if condition is not None:
+    if isinstance(condition, Tensor):
+        encoder["encoder_hidden_states"] = condition[rows].to(device)
+    elif condition is not None:
         ids, seen, _ = condition.part(rows)
         encoder["encoder_hidden_states"] = model.encode(ids.to(device), seen.to(device))
         encoder["encoder_attention_mask"] = seen.to(device)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fastdiff.data.text_codec import TextCodec
 from fastdiff.data.tokenization import ids_without_text
 from fastdiff.generation.canvas import padded
+from fastdiff.generation.checks import condition_names
 from fastdiff.generation.config import MaskedDiffusionGenerationConfig
 from fastdiff.generation.decoding import GenerationStatistics, Streamer, generate
 from fastdiff.generation.length import LengthPredictor
@@ -192,10 +194,11 @@ class TextGenerator:
         streamer: Callable[[Tensor, Tensor], Streamer | None] | None = None,
         cut: bool = True,
         record_steps: bool = False,
+        encoder_states: Sequence[Tensor] | None = None,
     ) -> Iterator[list[Continuation]]:
         """Samples, a batch at a time: the first prompt's num_samples, then the second's, …
 
-        A sample depends on seed, prompt and number of the copy (equal prompts count on), not on the batch.
+        A sample depends on seed, prompt, condition and number of the copy (equal ones count on), not on the batch.
 
         Args:
             prompts, rows: the prompts as text, and as token ids (`encode` makes these).
@@ -205,20 +208,31 @@ class TextGenerator:
             cut: whether a sample ends before its first end token. Otherwise it has all of its new tokens, as text of
                 several documents does.
             record_steps: whether samples say which step chose each token (`Continuation.steps`).
+            encoder_states: of each prompt what it is a text about, such as an image's states [M, D]; of one shape.
+                Rows are then the beginnings of the texts, such as BoS, and guidance hides these states and the row.
 
-        Raises what `fastdiff.generation.generate` raises.
+        Raises what `fastdiff.generation.generate` raises, and ValueError for states beside an encoder of text.
         """
-        seen: dict[tuple[int, ...], int] = {}
+        if encoder_states is not None and (self.has_encoder or len(encoder_states) != len(rows)):
+            got = "some for a model with an encoder of text" if self.has_encoder else str(len(encoder_states))
+            raise ValueError(f"encoder_states: got {got}; expected {len(rows)}, one per prompt")
+        seen: dict[tuple[Any, ...], int] = {}
         jobs = []
         for row, ids in enumerate(rows):
+            key: tuple[Any, ...] = tuple(ids)
+            if encoder_states is not None:
+                (name,) = condition_names(None, None, encoder_states[row][None])
+                key = (*key, hashlib.sha256(name).digest())
             for number in range(num_samples):
-                seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
-                jobs.append((row, number, seen[tuple(ids)]))
+                seen[key] = seen.get(key, -1) + 1
+                jobs.append((row, number, seen[key]))
         for start in range(0, len(jobs), batch_size):
-            yield self._batch(jobs[start : start + batch_size], prompts, rows, streamer, cut, record_steps)
+            part = jobs[start : start + batch_size]
+            states = None if encoder_states is None else torch.stack([encoder_states[row] for row, _, _ in part])
+            yield self._batch(part, prompts, rows, streamer, cut, record_steps, states)
 
     def _batch(
-        self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer, cut: bool, record_steps: bool
+        self, jobs: list[tuple[int, int, int]], prompts, rows, make_streamer, cut: bool, record_steps: bool, states
     ) -> list[Continuation]:
         device = self.model.device
         given = [self.codec.as_seen(rows[row]) if self.has_encoder else rows[row] for row, _, _ in jobs]
@@ -232,6 +246,8 @@ class TextGenerator:
             options |= {"encoder_input_ids": ids, "encoder_attention_mask": mask}
             ids = torch.full((len(jobs), 1), self.start_token_id, device=device)
             mask = torch.ones_like(ids, dtype=torch.bool)
+        elif states is not None:
+            options["encoder_hidden_states"] = states.to(device, next(self.model.parameters()).dtype)
         if self.config.stop_strings:
             options["tokenizer"] = self.tokenizer
         streamer = None if make_streamer is None else make_streamer(ids, mask)

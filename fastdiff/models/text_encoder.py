@@ -15,21 +15,17 @@ from torch import Tensor, nn
 
 from fastdiff.data.tokenization import check_text, decode_ids, load_saved_tokenizer, tokenizer_fingerprint
 from fastdiff.device import autocast, check_device
-from fastdiff.errors import named, one_line
+from fastdiff.errors import named
 from fastdiff.files import fingerprint_of_files
-from fastdiff.models.masked_lm_checkpoints import snapshot_folder
+from fastdiff.models.encoder_files import HASHED, WEIGHTS, folder_of, harmless_config, lasting, load_frozen
 from fastdiff.models.pretrained import CONFIG_NAME, read_config
-from fastdiff.models.text_packages import PACKAGED, PackagedModel, without_bars
+from fastdiff.models.text_packages import PACKAGED, PackagedModel
 from fastdiff.models.weights import check_counts, check_dtypes, header_of, weight_files
-from fastdiff.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OF_CLASSES = ("one_hot", "learned")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_HASHED = 2**30  # bytes of weights whose content is in the fingerprint
-_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")  # of a config.json
 _NO_LIMIT = 10**9  # transformers' way to say that a tokenizer knows none
 _SHOWN = 60  # characters of a prompt in a message
 
@@ -126,20 +122,10 @@ def load_text_encoder(
     device = check_device(device)
     if config.name in OF_CLASSES:
         return ClassNames(config.name, classes)
-    packaged = PACKAGED[config.name]() if config.name in PACKAGED else PackagedModel(_folder_of(config.name))
+    packaged = (
+        PACKAGED[config.name]() if config.name in PACKAGED else PackagedModel(folder_of(config.name, _known_names()))
+    )
     return TransformersEncoder(config, packaged, device)
-
-
-def _folder_of(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_dir() and name.startswith(("/", "./", "../", "~")):
-        raise FileNotFoundError(f"{named('name')}: got {name!r}, which is not a folder; expected {_known_names()}")
-    try:
-        return snapshot_folder(str(path) if path.is_dir() else name, {})
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{named('name')}: got {name!r}, which cannot be had ({one_line(error)[:300]}); expected {_known_names()}"
-        ) from None
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -154,17 +140,17 @@ class TransformersEncoder(TextEncoder):
         self.hidden_size = int(self._config.hidden_size)
         self._layers = _resolve(config.layers, int(self._config.num_hidden_layers))
         self.num_states = len(self._layers)
-        files = weight_files(source.folder, _WEIGHTS)
+        files = weight_files(source.folder, WEIGHTS)
         header = header_of(files)
         check_counts(self._config.to_dict(), header, source.folder / CONFIG_NAME)
         floats = {name: tensor for name, tensor in header.items() if not name.endswith("position_ids")}  # BERT's
         check_dtypes(floats, source.folder)
         self.tokenizer: PreTrainedTokenizerBase = load_saved_tokenizer(source.folder, self._config.model_type)
         self._start = self._start_ids(source.start_token)
-        weights = source.fingerprint or fingerprint_of_files(files, _HASHED)
+        weights = source.fingerprint or fingerprint_of_files(files, HASHED)
         content = {
             "weights": weights,
-            "config": None if source.fingerprint else _lasting(read_config(source.folder)),
+            "config": None if source.fingerprint else lasting(read_config(source.folder)),
             "tokenizer": None if source.fingerprint else tokenizer_fingerprint(self.tokenizer),
             "layers": self._layers,
             "start": self._start,
@@ -197,17 +183,8 @@ class TransformersEncoder(TextEncoder):
         from transformers import AutoModel, AutoModelForTextEncoding
 
         kind = AutoModelForTextEncoding if self._config.model_type in _encoders() else AutoModel
-        options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
-        with without_bars(), reading(self.folder, ": not a text model that can be loaded"):
-            model, told = kind.from_pretrained(str(self.folder), config=self._config, dtype=torch.float32, **options)
-        absent = [name for name in told["missing_keys"] if "pooler" not in name]  # a pooler changes no hidden state
-        problems = [*absent, *map(str, told["mismatched_keys"])]
-        if problems:
-            raise ValueError(
-                f"{self.folder}: the weights are not those of its configuration: missing or of another shape: "
-                f"{', '.join(sorted(problems)[:3])}"
-            )
-        return model.to(self.device).eval().requires_grad_(False)
+        # a pooler changes no hidden state
+        return load_frozen(kind, self.folder, self._config, "a text model", ("pooler",)).to(self.device)
 
     def _shown(self, token: int) -> str:
         """A token as text without the spaces around it; a token of spaces alone is an open box."""
@@ -295,15 +272,8 @@ def _encoders() -> Any:
 
 def _read_config(folder: Path) -> Any:
     """The configuration of a text model, without what would run or fetch code. Raises ValueError for another one."""
-    from transformers import AutoConfig
-
     where = f"{folder / CONFIG_NAME}"
-    if read_config(folder).get("quantization_config"):
-        raise ValueError(f"{where}: its weights are quantised; expected float32, bfloat16 or float16")
-    with reading(where, ": not the configuration of a text model"):
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        config = config.get_text_config()
-    config._attn_implementation = config._experts_implementation = None  # it may name kernels to download
+    config = harmless_config(folder, "a text model", lambda whole: whole.get_text_config())
     sizes = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
     decodes = config.is_encoder_decoder and config.model_type not in _encoders()
     if decodes or not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -312,10 +282,6 @@ def _read_config(folder: Path) -> Any:
             "such as of type gpt2, llama, bert or t5"
         )
     return config
-
-
-def _lasting(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in _VOLATILE}
 
 
 def _resolve(layers: list[int] | str, count: int) -> list[int]:

@@ -25,6 +25,7 @@ KINDS = {
     "qgfd": "fastdiff.tasks.qgfd",
     "text_to_image": "fastdiff.tasks.text_to_image",
     "autoencoder": "fastdiff.tasks.autoencoder",
+    "captioning": "fastdiff.tasks.captioning",
 }
 _OF_RECIPES_WITHOUT_TASK = "dit"
 _OF_FILES = "dit"  # facebookresearch/DiT's

@@ -117,6 +117,25 @@ def test_they_are_made_once_for_each_autoencoder_and_each_data_set(cache):
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 4
 
 
+def test_features_of_another_shape_in_half_precision(cache):
+    data, encode = made(40, 10), Encoder()
+
+    def places(pixels):  # [n, 4, 2]
+        return encode(pixels).flatten(2).transpose(1, 2)
+
+    features = cached_latents(data, (4, 2), places, "encoder", dtype="float16", progress=False)
+    found = features.train.images([3, 1])
+    expected = Encoder()(data.train.images([3, 1])).flatten(2).transpose(1, 2)
+    assert found.dtype == torch.float32 and torch.equal(found, expected.half().float())
+    assert features.train.latents.dtype == np.float16 and features.image_shape == (4, 2)
+    cached_latents(data, (4, 2), places, "encoder", dtype="float16", progress=False)
+    assert encode.seen == 50
+    whole = cached_latents(data, (4, 2), places, "encoder", progress=False)  # float32 are others
+    assert encode.seen == 100 and torch.equal(whole.train.images([3, 1]), expected)
+    with pytest.raises(ValueError, match="gave 1e.05 of images 0 … 39; expected at most 65504; store float32"):
+        cached_latents(data, (4, 2), lambda pixels: places(pixels) * 0 + 1e5, "large", dtype="float16", progress=False)
+
+
 def test_after_a_kill_it_goes_on(unfinished):
     with open(unfinished / "train.npy", "ab") as file:
         file.write(b"half of a block")  # that had not been marked

@@ -250,11 +250,11 @@ def test_efficientnet_features(data, cache):
 def test_efficientnet_knows_a_photograph():
     """A class of ImageNet, so that weights, resizing and normalisation are as in its training."""
     datasets = pytest.importorskip("sklearn.datasets")
-    from fastdiff.evaluation import efficientnet
+    from fastdiff.models.efficientnet import load_efficientnet_lite0
 
     photo = torch.from_numpy(datasets.load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None]
     features = image_features(photo[..., 100:].float() / 127.5 - 1)
-    logits = efficientnet._network()._fc(features)
+    logits = load_efficientnet_lite0()._fc(features)
     temple_like = {"bell cote": 442, "church": 497, "monastery": 663, "mosque": 668, "palace": 698, "stupa": 832}
     assert int(logits.argmax()) in temple_like.values()  # of 1 000
 
@@ -270,9 +270,9 @@ def test_frechet_distance_in_its_features(data, cache):
 
 
 def test_the_missing_network_is_named(monkeypatch):
-    from fastdiff.evaluation import efficientnet
+    from fastdiff.models import efficientnet
 
-    efficientnet._network.cache_clear()
+    efficientnet.load_efficientnet_lite0.cache_clear()
     monkeypatch.setattr(efficientnet.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastdiff-kernels\[images\]'"):
         image_features(torch.zeros(1, 3, 8, 8))

@@ -89,6 +89,17 @@ def test_an_encoder_sees_the_condition():
     assert abs(bound.nats_per_token - exact(model, TEXTS)) > 4 * bound.standard_error
 
 
+def test_states_of_another_encoder_stand_for_the_condition():
+    model = tiny(num_encoder_layers=1)
+    conditions = torch.tensor([[4, 5], [5, 6], [8, 8], [6, 7]])
+    with torch.no_grad():
+        states = model.encode(conditions)
+    found = [likelihood_bound(model, process(), TEXTS, num_samples=64, **condition).nats_per_token
+             for condition in ({"encoder_input_ids": conditions}, {"encoder_hidden_states": states})]  # fmt: skip
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+    assert abs(likelihood_bound(model, process(), TEXTS, num_samples=64).nats_per_token - found[0]) > 0.01
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_guidance_is_llada_s(conditional, monkeypatch):
     """Logits of a prompt, or of a condition's text, against those without."""
@@ -132,6 +143,7 @@ def test_the_batch_size_changes_nothing_and_the_mode_is_kept():
         (torch.tensor([[4, 5]]), {"maskable": torch.zeros(2, dtype=torch.bool)}, r"maskable: got shape \[2\]"),
         (torch.tensor([4, 5]), {}, r"sequences: got shape \[2\]"),
         (TEXTS, {"encoder_input_ids": TEXTS[:2]}, "encoder_input_ids: got 2 texts; expected 4"),
+        (TEXTS, {"encoder_hidden_states": torch.zeros(2, 3, 4)}, "encoder_hidden_states: got 2 rows; expected them"),
     ],
 )
 def test_bad_input(texts, options, message):

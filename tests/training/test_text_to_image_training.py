@@ -15,7 +15,7 @@ from fastdiff.models.autoencoder import AutoencoderConfig, deviation_of, make_au
 from fastdiff.nn.attention_maps import attention_entropy, attention_maps
 from fastdiff.recipes import parse_recipe
 from fastdiff.tasks.text_to_image import TextToImageRecipe, TextToImageTask
-from fastdiff.tasks.text_to_image.texts import TextChoice, trained_texts
+from fastdiff.tasks.texts import TextChoice, trained_texts
 from fastdiff.training import Trainer
 
 ONE_STEP = ("--training.max_steps", 1)

@@ -2,8 +2,8 @@
 
 import secrets
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,24 @@ class GenerateOptions(RunOptions):
 
 def generate_text(path: str, options: GenerateOptions) -> None:
     """Prints samples as they are done, and writes them to a file where one is named."""
-    path_of_output = None if options.output is None else output_path(options.output, Path(options.output))
-    output = None if path_of_output is None else RecordFile(path_of_output)
-    try:
+    with keeping_finished(options.output) as output:
         _generate(path, options, output)
-    except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, or who read the text has gone, as `head` does
+
+
+@contextmanager
+def keeping_finished(named: str | None) -> Iterator[RecordFile | None]:
+    """A block that writes samples to a file, as it was named; None where none is.
+
+    Where it is interrupted, or who reads the text has gone, as `head` does, a line on stderr says what is in the file.
+    """
+    path = None if named is None else output_path(named, Path(named))
+    output = None if path is None else RecordFile(path)
+    try:
+        yield output
+    except (KeyboardInterrupt, BrokenPipeError) as error:
         stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else "the output was closed"
         if output is not None and output.count:
-            print(f"{stopped}; {output.count} finished samples are in {options.output}", file=sys.stderr)
+            print(f"{stopped}; {output.count} finished samples are in {named}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
             print(stopped, file=sys.stderr)
         if isinstance(error, BrokenPipeError):
@@ -91,7 +101,7 @@ def _generate(path: str, options: GenerateOptions, output: RecordFile | None) ->
         decoding["seed"] = secrets.randbelow(2**31)
     if options.length_format is not None and decoding.get("length") != "auto":
         raise ValueError(f"--length-format: got {options.length_format} without --length auto; pass that, too")
-    config = _config(decoding, {name: value for name, value in defaults.items() if decoding.get(name) == value})
+    config = checked_config(decoding, {name: value for name, value in defaults.items() if decoding.get(name) == value})
     loaded = load_language_model(path, weights=options.weights, device=options.device, dtype=options.dtype)
     predictor = load_length_predictor(loaded, config, options.length_format)
     if predictor is not None and not predictor.calibrated:
@@ -103,7 +113,7 @@ def _generate(path: str, options: GenerateOptions, output: RecordFile | None) ->
     generator = TextGenerator(loaded.model, loaded.tokenizer, config, predictor)
     with_recipe = recipe is not None and recipe.data.sample == "pairs"
     _print_samples(generator, prompts, options, decoding, output, apart=with_recipe)
-    print(_statistics(generator) + ("" if output is None else f"; written to {options.output}"))
+    print(statistics_line(generator) + ("" if output is None else f"; written to {options.output}"))
 
 
 def _print_samples(
@@ -119,7 +129,7 @@ def _print_samples(
     # a prompt that is not part of the text stands on a line of its own
     apart = options.chat or generator.has_encoder or apart
     several = len(prompts) * options.num_samples > 1
-    view = _view(generator) if options.watch else None
+    view = view_of(generator) if options.watch else None
     sizes = dict(num_samples=options.num_samples, batch_size=options.batch_size)
     with view or nullcontext():
         begin = None if view is None else lambda ids, mask: view.begin(mask)
@@ -143,7 +153,8 @@ def _record(sample: Continuation, decoding: dict[str, Any]) -> dict[str, Any]:
             "sample": sample.copy, "seed": decoding["seed"], "options": decoding}  # fmt: skip
 
 
-def _statistics(generator: TextGenerator) -> str:
+def statistics_line(generator: TextGenerator) -> str:
+    """What was generated, how fast."""
     done = generator.statistics
     saved = ""
     if done.window_tokens:
@@ -156,7 +167,7 @@ def _statistics(generator: TextGenerator) -> str:
     )
 
 
-def _config(options: dict[str, Any], of_the_recipe: dict[str, Any]) -> Any:
+def checked_config(options: dict[str, Any], of_the_recipe: dict[str, Any]) -> Any:
     """The options checked; an error about a value that the run's recipe has says so."""
     try:
         return MaskedDiffusionGenerationConfig(**options)
@@ -183,7 +194,8 @@ def read_prompts(given: Sequence[str] | None, file: str | None, unconditional: b
     return prompts
 
 
-def _view(generator: Any) -> Any:
+def view_of(generator: Any) -> Any:
+    """What shows a generator's texts as they take shape."""
     from fastdiff.visualization.watch import DenoisingView
 
     return DenoisingView(generator.tokenizer, generator.mask_token_id, rows=_WATCHED, keep=False)

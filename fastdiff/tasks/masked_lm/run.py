@@ -87,7 +87,7 @@ class LanguageModel(Run):
         for name, value in (("prompts", len(prompts)), ("num_samples", num_samples), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}; expected at least 1")
-        decoding = merged_options(options, _with_length(self.decoding, self.model))
+        decoding = merged_options(options, with_length(self.decoding, self.model))
         unset = {name: None for name, value in options.items() if value is None}  # what the recipe says is not wanted
         config = MaskedDiffusionGenerationConfig(**decoding | unset)
         generator = TextGenerator(self.model, self.tokenizer, config, load_length_predictor(self, config))
@@ -121,10 +121,10 @@ def save_model(
 
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    MaskedDiffusionGenerationConfig(**_with_length(decoding, model)).save_pretrained(directory)
+    MaskedDiffusionGenerationConfig(**with_length(decoding, model)).save_pretrained(directory)
 
 
-def _with_length(decoding: Mapping[str, Any], model: "MaskedDiffusionLM") -> dict[str, Any]:
+def with_length(decoding: Mapping[str, Any], model: "MaskedDiffusionLM") -> dict[str, Any]:
     """Decoding options with max_new_tokens: by default 64, or as many whole blocks as fit behind a token."""
     block = decoding.get("block_length") or 1
     most = min(DEFAULT_NEW_TOKENS, model.config.max_position_embeddings - 1) // block * block
@@ -212,13 +212,27 @@ def load_language_model(
         ValueError: another kind of run or model, a damaged file, a tokenizer with ids beyond the model's vocabulary, or
             a device that this machine does not have.
     """
+    device, dtype = check_device(device), check_dtype(dtype)
+    found = find_language_model(path, weights)
+    recipe = None if found.folder is None else load_recipe(MaskedLMRecipe, found.folder.config)
+    model, tokenizer = read_model(found, dtype, **fields)
+    decoding = saved_decoding(found.source) if recipe is None else recipe.sampling.generation
+    return LanguageModel(
+        model=model.to(device), **found.origin, recipe=recipe, tokenizer=tokenizer, decoding=dict(decoding)
+    )
+
+
+def read_model(
+    found: Found, dtype: torch.dtype | None = None, **fields: Any
+) -> "tuple[MaskedDiffusionLM, PreTrainedTokenizerBase]":
+    """The language model that was found, in eval mode on the CPU, and its tokenizer.
+
+    Raises FileNotFoundError and ValueError as `load_language_model`.
+    """
     from fastdiff.models.masked_lm import MaskedDiffusionLM
     from fastdiff.models.masked_lm_checkpoints import build_masked_lm, own_config, read_model_config
     from fastdiff.models.weights import read_tensors
 
-    device, dtype = check_device(device), check_dtype(dtype)
-    found = find_language_model(path, weights)
-    recipe = None if found.folder is None else load_recipe(MaskedLMRecipe, found.folder.config)
     source = found.source
     config = read_model_config(source, {})
     tokenizer = load_saved_tokenizer(source, str(config.get("model_type")))
@@ -231,13 +245,10 @@ def load_language_model(
     size = vocabulary_size(tokenizer)
     if size > model.config.vocab_size:
         raise ValueError(
-            f"{path}: its tokenizer has ids up to {size - 1}, its model {model.config.vocab_size} ids; expected the "
+            f"{source}: its tokenizer has ids up to {size - 1}, its model {model.config.vocab_size} ids; expected the "
             "tokenizer that the model was trained with"
         )
-    decoding = saved_decoding(source) if recipe is None else recipe.sampling.generation
-    return LanguageModel(
-        model=model.to(device), **found.origin, recipe=recipe, tokenizer=tokenizer, decoding=dict(decoding)
-    )
+    return model, tokenizer
 
 
 def find_language_model(path: str | Path, weights: str = "ema") -> Found:

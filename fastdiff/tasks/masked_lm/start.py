@@ -32,13 +32,14 @@ def build_model(
     format_of_answers = None if recipe.data.sample == "documents" else recipe.data.length_format
     noise = dict(mask_schedule=recipe.diffusion.schedule, mask_schedule_exponent=recipe.diffusion.exponent)
     if start is None:
-        return MaskedDiffusionLM(_config(recipe.model, tokenizer, length_format=format_of_answers, **noise))
-    model = _adapt(start.model, recipe.model, format_of_answers)
+        return MaskedDiffusionLM(config_of(recipe.model, tokenizer, length_format=format_of_answers, **noise))
+    model = adapt(start.model, recipe.model, format_of_answers)
     model.config.update(noise)
     return model
 
 
-def _config(wanted: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, **fields) -> MaskedDiffusionLMConfig:
+def config_of(wanted: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, **fields) -> MaskedDiffusionLMConfig:
+    """The configuration of a model with random weights; `fields` are those that its recipe's `model` has not."""
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     shape = SIZES[wanted.size] | {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
     return MaskedDiffusionLMConfig(
@@ -58,19 +59,28 @@ def _config(wanted: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, **f
     )
 
 
-def _adapt(model: MaskedDiffusionLM, wanted: LanguageModelConfig, length_format: str | None) -> MaskedDiffusionLM:
+def adapt(
+    model: MaskedDiffusionLM,
+    wanted: LanguageModelConfig,
+    length_format: str | None,
+    cross_attention_dim: int | None = None,
+) -> MaskedDiffusionLM:
     """The loaded model with the recipe's dropout and, where it asks for one, an encoder that begins at random.
 
     So a denoiser of plain text becomes a conditional model, as in diffusion-llm: its cross-attention begins at zero.
+    `cross_attention_dim` adds cross-attention to states of this width of another model, such as a vision encoder.
     """
-    config = model.config
-    if wanted.num_encoder_layers and not config.num_encoder_layers:
-        fields = config.to_dict() | {"num_encoder_layers": wanted.num_encoder_layers, "cross_attention_dim": None}
-        extended = MaskedDiffusionLM(MaskedDiffusionLMConfig.from_dict(fields))
+    config, added = model.config, {}
+    if cross_attention_dim is not None and config.cross_attention_dim is None:
+        added = {"cross_attention_dim": cross_attention_dim}
+    elif wanted.num_encoder_layers and not config.num_encoder_layers:
+        added = {"num_encoder_layers": wanted.num_encoder_layers, "cross_attention_dim": None}
+    if added:
+        extended = MaskedDiffusionLM(MaskedDiffusionLMConfig.from_dict(config.to_dict() | added))
         extended.load_state_dict(model.state_dict(), strict=False)  # lacks what is new
         model, config = extended, extended.config
     config.length_format, config.dropout = length_format, wanted.dropout
-    config.add_special_tokens = False  # from here on texts are what `load_text_data` makes of them
+    config.add_special_tokens = False  # from here on texts are what training makes of them
     for module in model.modules():  # blocks and attention keep their own copy
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = wanted.dropout

@@ -24,7 +24,7 @@ from fastdiff.tasks.text_to_image.drawing import Conditions, draw_images, load_e
 from fastdiff.tasks.text_to_image.recipe import TextToImageRecipe, check_fit, check_recipe
 from fastdiff.tasks.text_to_image.run import save_model
 from fastdiff.tasks.text_to_image.start import build_model, load_start
-from fastdiff.tasks.text_to_image.texts import TextChoice, captions_of, shown_texts, trained_texts
+from fastdiff.tasks.texts import TextChoice, captions_of, shown_texts, trained_texts
 from fastdiff.training.randomness import derive_seed, generator, normal_noise
 from fastdiff.training.task import Batch
 
@@ -62,7 +62,8 @@ class TextToImageTask:
         captions, training = captions_of(self.data), recipe.training
         weights = recipe.objective.entry_weights
         texts, rows = trained_texts(captions, [name for name, weight in weights.items() if not weight])
-        self.choose = TextChoice(rows, captions.entries, weights)
+        with section("objective"):
+            self.choose = TextChoice(rows, captions.entries, weights)
         prompts = recipe.sampling.prompts or shown_texts(captions)
         recipe.sampling = dataclasses.replace(recipe.sampling, prompts=prompts)
         if encoder is None:

@@ -1,4 +1,4 @@
-"""Which texts stand for an image, and what a text encoder makes of texts before training begins."""
+"""Which texts stand for an image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastdiff.data import ImageData
 from fastdiff.data.captions import CaptionedData, Captions
+from fastdiff.errors import named
 
 _SHOWN = 12  # held-out texts of a picture of samples, where the recipe names none
 
@@ -37,7 +38,7 @@ class TextChoice:
     Args:
         texts: int [N, E], indices of texts; -1 where an image has no such text.
         entries: what each of the E columns is.
-        weights: how often columns are chosen, by entry; 1 where it is not named.
+        weights: how often columns are chosen, by entry; 1 where it is not named. Messages call it entry_weights.
 
     Raises ValueError for a weight of an entry that there is not, and where an image is left without a text.
     """
@@ -46,7 +47,7 @@ class TextChoice:
         unknown = [name for name in weights if name not in entries]
         if unknown:
             raise ValueError(
-                f"objective.entry_weights: got {unknown[0]!r}; the texts of the data are "
+                f"{named('entry_weights')}: got {unknown[0]!r}; the texts of the data are "
                 f"{', '.join(dict.fromkeys(entries))}"
             )
         self.texts = texts.long()
@@ -55,8 +56,8 @@ class TextChoice:
         if without.any():
             index = int(without.nonzero()[0])
             raise ValueError(
-                f"objective.entry_weights: got {dict(weights)}, which leave image {index} and {int(without.sum()) - 1} "
-                "others without a text; give another entry a weight"
+                f"{named('entry_weights')}: got {dict(weights)}, which leave image {index} and "
+                f"{int(without.sum()) - 1} others without a text; give another entry a weight"
             )
 
     def __call__(self, indices: Tensor, draws: Tensor) -> Tensor:  # [n], uniform on [0, 1) [n] -> int64 [n]
