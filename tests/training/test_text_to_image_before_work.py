@@ -22,7 +22,7 @@ from fastdiff.tasks.text_to_image import TextToImageRecipe, TextToImageRun, Text
 from fastdiff.tasks.text_to_image.evaluate import combination_prompts
 from fastdiff.tasks.text_to_image.samples import SampleOptions, sample_prompted
 from fastdiff.tasks.text_to_image.start import Start
-from fastdiff.tasks.text_to_image.texts import trained_texts
+from fastdiff.tasks.texts import trained_texts
 
 LETTERS = tuple("abcdefghij")
 
