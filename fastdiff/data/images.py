@@ -137,6 +137,14 @@ def resized(data: ImageData, edge: int) -> ImageData:
     return replace(data, train=next(parts), held_out=next(parts), image_shape=(data.image_shape[0], edge, edge))
 
 
+def as_stored(data: ImageData) -> ImageData:
+    """The same data with its images as they were before `resized`."""
+    if not isinstance(data.train, ResizedImages):
+        return data
+    train, held_out = data.train.source, data.held_out.source
+    return replace(data, train=train, held_out=held_out, image_shape=tuple(train.images([0]).shape[1:]))
+
+
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:  # float [N, C, H, W], -1 … 1 -> [N, C, *size]
     """Images of another size: bicubic, without aliasing, clipped to -1 … 1."""
     if images.shape[-2:] == size:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdiff.data import CaptionedData, ImageData, load_data
 from fastdiff.data.captions import Part
+from fastdiff.data.images import as_stored, resize
 from fastdiff.errors import section
 from fastdiff.files import output_path, write_atomically
 from fastdiff.tasks.options import DataOptions, SamplingOptions, at_least
@@ -217,14 +218,15 @@ def _nearest(images: Tensor, data: ImageData) -> dict[str, float]:
 
 
 def _of_classes(run: TextToImageRun, data: ImageData, sampling: TextToImageSamplingConfig, count: int) -> Measured:
-    """Samples of the classes' names under a classifier."""
+    """Samples of the classes' names under a classifier of the images as the data set has them, before `data.resize`."""
     from fastdiff.evaluation import evaluate_samples, load_or_train_classifier
 
-    classifier = load_or_train_classifier(data)
+    stored = as_stored(data)  # a classifier of enlarged images takes many times as long, and sees no more
+    classifier = load_or_train_classifier(stored)
     labels = torch.arange(count) % len(data.class_names)
     names = [data.class_names[label] for label in labels.tolist()]
     samples = run.decoded(run.draw(run.conditions(names), sampling, progress=True))
-    report = evaluate_samples(samples, labels, data, classifier)
+    report = evaluate_samples(resize(samples, stored.image_shape[1:]), labels, stored, classifier)
     return samples, report.to_dict(), report.to_markdown()
 
 
