@@ -75,8 +75,8 @@ def evaluate_prompted(path: str, options: EvaluateOptions) -> None:
     }
     for measures, table in _measured(run, data, sampling, options.num_samples):
         results |= measures
+        write_atomically(output, json.dumps(results, indent=1) + "\n")  # first: who reads the tables may have gone
         print(f"{table}\n", flush=True)
-        write_atomically(output, json.dumps(results, indent=1) + "\n")
     print(f"step {run.step}, guidance {sampling.guidance_scale:g}; written to {output}")
 
 
