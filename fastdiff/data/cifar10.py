@@ -195,7 +195,13 @@ def _unpickler(file: Any) -> pickle._Unpickler:
         f"{module}._reconstruct": reconstruct for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     }
 
+    def refuse_bytearray(_: Any) -> None:
+        raise ValueError("it asks for a bytearray; expected arrays, bytes, texts, numbers, lists and dicts alone")
+
     class Unpickler(pickle._Unpickler):
+        # but for the one instruction that fills memory of any size that a file names, before it reads a byte of it
+        dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: refuse_bytearray}
+
         def find_class(self, module: str, name: str) -> Any:
             if f"{module}.{name}" not in admitted:
                 raise ValueError(

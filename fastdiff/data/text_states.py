@@ -75,7 +75,12 @@ class TextStates:
             ValueError: a file is cut short, damaged or of another version; one line that names it.
         """
         advice = f"; delete the folder {folder}, and it is made again"
-        index = read_json(folder / _INDEX)
+        try:
+            index = read_json(folder / _INDEX)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{folder / _INDEX}: no such file{advice}") from None
+        except ValueError as error:
+            raise ValueError(f"{error}{advice}") from None
         if index.get("version") != VERSION or not isinstance(index.get("parts"), int):
             raise ValueError(f"{folder / _INDEX}: not of version {VERSION} of text states{advice}")
         paths = [_path(folder, number) for number in range(index["parts"])]

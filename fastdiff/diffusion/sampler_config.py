@@ -68,6 +68,8 @@ class SamplerConfig:
             raise ValueError(f"{named('num_inference_steps')}: got {steps}; expected at least 1")
         with naming_section():
             check_guidance(self.guidance_scale, self.guidance_interval)
+            if isinstance(self.seed, list | tuple):  # the others count on from one
+                raise TypeError(f"seed: got {self.seed!r}; expected a whole number")
             seeds_of(self.seed, 1)
             given = {name: value for name, value in self.options().items() if value is not None}
             self.timesteps = SamplerOptions(**given).timesteps

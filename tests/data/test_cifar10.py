@@ -135,6 +135,7 @@ def test_damaged_pickles_are_one_line(tmp_path_factory, content, place, left_out
         ("data_batch_3", pickled(labels=[1]), "data_batch_3: got 'labels'; expected the array data"),
         ("data_batch_3", pickle.dumps([1], protocol=2), "data_batch_3 is not a pickle .*it holds list, not a dict"),
         ("data_batch_3", b"GIF89a", "data_batch_3 is not a pickle"),
+        ("data_batch_3", b"\x80\x05\x96" + (2**33).to_bytes(8, "little"), "it asks for a bytearray; expected arrays"),
         ("test_batch", python2_pickle(0)[:-3000], "test_batch is not a pickle"),
         ("data_batch_2", pickled(labels=[10], data=np.zeros((1, 3072), np.uint8)), "data_batch_2: got labels 10"),
         ("data_batch_2", pickled(labels=[1], data=np.zeros((1, 3), np.uint8)), r"got data of shape \[1, 3\] and 1"),

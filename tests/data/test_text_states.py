@@ -198,6 +198,8 @@ def damaged_at(path, place):
         (lambda path: path.unlink(), "part-00001.bin: no such file"),
         (lambda path: path.write_bytes(path.with_name("part-00000.bin").read_bytes()), "not those of one list"),
         (lambda path: path.with_name("index.json").write_text("{}"), "index.json: not of version 1"),
+        (lambda path: path.with_name("index.json").write_text("x"), "index.json: not a JSON file .*; delete"),
+        (lambda path: path.with_name("index.json").unlink(), "index.json: no such file; delete the folder"),
     ],
 )
 def test_damaged_files_are_named(cache, damage, message):

@@ -280,6 +280,38 @@ def test_fields_of_an_entry_that_would_be_ignored(saved, tmp_path, capsys, entry
     assert "study.yaml: entry 1 (a)" in text and message in text
 
 
+def test_numbers_of_an_entry_that_are_too_large(saved, tmp_path, capsys):
+    folder, study = saved(CROSS), tmp_path / "study.yaml"
+    study.write_text(f"entries: [{{name: a, prompts: ['3'], guidance_scale: {10**400}}}]")
+    assert "entry 1: guidance_scale: got 1000" in refused(sample, [folder, "--config", study], capsys)
+    entry = f"{{name: b, prompts: ['3'], images_per_prompt: 2, seed: {2**64 - 1}}}"
+    study.write_text(f"entries: [{{name: a, prompts: ['3']}}, {entry}]")
+    assert f"entry 2 (b): seed: got {2**64}; expected at most" in refused(sample, [folder, "--config", study], capsys)
+    assert not (folder / "study").exists()
+    with pytest.raises(TypeError, match=r"seed: got \[5\]; expected a whole number"):
+        fastdiff.load(folder).sample("3", seed=[5])
+
+
+def test_a_damaged_checkpoint_is_told_of_before_pictures_of_others_are_drawn(tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", CROSS, training={"max_steps": 2, "checkpoint_every": 1})
+    train.main([str(recipe), "--training.output_dir", str(tmp_path / "run")])
+    weights = tmp_path / "run" / "checkpoints" / "step_1" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    study = tmp_path / "study.yaml"
+    study.write_text("entries: [{name: a, prompts: ['3']}, {name: b, prompts: ['3'], progression: true}]")
+    text = refused(sample, [tmp_path / "run", "--config", study], capsys)
+    assert "entry 2 (b): " in text and "ema.safetensors was changed after it was written" in text
+    assert not (tmp_path / "run" / "study").exists()
+
+
+def test_the_place_of_an_animation_is_looked_at_before_a_sample_is_drawn(saved, tmp_path, monkeypatch, capsys):
+    folder = saved(CROSS)
+    (tmp_path / "x.gif").mkdir()
+    monkeypatch.setattr(TextToImageRun, "draw", lambda *_, **__: 1 / 0)
+    options = [folder, "--prompt", "3", "--animate", "--output", tmp_path / "x.png"]
+    assert "x.gif' is a folder; expected the name of a file" in refused(sample, options, capsys)
+
+
 def test_noise_levels_of_several_images_of_a_text(saved, tmp_path, monkeypatch):
     from fastdiff import visualization
 
@@ -324,6 +356,22 @@ def test_all_texts_are_read_before_a_sample_is_drawn(saved, digits, few_features
     monkeypatch.setattr(TextToImageRun, "draw", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="'a text that no class has'"):
         module.evaluate_prompted("run", module.EvaluateOptions(num_samples=4))
+
+
+def test_what_was_measured_is_kept_where_nobody_reads_the_tables(saved, monkeypatch, tmp_path):
+    from fastdiff.tasks.text_to_image import evaluate as module
+
+    def gone(*_):
+        raise BrokenPipeError
+
+    run = dataclasses.replace(fastdiff.load(saved(CROSS)), folder=type("Folder", (), {"path": tmp_path})())
+    monkeypatch.setattr(module, "load_run", lambda *_, **__: run)
+    monkeypatch.setattr(module, "load_data_of", lambda *_: None)
+    monkeypatch.setattr(module, "_measured", lambda *_: iter([({"accuracy": 0.5}, "a table")]))
+    monkeypatch.setattr("sys.stdout", type("Closed", (), {"write": gone, "flush": gone})())
+    with pytest.raises(BrokenPipeError):
+        module.evaluate_prompted("run", module.EvaluateOptions(num_samples=4))
+    assert json.loads((tmp_path / "evaluation.json").read_text())["accuracy"] == 0.5
 
 
 def test_cifar10_is_asked_for_by_class(tmp_path):

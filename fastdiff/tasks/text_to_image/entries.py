@@ -142,7 +142,12 @@ def _check_alone(entry: Entry, where: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # more digits than a float takes
+        return False
 
 
 def _is_count(value: Any) -> bool:

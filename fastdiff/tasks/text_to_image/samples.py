@@ -69,6 +69,7 @@ def sample_prompted(path: str, options: SampleOptions) -> None:
     sampling = options.applied_to(run.sampling)
     run.check_sampling(sampling)
     output = output_path(options.output, results_folder(path, run.folder) / f"samples-seed-{sampling.seed}.png")
+    gif = output_path(None, output.with_suffix(".gif")) if options.animate else None
     conditions = _conditions(run, prompts, options.classes)
     each = options.images_per_prompt or (4 if len(conditions) <= 8 else 1)
     title, total = sampling.described(run.step), len(conditions) * each
@@ -87,7 +88,7 @@ def sample_prompted(path: str, options: SampleOptions) -> None:
     print(write(drawn))
     if options.animate:
         steps = torch.stack([run.decoded(step) for step in frames.steps()])
-        print(save_captioned_gif(steps, conditions.texts, output.with_suffix(".gif"), title=title))
+        print(save_captioned_gif(steps, conditions.texts, gif, title=title))
 
 
 def _prompts(options: SampleOptions) -> list[str]:

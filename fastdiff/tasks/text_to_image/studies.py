@@ -18,6 +18,7 @@ from fastdiff.errors import one_line
 from fastdiff.nn.attention_maps import cross_attentions
 from fastdiff.shipped import find_entries
 from fastdiff.tasks.results import results_folder
+from fastdiff.tasks.run import find
 from fastdiff.tasks.text_to_image.drawing import Conditions, Frames
 from fastdiff.tasks.text_to_image.entries import Entry, read_entries
 from fastdiff.tasks.text_to_image.evaluate import load_data_of, spread, texts_of
@@ -82,9 +83,11 @@ def _ready(
     sampling = sampling.replaced(entry.sampling())
     conditions, beside = _conditions(run, entry, load_data)
     for scale in entry.scales or [sampling.guidance_scale]:
-        run.check_sampling(sampling.replaced({"guidance_scale": scale}), len(conditions))
+        run.check_sampling(sampling.replaced({"guidance_scale": scale}), len(conditions) * entry.images_per_prompt)
     if entry.progression and run.folder is None:
         raise ValueError("progression: got true for a model without checkpoints; expected a run of fastdiff.train")
+    for checkpoint in list_checkpoints(run.folder.checkpoints) if entry.progression else ():
+        find(checkpoint, run.kind, run.weights or "ema")  # raises where one is damaged
     if entry.attention_timesteps is not None:
         cross_attentions(run.model)  # raises where there are none
         nearest_steps([0], entry.attention_timesteps, run.diffusion)  # raises for one outside the schedule
