@@ -7,7 +7,6 @@ goes on with the image after them.
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdiff.data.growing import GrowingArray, npy_header
 from fastdiff.data.images import ImageData, ImageSet, LabelledImages
 from fastdiff.files import cache_folder, make_folder_once, read_json, sha256_of, write_atomically
 from fastdiff.reading import reading
@@ -35,7 +35,6 @@ Data = TypeVar("Data", bound=ImageData)
 Encode = Callable[[Tensor], Tensor]
 Shape = tuple[int, ...]
 DType = Literal["float32", "float16"]
-_STORED: dict[str, str] = {"float32": "<f4", "float16": "<f2"}
 
 
 class LatentSet(LabelledImages):
@@ -132,26 +131,16 @@ def _fill(
 
 def _encode_part(images: ImageSet, path: Path, shape: Shape, dtype: DType, encode: Encode, bar: tqdm) -> None:
     """Appends latents to a file until it has those of all images."""
-    count, header = len(images), _header((len(images), *shape), dtype)
-    each = _bytes(shape, dtype)
-    done = _done(path, count, header, each)
-    bar.update(done)
-    with open(path, "r+b" if done else "wb") as file:
-        if not done:
-            file.write(header)
-        file.truncate(len(header) + done * each)  # what was not marked may be half of a block
-        file.seek(0, os.SEEK_END)
-        for start in range(done, count, _BLOCK):
-            indices = torch.arange(start, min(start + _BLOCK, count))
-            latents = encode(images.images(indices)).float().cpu()
-            if tuple(latents.shape) != (len(indices), *shape):
-                raise ValueError(f"encode: gave shape {tuple(latents.shape)}; expected {(len(indices), *shape)}")
-            _check_numbers(latents, dtype, f"{start} … {start + len(indices) - 1}")
-            file.write(latents.contiguous().numpy().astype(_STORED[dtype], copy=False).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            write_atomically(path.with_suffix(".json"), json.dumps({"images": start + len(indices)}) + "\n")
-            bar.update(len(indices))
+    array = GrowingArray(path, len(images), shape, dtype)
+    bar.update(array.done)
+    while array.done < array.rows:
+        indices = torch.arange(array.done, min(array.done + _BLOCK, array.rows))
+        latents = encode(images.images(indices)).float().cpu()
+        if tuple(latents.shape) != (len(indices), *shape):
+            raise ValueError(f"encode: gave shape {tuple(latents.shape)}; expected {(len(indices), *shape)}")
+        _check_numbers(latents, dtype, f"{array.done} … {array.done + len(indices) - 1}")
+        array.append(latents.numpy(), {})
+        bar.update(len(indices))
 
 
 def _check_numbers(latents: Tensor, dtype: DType, which: str) -> None:
@@ -163,29 +152,6 @@ def _check_numbers(latents: Tensor, dtype: DType, which: str) -> None:
     largest = float(latents.abs().max())
     if dtype == "float16" and largest > torch.finfo(torch.float16).max:
         raise ValueError(f"encode: gave {largest:.4g} of images {which}; expected at most 65504; store float32")
-
-
-def _done(path: Path, count: int, header: bytes, each: int) -> int:
-    """How many images' latents are safely in an unfinished file; 0 where there is none, or not of this form."""
-    try:
-        done = int(read_json(path.with_suffix(".json"))["images"])
-        with open(path, "rb") as file:
-            begins = file.read(len(header)) == header
-        whole = path.stat().st_size >= len(header) + done * each
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return done if begins and whole and 0 <= done <= count else 0
-
-
-def _header(shape: Shape, dtype: DType) -> bytes:
-    """The first bytes of the .npy file of an array."""
-    content = io.BytesIO()
-    np.lib.format.write_array_header_1_0(content, {"descr": _STORED[dtype], "fortran_order": False, "shape": shape})
-    return content.getvalue()
-
-
-def _bytes(shape: Shape, dtype: DType) -> int:
-    return np.dtype(_STORED[dtype]).itemsize * math.prod(shape)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -205,10 +171,10 @@ def _record(folder: Path) -> dict[str, str]:
 
 def _open(path: Path, shape: Shape, dtype: DType, sha256: str) -> np.ndarray:
     """A memory map of a part. Raises ValueError, naming the file, where it is not as it was written."""
-    header, advice = _header(shape, dtype), _advice(path.parent)
+    numbers, advice = np.dtype(dtype).newbyteorder("<"), _advice(path.parent)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected latents of {shape[0]} images; {advice}")
-    size, expected = path.stat().st_size, len(header) + _bytes(shape, dtype)
+    size, expected = path.stat().st_size, len(npy_header(shape, numbers)) + numbers.itemsize * math.prod(shape)
     if size != expected:
         raise ValueError(f"{path}: got {size} bytes; expected {expected}, {list(shape)} numbers; {advice}")
     if size <= _CONTENT_READ and sha256_of(path) != sha256:

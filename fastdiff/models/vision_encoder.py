@@ -256,5 +256,5 @@ def _read_processor(folder: Path) -> Any:
     kind = getattr(transformers, f"{short}ImageProcessorPil")
     try:
         return kind.from_dict({key: value for key, value in content.items() if key not in ("auto_map", "device")})
-    except Exception as error:
+    except Exception as error:  # of fields that it does not know, or of other types, transformers raises what it likes
         raise ValueError(f"{file}: not a preprocessing that can be read ({reason_of(error)})") from None

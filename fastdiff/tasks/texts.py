@@ -1,5 +1,6 @@
 """Which texts stand for an image."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,6 +31,13 @@ def trained_texts(captions: Captions, left_out: Sequence[str] = ()) -> tuple[tup
     used, places = rows.unique(return_inverse=True)
     known = used[used >= 0].tolist()
     return tuple(captions.texts[index] for index in known), places - (len(used) - len(known))
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raises ValueError for weights of texts, by entry, that are no numbers of 0 or more; a recipe's entry_weights."""
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(f"{named('entry_weights')}.{name}: got {weight!r}; expected a number of 0 or more")
 
 
 class TextChoice:

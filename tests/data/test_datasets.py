@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastdiff.data import DataConfig, load_data
 from fastdiff.data.fashion_mnist import FASHION_FOLDERS
-from fastdiff.data.images import resize, resized, to_bytes, to_signed_unit
+from fastdiff.data.images import as_stored, resize, resized, to_bytes, to_signed_unit
 from fastdiff.data.splits import stratified_split
 
 
@@ -46,6 +46,8 @@ def test_small_images_are_resized():
         assert np.abs(found[1, 0].numpy() - expected).max() < 1e-5
     assert torch.equal(larger.train.labels, plain.train.labels) and resize(images, (20, 20)) is images
     assert len({each.fingerprint for each in (plain, larger, resized(plain, 16))}) == 3
+    stored = as_stored(larger)  # what classifiers of samples learn from
+    assert stored.image_shape == (1, 8, 8) and stored.fingerprint == plain.fingerprint and as_stored(plain) is plain
     with pytest.raises(ValueError, match=r"resize: got 20 with image_folder; expected null"):
         DataConfig(name="image_folder", folder="x", resize=20)
 

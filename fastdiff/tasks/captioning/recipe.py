@@ -1,6 +1,5 @@
 """The recipe of a captioning model."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from fastdiff.diffusion.masked import MaskedDiffusionConfig
 from fastdiff.errors import named
 from fastdiff.models.vision_encoder import VisionEncoderConfig
 from fastdiff.tasks.masked_lm.recipe import LanguageModelConfig
+from fastdiff.tasks.texts import check_weights
 from fastdiff.training.config import TrainingConfig
 
 
@@ -54,9 +54,7 @@ class CaptionsConfig:
                 f"{named('min_length')}: got {self.min_length} and {named('max_length')} {self.max_length}; "
                 "expected 1 <= min_length <= max_length"
             )
-        for name, weight in self.entry_weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-                raise ValueError(f"{named('entry_weights')}.{name}: got {weight!r}; expected a number of 0 or more")
+        check_weights(self.entry_weights)
 
 
 @dataclass

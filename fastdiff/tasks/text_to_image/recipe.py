@@ -13,6 +13,7 @@ from fastdiff.models.dit_config import DiTConfig, recipe_values
 from fastdiff.models.text_encoder import TextEncoderConfig
 from fastdiff.nn.q_former import QFormerConfig
 from fastdiff.tasks.latents import LatentsConfig
+from fastdiff.tasks.texts import check_weights
 from fastdiff.training.config import TrainingConfig
 
 
@@ -39,9 +40,7 @@ class TextObjectiveConfig:
             raise ValueError(
                 f"{named('attention_entropy_weight')}: got {self.attention_entropy_weight}; expected 0 or more"
             )
-        for name, weight in self.entry_weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-                raise ValueError(f"{named('entry_weights')}.{name}: got {weight!r}; expected a number of 0 or more")
+        check_weights(self.entry_weights)
 
 
 @dataclass
