@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from text_to_image_runs import DIT, Q_FORMER, write_reader, write_recipe
+from text_to_image_runs import CROSS, DIT, Q_FORMER, write_reader, write_recipe
 
 import fastdiff
 from fastdiff import evaluate, sample, train, visualization
@@ -38,6 +38,21 @@ def test_measures_of_classes(cross_run, few_features, capsys):
     assert report["held_out"]["class_accuracy"] > 0.5 > report["samples"]["class_accuracy"]
     assert report["efficientnet_lite0"]["samples"] > report["efficientnet_lite0"]["held_out"]
     assert "real held-out" in capsys.readouterr().out
+
+
+def test_samples_of_enlarged_images_are_classified_at_the_size_of_the_data(few_features, cache, tmp_path):
+    """A classifier of the images as they are is there already, and no other is trained."""
+    from fastdiff.data import DataConfig, load_data
+    from fastdiff.evaluation.classifier import classifier_file, load_or_train_classifier
+
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", CROSS, model={"input_size": 16}, data={"resize": 16}, training={"max_steps": 1}
+    )
+    train.main([str(recipe), "--training.output_dir", str(tmp_path / "run")])
+    load_or_train_classifier(load_data(DataConfig(name="digits")), progress=False)
+    report = measured(tmp_path / "run", "--num-samples", 20)
+    assert report["held_out"]["class_accuracy"] > 0.5
+    assert not classifier_file(load_data(DataConfig(name="digits", resize=16))).exists()
 
 
 def test_measures_of_combinations(few_features, tmp_path, capsys, monkeypatch):
